@@ -1,0 +1,54 @@
+# Needs only make and Python: everything else is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+META := settings.ini setup.py pyproject.toml
+MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+# no window is opened for a plot
+export MPLBACKEND := agg
+
+.PHONY: help demo test export clean
+# also under `make -j`: the stages of `make test` share the two cores that CI has
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+
+# $(call stage,NAME,COMMAND): run COMMAND, say how long it took, end with its exit status
+define stage
+@echo "== $(1)"; t=$$(date +%s); $(2); rc=$$?; echo "-- $(1): $$(($$(date +%s) - t)) s, exit status $$rc"; exit $$rc
+endef
+
+demo: $(BIN)/.installed ## train without and with FRSKD, show the result; its files are in demo/
+	$(BIN)/frskd-train --compare --out demo --force
+	@echo "The plots:"; ls $(CURDIR)/demo/curves.png $(CURDIR)/demo/attention.png
+
+test: $(BIN)/.installed-dev ## all that CI runs: sync, README, notebooks, pytest
+	$(call stage,sync,$(BIN)/python tools/check_sync.py)
+	$(call stage,readme,$(BIN)/python tools/make_readme.py --check)
+	$(call stage,notebooks,$(BIN)/nbdev-test --n-workers 2 --timing)
+	$(call stage,pytest,$(BIN)/python -m pytest tests)
+
+export: $(BIN)/.installed-dev ## write the modules and README.md from the notebooks (and clean these)
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+	$(BIN)/python tools/make_readme.py
+
+clean: ## remove what the other targets write, but keep .venv
+	rm -rf demo build dist _docs _proc .pytest_cache *.egg-info
+	find frskd_fastai nbs tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+# The target is pip, not python: `venv` makes python even where it then fails to bring pip (Debian without python3-venv)
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' || { \
+	  echo "Error: '$(PYTHON)' is not Python $(MIN_PYTHON) or newer: $$($(PYTHON) --version 2>&1)" >&2; \
+	  echo "Name another one, for example: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# One pip call, so that torch and torchvision are resolved together. The stamps make the next run skip this.
+$(BIN)/.installed: $(META) | $(BIN)/pip
+	$(call stage,install,$(BIN)/python -m pip install -e .)
+	@touch $@
+
+$(BIN)/.installed-dev: $(META) | $(BIN)/pip
+	$(call stage,install,$(BIN)/python -m pip install -e '.[dev]')
+	@touch $@ $(BIN)/.installed

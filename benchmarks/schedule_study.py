@@ -1,0 +1,124 @@
+"""Plain training against FRSKD with several schedules, at several budgets: the study behind `FRSKDCallback`'s default.
+
+    python benchmarks/schedule_study.py cifar  --arms plain default constant --epochs 5 20 60 --seeds 0 1 2
+    python benchmarks/schedule_study.py digits --arms plain default constant --epochs 5 15 30 --seeds 0 1 2
+
+`cifar` is 33 classes of CIFAR-100 (`../shared/data/cifar100-1.zip`), the first `--per-class` training images of each and all
+3,300 test images, with random crops and flips, and a small ResNet for 32×32 images. `digits` is the set that comes with the
+package, with torchvision's ResNet-18 as `frskd-train` uses it. Every run is `fit_one_cycle` with fastai's Adam, on one CPU
+thread; the arms of one seed share the initial student and the order of the data. A row per run is appended to `--out`;
+runs that are there already are skipped. `--table` prints the table from that file.
+"""
+import argparse, io, os, time, zipfile
+from fastai.vision.all import *
+from frskd_fastai.all import *
+
+def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
+
+ARMS = {
+    'plain':        None,
+    'default':      dict(),
+    'constant':     dict(schedule='constant'),             # the paper's
+    'ramp':         dict(schedule=ramp),                   # the reference's ramp for segmentation, over the first half
+    'paper':        dict(schedule='constant', width=2.),
+}
+
+def cifar(per_class, zip_path):
+    "33 classes of CIFAR-100 as tensors: training images and labels, test images and labels"
+    zf,classes = zipfile.ZipFile(zip_path),{}
+    parts = {'train':([],[]), 'test':([],[])}
+    count = defaultdict(int)
+    for n in sorted(o for o in zf.namelist() if o.endswith('.png')):
+        _,part,label,_ = n.split('/')
+        if part=='train' and count[label]>=per_class: continue
+        if part=='train': count[label] += 1
+        parts[part][0].append(np.asarray(Image.open(io.BytesIO(zf.read(n))).convert('RGB')))
+        parts[part][1].append(classes.setdefault(label, len(classes)))
+    to_x = lambda o: (torch.from_numpy(np.stack(o)).permute(0,3,1,2).float()/255 - 0.48)/0.27
+    return *[(to_x(x),tensor(y)) for x,y in parts.values()],len(classes)
+
+class CropFlip(Callback):
+    "Random 32×32 crops of the image padded by 4, and flips, on the batch"
+    order,run_valid = -5,False
+    def before_batch(self):
+        x,n = F.pad(self.x, (4,4,4,4)),len(self.x)
+        i,j = (torch.randint(0, 9, (n,1,1)) + torch.arange(32).view(s) for s in ((1,32,1),(1,1,32)))
+        x = x[torch.arange(n)[:,None,None],:,i,j].permute(0,3,1,2)
+        self.learn.xb = (torch.where(torch.rand(n,1,1,1)<0.5, x, x.flip(3)),)
+
+class Block(nn.Module):
+    def __init__(self, ni, nf, stride):
+        super().__init__()
+        self.convs = nn.Sequential(ConvLayer(ni, nf, stride=stride), ConvLayer(nf, nf, act_cls=None))
+        self.idconv = nn.Identity() if ni==nf and stride==1 else ConvLayer(ni, nf, 1, stride=stride, act_cls=None)
+    def forward(self, x): return F.relu(self.convs(x) + self.idconv(x))
+
+def small_resnet(n_out, widths=(16,32,64,128)):
+    "A ResNet-10 for 32×32 images: 3×3 stem, one block a stage"
+    stages = [Block(i, o, 1 if k==0 else 2) for k,(i,o) in enumerate(zip((widths[0],)+widths, widths))]
+    return nn.Sequential(ConvLayer(3, widths[0]), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(widths[-1], n_out))
+
+def learner(data, args, seed, arm):
+    set_seed(seed)
+    cbs = [] if ARMS[arm] is None else [FRSKDCallback(**ARMS[arm])]
+    if args.data=='digits':
+        dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
+        set_seed(seed)
+        return vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=cbs)
+    (x,y),(xv,yv),c = data
+    dls = DataLoaders(DataLoader(list(zip(x,y)), bs=64, shuffle=True, drop_last=True), DataLoader(list(zip(xv,yv)), bs=500))
+    learn = Learner(dls, small_resnet(c), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[CropFlip(), *cbs])
+    learn.to_channelslast(use_amp=False) # a third faster on this CPU
+    return learn
+
+def run(args):
+    torch.set_num_threads(1)
+    data = cifar(args.per_class, args.zip) if args.data=='cifar' else None
+    out = Path(args.out)
+    for epochs,seed,arm in itertools.product(args.epochs, args.seeds, args.arms):
+        key = dict(data=args.data, arm=arm, epochs=epochs, seed=seed)
+        if out.exists() and (pd.read_csv(out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
+        learn,t0 = learner(data, args, seed, arm),time.time()
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, args.lr, cbs=NoValid(epochs))
+        loss,acc = learn.recorder.values[-1][1:3]
+        row = dict(**key, accuracy=round(acc*100, 2), valid_loss=round(loss, 4), train_loss=round(learn.recorder.values[-1][0], 4), seconds=round(time.time()-t0, 1))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame([row]).to_csv(out, mode='a', header=not out.exists(), index=False)
+        print(row, flush=True)
+
+class NoValid(Callback):
+    "Validate in the last epoch only"
+    def __init__(self, n): self.n = n
+    def before_validate(self):
+        if self.epoch<self.n-1: raise CancelValidException
+
+def table(args):
+    d = pd.read_csv(args.out)
+    d = d[d.data==args.data]
+    print(f'| arm | ' + ' | '.join(f'{e} epochs' for e in sorted(d.epochs.unique())) + ' |\n|---|' + '---|'*d.epochs.nunique())
+    base = d[d.arm=='plain'].set_index(['epochs','seed']).accuracy
+    for arm in [o for o in ARMS if o in set(d.arm)]:
+        cells = []
+        for e in sorted(d.epochs.unique()):
+            o = d[(d.arm==arm)&(d.epochs==e)]
+            if not len(o): cells.append('–'); continue
+            cell = f'{o.accuracy.mean():.1f}'
+            if arm!='plain':
+                diff = o.set_index(['epochs','seed']).accuracy - base.reindex(o.set_index(['epochs','seed']).index)
+                cell += f' ({diff.mean():+.1f} ± {diff.std()/len(diff)**.5:.1f})'
+            cells.append(cell + ('' if len(o)==3 else f' [{len(o)} seeds]'))
+        print(f'| {arm} | ' + ' | '.join(cells) + ' |')
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', choices=['cifar','digits'])
+    p.add_argument('--arms', nargs='+', default=['plain','default','constant'], choices=list(ARMS))
+    p.add_argument('--epochs', nargs='+', type=int, default=[5,20,60])
+    p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
+    p.add_argument('--lr', type=float, default=5e-3)
+    p.add_argument('--per-class', type=int, default=100)
+    p.add_argument('--zip', default='../shared/data/cifar100-1.zip')
+    p.add_argument('--out', default='benchmarks/results/schedule_study.csv')
+    p.add_argument('--table', action='store_true', help='print the table from --out and stop')
+    args = p.parse_args()
+    table(args) if args.table else run(args)

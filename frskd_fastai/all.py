@@ -1,0 +1,7 @@
+"Everything a user needs: `from frskd_fastai.all import *`"
+from .features import *
+from .teacher import *
+from .losses import *
+from .callback import *
+from .visualize import *
+from .data import *

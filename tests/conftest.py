@@ -1,0 +1,55 @@
+"Small real images for the tests: handwritten digits, 32×32, as tensors"
+import warnings
+warnings.filterwarnings('ignore', category=FutureWarning)
+import pytest, torch
+from fastai.vision.all import *
+from sklearn.datasets import load_digits
+
+class SmallNet(nn.Module):
+    "Three stages with BatchNorm and a linear head: 16, 8 and 4 pixels for 32-pixel images"
+    def __init__(self, n_out=10):
+        super().__init__()
+        self.stem = ConvLayer(3, 8)
+        self.stages = nn.Sequential(*(ConvLayer(i, o, stride=2) for i,o in ((8,8),(8,16),(16,32))))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(32, n_out))
+    def forward(self, x): return self.head(self.stages(self.stem(x)))
+
+def split(m): return L(m.stem, m.stages, m.head).map(params)
+
+@pytest.fixture(scope='session')
+def digits():
+    d = load_digits()
+    x = F.interpolate(torch.from_numpy(d.images).float()[:,None]/16, size=32).expand(-1,3,-1,-1).contiguous()
+    return x,torch.from_numpy(d.target)
+
+@pytest.fixture
+def dls(digits):
+    x,y = digits
+    data = list(zip(x, y))
+    return DataLoaders(DataLoader(data[:96], bs=16, shuffle=True, drop_last=True), DataLoader(data[96:160], bs=32))
+
+@pytest.fixture
+def make(dls, tmp_path):
+    "A seeded Learner on the digits"
+    def _make(seed=0, **kw):
+        set_seed(seed)
+        model = kw.pop('model', None) or SmallNet()
+        set_seed(seed)
+        for dl in dls: dl.rng = random.Random(seed)
+        learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), **{'metrics':accuracy, 'splitter':split, 'path':tmp_path, **kw})
+        learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
+        learn.logger = noop
+        return learn
+    return _make
+
+def n_hooks(m):
+    kinds = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
+    return sum(len(getattr(o, k)) for o in m.modules() for k in kinds)
+
+def weights(m): return {k:v.clone() for k,v in m.state_dict().items()}
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def pytest_pycollect_makeitem(collector, name, obj):
+    "`from fastai.vision.all import *` brings `test_eq`, `test_set` and the like, which are no tests of ours"
+    if getattr(obj, '__module__', '').startswith(('fastcore','fastai')): return []

@@ -1,0 +1,434 @@
+"FRSKDCallback on a Learner: ways of adding it, its place in the optimizer, what it does in training, what it leaves behind"
+import subprocess, sys
+import pytest, torch
+from fastai.vision.all import *
+from fastai.callback.core import CancelFitException
+from frskd_fastai.all import *
+from conftest import SmallNet, n_hooks, same, split, weights
+
+def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]
+def left(learn):
+    "What FRSKD could have left on a Learner after a fit"
+    frskd = getattr(learn, 'frskd', None)
+    return dict(hooks=n_hooks(learn.model), watch='_do_epoch' in learn.__dict__, taps=getattr(frskd, '_taps', None),
+                columns=[m.name for m in learn.metrics][1:], loss=learn.loss_func)
+def clean(learn): return dict(hooks=0, watch=False, taps=None, columns=[], loss=learn.loss_func)
+
+# -- Ways of adding ------------------------------------------------------------------------------
+def torch_sgd(params, **kw): return OptimWrapper(params, opt=torch.optim.SGD, **kw)
+def torch_adamw(params, **kw): return OptimWrapper(params, opt=torch.optim.AdamW, **kw)
+
+@pytest.mark.parametrize('opt_func', [Adam, SGD, ranger, torch_sgd, torch_adamw], ids=lambda o: o.__name__)
+@pytest.mark.parametrize('way', ['instance','class','before','after','fit'])
+def test_ways_of_adding(make, way, opt_func):
+    learn = make(opt_func=opt_func, cbs={'instance':FRSKDCallback(),'class':FRSKDCallback}.get(way))
+    if way=='after': learn.create_opt(); learn.opt.set_hypers(lr=1e-3)
+    if way in ('before','after'): learn.add_cb(FRSKDCallback())
+    cb = FRSKDCallback() if way=='fit' else learn.frskd
+    plain = groups(make(opt_func=opt_func, model=learn.model).opt or _opt(make, learn.model, opt_func))
+    student = weights(learn.model)
+    seen = []
+    class Look(Callback):
+        def after_step(self): seen.append((groups(self.opt), weights(cb.teacher)))
+    learn.fit(1, 1e-2, cbs=[Look(), *([cb] if way=='fit' else [])])
+    teacher = [id(p) for p in cb.teacher.parameters()]
+    assert seen[-1][0] == [*plain[:-1], plain[-1]+teacher]
+    assert not any(torch.equal(seen[0][1][k], seen[-1][1][k]) for k,p in cb.teacher.named_parameters() if k!='fusion')
+    assert not same(student, weights(learn.model))
+    assert left(learn)==clean(learn)
+    if way!='fit':
+        assert groups(learn.opt)==[*plain[:-1], plain[-1]+teacher]
+        learn.remove_cb(cb if way!='class' else FRSKDCallback)
+    assert groups(learn.opt)==plain
+    assert all(id(p) not in {id(o) for o in learn.opt.state} for p in cb.teacher.parameters())
+    assert not hasattr(learn, 'frskd') and 'create_opt' not in learn.__dict__
+    learn.fit(1, 1e-2) # and it goes on plain
+    assert groups(learn.opt)==plain
+
+def _opt(make, model, opt_func):
+    l = make(opt_func=opt_func, model=model); l.create_opt(); return l.opt
+
+def test_vision_learner_one_line(digits):
+    dls = image_dls()
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=FRSKDCallback())
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-2)
+    assert learn.frskd.level_names==['0.4','0.5','0.6','0.7']
+    assert set(learn.frskd.losses)=={'student','teacher','soft_label','feature'}
+    assert len(learn.opt.param_lists)==3
+
+def test_prebuilt_optimizer(make):
+    model = SmallNet()
+    opt = OptimWrapper(opt=torch.optim.SGD([{'params':list(pg)} for pg in split(model)], lr=1e-2))
+    learn = make(model=model, opt_func=opt, cbs=FRSKDCallback())
+    plain = groups(opt)
+    learn.fit(1, 1e-2)
+    assert groups(learn.opt)==[*plain[:-1], plain[-1]+[id(p) for p in learn.frskd.teacher.parameters()]]
+    learn.remove_cb(FRSKDCallback)
+    assert groups(learn.opt)==plain
+
+def test_second_is_refused(make):
+    learn = make(cbs=FRSKDCallback())
+    first_cb = learn.frskd
+    with pytest.raises(ValueError, match='already has'): learn.add_cb(FRSKDCallback())
+    assert learn.frskd is first_cb and learn.cbs.count(first_cb)==1
+    learn.fit(1)
+
+def test_same_callback_again_keeps_its_teacher(make):
+    learn,cb = make(),FRSKDCallback()
+    learn.fit(1, cbs=cb)
+    teacher = cb.teacher
+    learn.fit(1, cbs=cb)
+    assert cb.teacher is teacher
+    other = make()
+    other.fit(1, cbs=cb)
+    assert cb.teacher is not teacher and groups(other.opt)==groups(_opt(make, other.model, Adam))
+
+# -- The optimizer -------------------------------------------------------------------------------
+def test_weight_decay_and_frozen_batchnorm_as_the_model(make):
+    for kw,do_wd,force in ({}, False, True),(dict(wd_bn_bias=True), None, True),(dict(train_bn=False), False, None):
+        learn = make(cbs=FRSKDCallback(), **kw)
+        learn.create_opt()
+        t = learn.frskd.teacher
+        norm,bias = norm_bias_params(t, False),norm_bias_params(t, True)
+        assert all(learn.opt.state[p].get('do_wd')==do_wd for p in bias) and len(bias)>len(norm)>0
+        assert all(learn.opt.state[p].get('force_train')==force for p in norm)
+        others = [p for p in t.parameters() if all(p is not o for o in bias)]
+        assert all(not learn.opt.state[p] for p in others)
+
+def test_freeze_unfreeze_and_learning_rates(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.freeze()
+    t = learn.frskd.teacher
+    assert all(p.requires_grad for p in t.parameters())
+    assert not learn.model.stages[0][0].weight.requires_grad
+    body,teacher = learn.model.stages[0][0].weight.clone(),weights(t)
+    learn.fit(1, 1e-2)
+    assert torch.equal(body, learn.model.stages[0][0].weight) and not same(teacher, weights(t))
+    learn.unfreeze()
+    learn.fit_one_cycle(1, slice(1e-5, 1e-2))
+    assert not torch.equal(body, learn.model.stages[0][0].weight)
+    assert len(learn.opt.hypers)==3
+    old = learn.opt
+    learn.fit(1, 1e-2, reset_opt=True)
+    assert learn.opt is not old and {id(p) for p in t.parameters()} <= set(groups(learn.opt)[-1])
+
+def test_attaching_to_a_loaded_optimizer(make):
+    learn = make()
+    learn.fit(1); learn.save('plain'); learn.load('plain') # `opt.state` is a plain dict now
+    learn.add_cb(FRSKDCallback())
+    learn.fit(1)
+    states = [learn.opt.state[p] for p in learn.frskd.teacher.parameters()]
+    assert len({id(s) for s in states})==len(states) and all('step' in s for s in states)
+
+def test_lr_find_restores_student_and_teacher(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1)
+    student,teacher = weights(learn.model),weights(learn.frskd.teacher)
+    learn.lr_find(show_plot=False, num_it=12)
+    assert same(student, weights(learn.model)) and same(teacher, weights(learn.frskd.teacher))
+    assert left(learn)==clean(learn)
+    learn.fit(1)
+
+# -- Building changes nothing --------------------------------------------------------------------
+def test_probing_changes_nothing(make):
+    plain = make(); plain.create_opt()
+    rng,order = torch.get_rng_state(),[b[1].tolist() for b in plain.dls.train]
+    learn = make(cbs=FRSKDCallback())
+    learn.model.stem.eval()
+    before = weights(learn.model)
+    learn.create_opt()
+    assert learn.frskd.teacher is not None
+    assert same(before, weights(learn.model)) and all(p.grad is None for p in learn.model.parameters())
+    assert not learn.model.stem[1].training and learn.model.stages.training and n_hooks(learn.model)==0
+    assert torch.equal(rng, torch.get_rng_state())
+    assert [b[1].tolist() for b in learn.dls.train]==order
+
+def test_torch_dataloader_order_is_kept(digits, make):
+    x,y = digits
+    def order(frskd):
+        set_seed(0)
+        dl = torch.utils.data.DataLoader(list(zip(x[:64],y[:64])), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(1))
+        learn = make(cbs=FRSKDCallback() if frskd else None)
+        learn.dls = DataLoaders(dl, dl)
+        learn.create_opt()
+        return [b[1].tolist() for b in dl]
+    assert order(True)==order(False)
+
+def test_errors_leave_the_learner_as_it_was(make):
+    learn = make(); learn.create_opt()
+    before = groups(learn.opt)
+    for kw,msg in ((dict(levels=['stage.1','head']),"no module named 'stage.1'"), (dict(levels=['stages.1','head']),'shape'), (dict(levels=['stages.2']),'at least two')):
+        with pytest.raises(ValueError, match=msg): learn.add_cb(FRSKDCallback(**kw))
+        assert groups(learn.opt)==before and not hasattr(learn, 'frskd') and 'create_opt' not in learn.__dict__
+        assert all(not isinstance(o, FRSKDCallback) for o in learn.cbs) and n_hooks(learn.model)==0
+    learn.fit(1)
+
+@pytest.mark.parametrize('kw', [dict(alpha=-1), dict(alpha=float('nan')), dict(beta='x'), dict(temperature=0), dict(width=float('inf')), dict(depth=0),
+                                dict(levels=1), dict(levels='layer1'), dict(schedule='slow')], ids=str)
+def test_bad_options(kw):
+    with pytest.raises(ValueError, match=next(iter(kw))): FRSKDCallback(**kw)
+
+def test_empty_training_set_is_told(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.dls.train.n = 3
+    with pytest.raises(ValueError, match='no batch'): learn.fit(1)
+
+# -- What it does in training --------------------------------------------------------------------
+def one_batch(learn, look):
+    "Train one batch; `look(learn)` after its backward pass"
+    class Look(Callback):
+        order = 100
+        def after_backward(self): look(self.learn); raise CancelFitException
+    learn.fit(1, 1e-2, cbs=Look())
+
+def test_loss_is_the_papers_sum(make):
+    learn = make(cbs=FRSKDCallback(alpha=3., beta=7., temperature=2., schedule='constant'))
+    def look(l):
+        p = l.frskd.losses
+        expected = p['student'] + p['teacher'] + 3*p['soft_label'] + 7*p['feature']
+        assert torch.allclose(l.loss, expected) and torch.allclose(l.loss_grad, expected) and l.loss.dtype==torch.float32
+        with torch.no_grad():
+            assert torch.allclose(p['student'], F.cross_entropy(l.pred, l.y))
+    one_batch(learn, look)
+
+def test_teachers_gradient_reaches_the_body(make):
+    grads = {}
+    for name,kw in dict(with_teacher=dict(alpha=0, beta=0, schedule='constant'), detached=dict(alpha=0, beta=0, schedule='constant'), plain=None).items():
+        learn = make(cbs=None if kw is None else FRSKDCallback(**kw))
+        learn.create_opt()
+        if name=='detached': learn.frskd.teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
+        one_batch(learn, lambda l: grads.__setitem__(name, l.model.stages[0][0].weight.grad.clone()))
+    assert torch.equal(grads['plain'], grads['detached'])
+    assert (grads['with_teacher']-grads['plain']).abs().max()>1e-4
+
+def test_distillation_does_not_reach_the_teacher(make):
+    grads,body = {},{}
+    for name,kw in dict(off=dict(alpha=0, beta=0), on=dict(alpha=5, beta=500)).items():
+        learn = make(cbs=FRSKDCallback(schedule='constant', **kw))
+        def look(l):
+            grads[name] = {k:p.grad.clone() for k,p in l.frskd.teacher.named_parameters()}
+            body[name] = l.model.stages[0][0].weight.grad.clone()
+        one_batch(learn, look)
+    assert same(grads['off'], grads['on'])
+    assert (body['off']-body['on']).abs().max()>1e-4
+
+def test_alpha_and_beta_zero_with_a_detached_teacher_is_plain_training(make):
+    plain = make(); plain.fit_one_cycle(2, 1e-2)
+    learn = make(cbs=FRSKDCallback(alpha=0, beta=0)); learn.create_opt()
+    learn.frskd.teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
+    learn.fit_one_cycle(2, 1e-2)
+    assert same(weights(plain.model), weights(learn.model))
+    assert plain.recorder.values[-1][1:]==learn.recorder.values[-1][1:]
+
+def test_a_schedule_of_zero_is_plain_training(make):
+    "Everything that the student gets from the self-teacher goes through the schedule's factor"
+    plain = make(); plain.fit_one_cycle(2, 1e-2)
+    learn = make(cbs=FRSKDCallback(schedule=lambda pct: 0.)); learn.fit_one_cycle(2, 1e-2)
+    assert same(weights(plain.model), weights(learn.model))
+    assert float(learn.frskd.losses['teacher'])<2.2 # while the self-teacher learned
+
+def test_schedule_gets_the_part_of_the_fit(make):
+    seen = []
+    learn = make(cbs=FRSKDCallback(schedule=lambda pct: seen.append(pct) or pct)); learn.fit(2)
+    assert len(seen)==12 and seen[0]==0 and seen==sorted(seen) and .9<seen[-1]<1
+
+def test_trust_follows_the_self_teachers_loss(make):
+    learn,factors = make(cbs=FRSKDCallback()),[]
+    class Look(Callback):
+        order = 100
+        def after_loss(self):
+            if self.training: factors.append((float(self.frskd.factor), float(self.frskd.losses['teacher'])))
+    learn.fit(1, 1e-3, cbs=Look())
+    mean = None
+    for factor,loss in factors:
+        mean = loss if mean is None else .95*mean + .05*loss
+        assert abs(factor-math.exp(-mean))<1e-5
+
+def test_zero_weights_cost_nothing(make):
+    learn = make(cbs=FRSKDCallback(alpha=0, beta=0)); learn.fit(1)
+    assert set(learn.frskd.losses)=={'student','teacher'}
+    learn = make(cbs=FRSKDCallback(beta=0)); learn.fit(1)
+    assert set(learn.frskd.losses)=={'student','teacher','soft_label'}
+
+def test_same_seed_same_weights(make):
+    runs = []
+    for _ in range(2):
+        learn = make(cbs=FRSKDCallback()); learn.fit(1)
+        runs.append({**weights(learn.model), **{'t.'+k:v for k,v in weights(learn.frskd.teacher).items()}})
+    assert same(*runs)
+
+def test_gradient_accumulation_divides_the_frskd_terms(make):
+    grads = {}
+    for name,cbs in dict(plain=[], accumulated=[GradientAccumulation(32)]).items():
+        learn = make(cbs=[FRSKDCallback(schedule='constant'), *cbs])
+        one_batch(learn, lambda l: grads.__setitem__(name, l.model.stages[0][0].weight.grad.clone()))
+    assert torch.allclose(grads['plain']*16/32, grads['accumulated'], atol=1e-7)
+
+def test_mixup_mixes_the_teachers_loss_too(make):
+    learn = make(cbs=[FRSKDCallback(schedule='constant'), MixUp()])
+    loss_func = learn.loss_func
+    def look(l):
+        with torch.no_grad():
+            taps = Taps(l.model, l.frskd.level_names)
+            stats = weights(l.model)
+            l.model(*l.xb); feats = taps.pop(); taps.remove()
+            logits = l.frskd.teacher(feats)[1]
+        lam,y,y1 = l.mix_up.lam,l.y,l.mix_up.yb1[0]
+        expected = (lam*F.cross_entropy(logits, y, reduction='none') + (1-lam)*F.cross_entropy(logits, y1, reduction='none')).mean()
+        assert torch.allclose(l.frskd.losses['teacher'], expected, atol=1e-5)
+    one_batch(learn, look)
+
+# -- Not in validation ---------------------------------------------------------------------------
+def test_validation_and_prediction_are_the_plain_students(make, monkeypatch):
+    learn = make(cbs=FRSKDCallback()); learn.fit(1, 1e-2)
+    plain = make(); plain.model.load_state_dict(learn.model.state_dict())
+    monkeypatch.setattr(learn.frskd.teacher, 'forward', lambda *a: pytest.fail('the self-teacher ran'))
+    assert list(learn.recorder.values[-1])[1:]==list(plain.validate())
+    for l,o in zip(learn.get_preds(with_loss=True), plain.get_preds(with_loss=True)): assert torch.equal(l, o)
+    assert list(learn.validate())==list(plain.validate())
+    interp,interp2 = Interpretation.from_learner(learn),Interpretation.from_learner(plain)
+    assert torch.equal(interp.top_losses(5)[0], interp2.top_losses(5)[0])
+    hooks = []
+    class Look(Callback):
+        def before_batch(self): hooks.append(n_hooks(self.model))
+    learn.validate(cbs=Look())
+    assert hooks and not any(hooks)
+
+def test_predict_tta_show_results(digits):
+    dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), batch_tfms=aug_transforms(do_flip=False), bs=64, num_workers=0)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=FRSKDCallback())
+    file = dls.valid_ds.items[0]
+    with learn.no_bar():
+        learn.predict(file), learn.tta(n=1)
+        assert learn.frskd.teacher is None # nothing was built for them
+        with learn.no_logging(): learn.fit(1, 1e-3)
+        learn.frskd.teacher.forward = lambda *a: pytest.fail('the self-teacher ran')
+        assert learn.predict(file)[2].shape==(10,)
+        assert len(learn.tta(n=1)[0])==360
+        learn.show_results(max_n=2); plt.close('all')
+        learn.summary()
+
+# -- Nothing left behind -------------------------------------------------------------------------
+class Stop(Callback):
+    "Raise `ex` in the third training batch, at `event`"
+    order = 20
+    def __init__(self, ex, event): self.ex,self.event = ex,event
+    def __call__(self, event):
+        if event==self.event and self.learn.training and self.learn.train_iter==2: raise self.ex
+
+@pytest.mark.parametrize('ex', [ValueError('x'), KeyboardInterrupt(), CancelFitException(), CancelTrainException(), CancelEpochException(), CancelBatchException()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','after_backward','after_step'])
+@pytest.mark.parametrize('way', ['init','fit'])
+def test_nothing_left_behind(make, ex, event, way):
+    cb = FRSKDCallback(columns=True)
+    learn = make(cbs=cb if way=='init' else None)
+    stop = Stop(ex, event)
+    try: learn.fit(2, 1e-3, cbs=[stop, *([cb] if way=='fit' else [])])
+    except (ValueError,KeyboardInterrupt): assert isinstance(ex, (ValueError,KeyboardInterrupt))
+    assert left(learn)==clean(learn)
+    assert n_hooks(learn.model)==0 and (cb.learn is None)==(way=='fit')
+    before = weights(learn.model)
+    learn.fit(1, 1e-2, cbs=[cb] if way=='fit' else None) # the next fit works
+    assert len(learn.recorder.values)==1 and not same(before, weights(learn.model))
+    assert left(learn)==clean(learn)
+
+def test_error_in_the_students_forward(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.create_opt()
+    h = learn.model.head.register_forward_pre_hook(lambda m,i: 1/0 if m.training else None)
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    h.remove()
+    assert left(learn)==clean(learn)
+    learn.fit(1)
+
+def test_error_in_another_callbacks_start(make):
+    "Nothing watches between `before_fit` and the first epoch; the next start, removal or export cleans up"
+    learn = make(cbs=FRSKDCallback(columns=True))
+    class Bad(Callback):
+        order = 90
+        def before_fit(self): raise ValueError('x')
+    with pytest.raises(ValueError): learn.fit(1, cbs=Bad())
+    learn.fit(1)
+    assert left(learn)==clean(learn)
+
+def test_maps_are_let_go_of(make):
+    learn = make(cbs=FRSKDCallback())
+    kept = []
+    class Look(Callback):
+        order = 100
+        def after_batch(self):
+            if self.training: kept.append(len(self.learn.frskd._taps._maps))
+    learn.fit(1, cbs=Look())
+    assert kept and not any(kept)
+
+def test_many_fits_do_not_grow(make):
+    learn = make(cbs=FRSKDCallback()); learn.fit(1)
+    n,g = len(learn.cbs),groups(learn.opt)
+    for _ in range(3): learn.fit(1)
+    assert len(learn.cbs)==n and groups(learn.opt)==g and left(learn)==clean(learn)
+
+# -- Access --------------------------------------------------------------------------------------
+def test_columns(make):
+    learn = make(cbs=FRSKDCallback(columns=True))
+    names = []
+    learn.logger = lambda row: names.append(list(row))
+    learn.fit(1, 1e-3)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy','time']
+    row = dict(zip(learn.recorder.metric_names, names[-1]))
+    assert 0<=row['teacher_accuracy']<=1 and row['student_loss']>0 and row['feature_loss']>0
+    assert len(learn.validate())==2 and [m.name for m in learn.metrics]==['accuracy']
+    learn = make(cbs=FRSKDCallback()); learn.fit(1)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time']
+
+def test_access(make):
+    learn = make(cbs=FRSKDCallback(levels=['stages.1','stages.2'])); learn.fit(1)
+    assert isinstance(learn.frskd.teacher, SelfTeacher) and list(learn.frskd.level_names)==['stages.1','stages.2']
+    assert all(v.ndim==0 and not v.requires_grad for v in learn.frskd.losses.values())
+
+# -- Saving --------------------------------------------------------------------------------------
+def image_dls(): return ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
+
+def test_saved_and_exported_files_are_plain(tmp_path):
+    dls = image_dls()
+    class Few(Callback):
+        def after_batch(self):
+            if self.training and self.iter==1: raise CancelTrainException
+    sizes,files = {},{}
+    for name,cbs in dict(frskd=[FRSKDCallback()], plain=[]).items():
+        learn = Learner(dls, SmallNet(), metrics=accuracy, splitter=split, path=tmp_path, cbs=cbs)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Few())
+        learn.save(name, with_opt=False)
+        SmallNet().load_state_dict(torch.load(tmp_path/f'models/{name}.pth'), strict=True)
+        opt = groups(learn.opt)
+        learn.export(f'{name}.pkl')
+        assert groups(learn.opt)==opt
+        files[name] = (tmp_path/f'{name}.pkl').read_bytes()
+        pred = learn.predict(dls.valid_ds.items[0])[2]
+        assert torch.equal(load_learner(tmp_path/f'{name}.pkl').predict(dls.valid_ds.items[0])[2], pred)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Few())
+    assert abs(len(files['frskd'])/len(files['plain'])-1)<.01
+    assert b'frskd_fastai' not in files['frskd']
+
+def test_exported_student_needs_no_frskd(tmp_path):
+    "`load_learner` and `predict` in a process that can't import this package"
+    learn = vision_learner(image_dls(), resnet18, pretrained=False, cbs=FRSKDCallback(), path=tmp_path)
+    learn.create_opt()
+    assert learn.frskd.teacher is not None
+    learn.export('x.pkl')
+    code = f"""
+import sys; sys.modules['frskd_fastai'] = None
+from fastai.vision.all import *
+learn = load_learner({str(tmp_path/'x.pkl')!r})
+with learn.no_bar(): print('probabilities:', len(learn.predict({str(learn.dls.valid_ds.items[0])!r})[2]))
+learn.create_opt()
+"""
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert 'probabilities: 10' in out.stdout, out.stderr
+
+def test_export_of_an_untrained_learner(digits, tmp_path):
+    dls = image_dls()
+    learn = vision_learner(dls, resnet18, pretrained=False, cbs=FRSKDCallback(), path=tmp_path)
+    learn.export('x.pkl')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.frskd.teacher is not None
+    assert load_learner(tmp_path/'x.pkl').predict(dls.valid_ds.items[0])[2].shape==(10,)

@@ -1,0 +1,122 @@
+"The promises of the packaging: what the built wheel says and holds, and that the checks of `make test` catch what they are for."
+import email, re, subprocess, sys, zipfile
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+from packaging.requirements import Requirement
+
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'tools'))
+from check_sync import copy_repo
+
+cfg = ConfigParser(delimiters='=', interpolation=None)
+cfg.read(root/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+version = re.search(r'__version__ = "(.+)"', (root/'frskd_fastai/__init__.py').read_text())[1]
+
+def run(*args, cwd):
+    "Exit status and output of `python ARGS`"
+    r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return r.returncode, r.stdout
+
+def edit(f, old, new):
+    txt = f.read_text(encoding='utf-8')
+    assert old in txt
+    f.write_text(txt.replace(old, new), encoding='utf-8')
+
+@pytest.fixture
+def repo(tmp_path):
+    "A copy of the repository, itself a git repository since check_sync asks git for the files"
+    copy_repo(tmp_path)
+    subprocess.run(['git', 'init', '-q'], cwd=tmp_path, check=True)
+    return tmp_path
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The wheel built in isolation from the sdist that is built in isolation from a copy of the repository"
+    d,dist = tmp_path_factory.mktemp('repo'),tmp_path_factory.mktemp('dist')
+    copy_repo(d)
+    rc,out = run('-m', 'build', '--outdir', dist, cwd=d)
+    assert rc == 0, out
+    assert 'is ignored' not in out, out  # setuptools' words for a field that `dynamic` lacks
+    assert sorted(f.name for f in dist.iterdir()) == [f'frskd_fastai-{version}-py3-none-any.whl', f'frskd_fastai-{version}.tar.gz']
+    return zipfile.ZipFile(next(dist.glob('*.whl')))
+
+@pytest.fixture(scope='module')
+def info(wheel): return lambda name: wheel.read(f'frskd_fastai-{version}.dist-info/{name}').decode()
+
+@pytest.fixture(scope='module')
+def meta(info): return email.message_from_string(info('METADATA'))
+
+def test_metadata(meta):
+    assert meta['Name'] == cfg['lib_name'] == 'frskd_fastai'
+    assert meta['Version'] == version
+    assert meta['Summary'] == cfg['description']
+    assert meta['Requires-Python'] == '>=' + cfg['min_python']
+    assert meta['Author'] == cfg['author']
+    assert meta['License-Expression'] == cfg['license'] == 'Apache-2.0'
+    assert meta['Keywords'].split(',') == cfg['keywords'].split()
+    assert meta.get_all('Classifier') == cfg['classifiers'].strip().splitlines()
+    assert set(meta.get_all('Project-URL')) == {f'Repository, {cfg["git_url"]}', f'Documentation, {cfg["doc_url"]}'}
+    assert meta['Description-Content-Type'] == 'text/markdown'
+    assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
+
+def test_requirements(meta):
+    extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
+    assert set(extras) == set(meta.get_all('Provides-Extra')) == {'timm', 'accelerate', 'dev'}
+    want = cfg['requirements'].split() + [f'{r}; extra == "{e}"' for e,rs in extras.items() for r in rs]
+    got = {Requirement(r) for r in meta.get_all('Requires-Dist')}
+    assert got == set(map(Requirement, want))
+    # not only as settings.ini has it, but as users are told
+    assert {r for r in got if not r.marker} == set(map(Requirement, ['fastai>=2.8', 'torch', 'torchvision', 'fastcore']))
+    assert {Requirement('timm; extra == "timm"'), Requirement('accelerate; extra == "accelerate"')} < got
+
+def test_entry_points(info):
+    eps = ConfigParser(delimiters='=')
+    eps.read_string(info('entry_points.txt'))
+    assert {s: dict(eps[s]) for s in eps.sections()} == {
+        'console_scripts': {'frskd-train': 'frskd_fastai.train:main'}, 'nbdev': {'frskd_fastai': 'frskd_fastai._modidx:d'}}
+
+def test_wheel_files(wheel, info, meta):
+    assert meta.get_all('License-File') == ['LICENSE']
+    assert info('licenses/LICENSE') == (root/'LICENSE').read_text(encoding='utf-8')
+    top = {'frskd_fastai', f'frskd_fastai-{version}.dist-info'}
+    assert {n.split('/')[0] for n in wheel.namelist()} == top  # no tests, nbs, tools
+    mods = {f.relative_to(root).as_posix()
+            for f in (root/'frskd_fastai').rglob('*.py') if '.ipynb_checkpoints' not in f.parts}
+    assert {n for n in wheel.namelist() if n.startswith('frskd_fastai/')} == mods
+    assert {f'frskd_fastai/{m}.py' for m in ('__init__', '_modidx', 'train')} <= mods  # what the entry points name
+
+def test_pyproject_must_equal_settings(repo):
+    changed = 'lib_name', 'description', 'git_url', 'doc_url'
+    for k in changed: edit(repo/'settings.ini', f'\n{k} = {cfg[k]}\n', f'\n{k} = {cfg[k]}x\n')
+    rc,out = run('-m', 'build', '--sdist', cwd=repo)
+    assert rc and 'pyproject.toml differs from settings.ini' in out
+    for k in changed: assert f"{k}: settings.ini has '{cfg[k]}x', pyproject.toml '{cfg[k]}'" in out
+
+def test_readme_check(repo):
+    check = lambda: run('tools/make_readme.py', '--check', cwd=repo)
+    assert check()[0] == 0, check()[1]
+    edit(repo/'README.md', '\n', '\n\n')
+    rc,out = check()
+    assert rc == 1 and 'README.md' in out and 'make export' in out
+    rc,out = run('tools/make_readme.py', cwd=repo)
+    assert rc == 0 and check()[0] == 0, out
+
+def test_sync_check(repo, monkeypatch):
+    monkeypatch.setenv('IN_TEST', '1')  # makes nbdev-export do nothing, unless the check sees to that
+    check = lambda: run('tools/check_sync.py', cwd=repo)
+    state = lambda: {f: f.read_bytes() for f in repo.rglob('*') if f.is_file() and '.git' not in f.parts}
+    assert check()[0] == 0, check()[1]
+    mod = next(f for f in sorted((repo/'frskd_fastai').glob('[!_]*.py')) if 'AUTOGENERATED' in f.read_text(encoding='utf-8'))
+    mod.write_text(mod.read_text(encoding='utf-8') + '\n# an edit by hand\n', encoding='utf-8')
+    (repo/'frskd_fastai/stale.py').write_text('# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/gone.ipynb.\n')
+    edit(repo/'nbs/index.ipynb', '"cells": [', '"cells":  [')  # as another writer than nbdev-clean leaves it
+    edit(repo/'README.md', '\n', '\n\n')
+    before = state()
+    rc,out = check()
+    assert rc == 1 and 'make export' in out
+    for f in (f'frskd_fastai/{mod.name}: differs', 'frskd_fastai/stale.py: no notebook makes it', 'nbs/index.ipynb: differs',
+              'README.md: differs'): assert f in out
+    assert out.count('\n  ') == 4, out
+    assert state() == before
