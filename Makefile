@@ -3,15 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 META := settings.ini setup.py pyproject.toml
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
-# no window is opened for a plot
+# No window is opened for a plot
 export MPLBACKEND := agg
 
-.PHONY: help demo test export clean
+.PHONY: help demo test export outputs clean
 # also under `make -j`: the stages of `make test` share the two cores that CI has
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 # $(call stage,NAME,COMMAND): run COMMAND, say how long it took, end with its exit status
 define stage
@@ -25,13 +25,18 @@ demo: $(BIN)/.installed ## train without and with FRSKD, show the result; its fi
 test: $(BIN)/.installed-dev ## all that CI runs: sync, README, notebooks, pytest
 	$(call stage,sync,$(BIN)/python tools/check_sync.py)
 	$(call stage,readme,$(BIN)/python tools/make_readme.py --check)
-	$(call stage,notebooks,$(BIN)/nbdev-test --n-workers 2 --timing)
+	$(call stage,notebooks,OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing)
 	$(call stage,pytest,$(BIN)/python -m pytest tests)
 
 export: $(BIN)/.installed-dev ## write the modules and README.md from the notebooks (and clean these)
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python tools/make_readme.py
+
+outputs: $(BIN)/.installed-dev ## run the notebooks and keep their outputs in them, then export
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --save
+	$(BIN)/python tools/tidy_outputs.py
+	$(MAKE) export
 
 clean: ## remove what the other targets write, but keep .venv
 	rm -rf demo build dist _docs _proc .pytest_cache *.egg-info

@@ -34,7 +34,7 @@ class Trust:
         "Now: 0. before the first batch, then a scalar tensor, which stays on its device (reading it would make the GPU wait)"
         return 0. if self.loss is None else torch.exp(-self.loss)
 
-# %% ../nbs/03_callback.ipynb #27a4f988
+# %% ../nbs/03_callback.ipynb #c661842b
 class _CreateOpt:
     "`learn.create_opt` while a callback is attached: as before, then the self-teacher joins"
     def __init__(self, learn, cb): self.learn,self.cb,self.before = learn,cb,learn.__dict__.get('create_opt')
@@ -46,6 +46,13 @@ class _CreateOpt:
         else: self.learn.__dict__.pop('create_opt', None)
     # An exported Learner gets its own `create_opt` back, so that it doesn't need this package
     def __reduce__(self): return getattr, (self.learn, 'create_opt')
+    def __deepcopy__(self, memo): return _deepcopied(self, memo)
+
+def _deepcopied(o, memo):
+    "What `deepcopy` does without a `__reduce__`, which is for pickling here"
+    new = memo[id(o)] = object.__new__(type(o))
+    new.__dict__.update({k:deepcopy(v, memo) for k,v in o.__dict__.items()})
+    return new
 
 # %% ../nbs/03_callback.ipynb #4f8f1707
 @contextmanager
@@ -77,7 +84,7 @@ def _some_inputs(learn, n=2):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(to_device(o[:n].as_subclass(Tensor), one_param(learn.model).device) for o in b[:n_inp])
 
-# %% ../nbs/03_callback.ipynb #2315efc5
+# %% ../nbs/03_callback.ipynb #91bfcc58
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -174,7 +181,7 @@ class FRSKDCallback(Callback):
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
         self._cleanup() # what an interrupted fit may have left
-        learn = self.learn
+        self._snapshot,learn = None,self.learn
         if learn.lock.locked() or learn.opt is None: return # validation or prediction
         self._join()
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
@@ -266,3 +273,8 @@ class FRSKDCallback(Callback):
 
     # A pickled Learner (`learn.export()`) is for inference: FRSKD is not in it, and it loads without this package
     def __reduce__(self): return Callback, (), {'learn':self.learn}
+
+    def __deepcopy__(self, memo):
+        new = _deepcopied(self, memo)
+        if self._model is not None: new._model = weakref.ref(deepcopy(self._model(), memo))
+        return new

@@ -36,7 +36,7 @@ def digits_data(
         if not dest.exists(): raise
     return dest
 
-# %% ../nbs/07_data.ipynb #1a39401c
+# %% ../nbs/07_data.ipynb #52b51120
 class DataError(ValueError): "The images can't be used; the message says why, and what would be"
 
 def _classes(path): return sorted({f.relative_to(path).parts[0] for f in get_image_files(path) if len(f.relative_to(path).parts)>1})
@@ -63,7 +63,8 @@ def find_images(
     if len(classes)<2: raise DataError(f"only one class, {classes[0]!r}, in {roots[0]}; {layout}")
     bad = verify_images(L(files).concat())
     if bad: raise DataError(f"{len(bad)} unreadable image{'s' if len(bad)>1 else ''}, for instance {bad[0]}; remove or replace {'them' if len(bad)>1 else 'it'}")
-    def label(f): return Path(f).relative_to(roots[0] if Path(f).is_relative_to(roots[0]) else roots[1]).parts[0]
+    # the folder below the root; fastai's labeller, since an exported Learner keeps it and should load without this package
+    label = RegexLabeller(f"^(?:{'|'.join(re.escape(r.as_posix()) for r in roots)})/([^/]+)/")
     if len(files)==2:
         unknown = sorted(set(_classes(roots[1]))-set(classes))
         if unknown: raise DataError(f"class {unknown[0]!r} is in {roots[1]}, but not in {roots[0]}")

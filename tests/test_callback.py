@@ -129,6 +129,15 @@ def test_lr_find_restores_student_and_teacher(make):
     assert left(learn)==clean(learn)
     learn.fit(1)
 
+def test_interrupted_lr_find_does_not_take_the_next_fit_back(make):
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(KeyboardInterrupt):
+        learn.add_cb(Stop(KeyboardInterrupt(), 'after_step')); learn.lr_find(show_plot=False, num_it=12)
+    learn.remove_cb(Stop)
+    before = weights(learn.frskd.teacher)
+    learn.fit(1, 1e-2)
+    assert not same(before, weights(learn.frskd.teacher))
+
 # -- Building changes nothing --------------------------------------------------------------------
 def test_probing_changes_nothing(make):
     plain = make(); plain.create_opt()
@@ -384,6 +393,20 @@ def test_access(make):
     learn = make(cbs=FRSKDCallback(levels=['stages.1','stages.2'])); learn.fit(1)
     assert isinstance(learn.frskd.teacher, SelfTeacher) and list(learn.frskd.level_names)==['stages.1','stages.2']
     assert all(v.ndim==0 and not v.requires_grad for v in learn.frskd.losses.values())
+
+def test_a_copied_learner_trains_like_the_original(make):
+    learn = make(cbs=FRSKDCallback()); learn.fit(1, 1e-2)
+    other = deepcopy(learn)
+    assert other.frskd is not learn.frskd and other.frskd.learn is other and other.frskd in other.cbs
+    before = weights(learn.model)
+    for l in learn,other:
+        set_seed(1); l.dls.train.rng = random.Random(1)
+        if l is learn: l.fit(1, 1e-2)
+    assert same(before, weights(other.model))
+    other.fit(1, 1e-2)
+    assert same(weights(learn.model), weights(other.model)) and same(weights(learn.frskd.teacher), weights(other.frskd.teacher))
+    other.fit(1, 1e-2, reset_opt=True)
+    assert {id(p) for p in other.frskd.teacher.parameters()} <= set(groups(other.opt)[-1])
 
 # -- Saving --------------------------------------------------------------------------------------
 def image_dls(): return ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)

@@ -1,0 +1,159 @@
+"The command frskd-train: what it writes, and one clear line for bad input"
+import os, shlex, subprocess, sys, urllib.error, zipfile
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from fastai.learner import load_learner
+from fastai.vision.all import get_image_files
+from frskd_fastai.data import digits_data
+from frskd_fastai.train import main, results
+
+SHARED = Path(__file__).parents[2]/'shared/data'
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    "No progress bars: the tests read what is printed"
+    import fastai.callback.progress as p
+    monkeypatch.setattr(p.ProgressCallback, 'run', False)
+
+def run(*args, capsys):
+    code = main([str(a) for a in args])
+    out = capsys.readouterr()
+    return code,out.out,out.err
+
+def image(path, size=(12,12)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(len(str(path))).integers(0, 255, (*size,3), dtype=np.uint8)).save(path)
+
+@pytest.fixture
+def folder(tmp_path):
+    "Some digits, one folder per class, and 'my images' as the folder's name"
+    root = tmp_path/'my images'
+    for c in '0123':
+        for f in sorted((digits_data()/'train'/c).iterdir())[:20]:
+            (root/c).mkdir(parents=True, exist_ok=True)
+            (root/c/f.name).write_bytes(f.read_bytes())
+    return root
+
+FAST = '--size','32','--epochs','1','--bs','16','--lr','1e-3','--no-pretrained'
+
+def test_results(folder, tmp_path, capsys):
+    code,out,err = run(folder, *FAST, '--compare', '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
+    h = pd.read_csv(tmp_path/'r/history.csv')
+    assert h.run.tolist()==['plain','frskd'] and h.epoch.tolist()==[0,0]
+    assert h.student_loss.isna().tolist()==[True,False]
+    for f in 'curves.png','attention.png':
+        im = Image.open(tmp_path/'r'/f); im.load()
+        assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
+    text = (tmp_path/'r/summary.md').read_text()
+    assert text in out and '| plain |' in text and '| frskd |' in text and '64 training and 16 validation images of 4 classes' in text
+    assert f"{h.accuracy.iloc[1]:.2%}" in text
+    learn = load_learner(tmp_path/'r/student.pkl')
+    assert b'frskd_fastai' not in (tmp_path/'r/student.pkl').read_bytes()
+    with learn.no_bar(): label,_,probs = learn.predict(get_image_files(folder)[0])
+    assert label in '0123' and probs.shape==(4,)
+
+def test_plain_run_of_a_comparison_is_plain_and_seeded(folder, tmp_path, capsys):
+    "FRSKD with a factor that stays 0 gives the plain run's student; the same command gives the same history"
+    for o in 'a','b': assert run(folder, *FAST, '--compare', '--seed', 3, '--out', tmp_path/o, capsys=capsys)[0]==0
+    a,b = (pd.read_csv(tmp_path/o/'history.csv').drop(columns='time') for o in 'ab')
+    pd.testing.assert_frame_equal(a, b)
+    assert run(folder, *FAST, '--seed', 3, '--out', tmp_path/'c', capsys=capsys)[0]==0
+    c = pd.read_csv(tmp_path/'c/history.csv')
+    assert c.valid_loss[0]==a.valid_loss[1] # with or without a plain run before it
+    s = [torch.load(tmp_path/o/'student.pkl', weights_only=False).model.state_dict() for o in 'ac']
+    assert all(torch.equal(s[0][k], s[1][k]) for k in s[0])
+
+def test_split_folders_and_options(folder, tmp_path, capsys):
+    split = tmp_path/'split'
+    for c in '01':
+        for i,f in enumerate(sorted((folder/c).iterdir())):
+            to = split/('test' if i<5 else 'train')/c/f.name
+            to.parent.mkdir(parents=True, exist_ok=True); to.write_bytes(f.read_bytes())
+    code,out,err = run(split, *FAST, '--arch', 'xresnet18', '--alpha', 0, '--beta', 10, '--temperature', 2, '--width', .25, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    h = pd.read_csv(tmp_path/'r/history.csv')
+    assert h.run.tolist()==['frskd'] and 'soft_label_loss' not in h and h.feature_loss.notna().all()
+    assert '30 training and 10 validation images of 2 classes' in out
+
+def test_auto_learning_rate(folder, tmp_path, capsys):
+    code,out,err = run(folder, *FAST, '--lr', 'auto', '--out', tmp_path/'r', capsys=capsys)
+    assert code==0 and 'learning rate: ' in out
+    assert not (tmp_path/'r/models').exists() or not list((tmp_path/'r/models').iterdir())
+
+def test_pretrained_goes_through_fine_tune(folder, tmp_path, capsys, monkeypatch):
+    "The real loading code, with torchvision's download replaced by a seeded network's weights"
+    import torchvision
+    def fetch(url, **kw):
+        torch.manual_seed(0)
+        return torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', fetch)
+    code,out,err = run(folder, '--size', 32, '--epochs', 1, '--bs', 16, '--lr', '1e-3', '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    h = pd.read_csv(tmp_path/'r/history.csv')
+    assert h.epoch.tolist()==[0,0] and 'pretrained' in out # the frozen epoch, then one
+
+# -- Bad input: one line, exit code 2, nothing written ---------------------------------------------
+def bad(args, capsys, tmp_path, *words):
+    before = {p:p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+    code,out,err = run(*args, capsys=capsys)
+    assert code==2
+    assert err.startswith('frskd-train: ') and err.count('\n')==1 and err.endswith('\n')
+    for w in words: assert str(w) in err, err
+    assert {p:p.stat().st_mtime_ns for p in tmp_path.rglob('*')}==before
+
+def test_no_such_path(tmp_path, capsys): bad([tmp_path/'nowhere', '--out', tmp_path/'r'], capsys, tmp_path, tmp_path/'nowhere')
+def test_path_is_a_file(tmp_path, capsys):
+    image(tmp_path/'a.png'); bad([tmp_path/'a.png', '--out', tmp_path/'r'], capsys, tmp_path, 'not a folder')
+def test_no_images(tmp_path, capsys):
+    (tmp_path/'x').mkdir(); (tmp_path/'x/readme.txt').write_text('hello')
+    bad([tmp_path/'x', '--out', tmp_path/'r'], capsys, tmp_path, 'no images', 'one folder per class')
+def test_one_class(tmp_path, capsys):
+    for i in range(9): image(tmp_path/f'x/cats/{i}.png')
+    bad([tmp_path/'x', '--out', tmp_path/'r'], capsys, tmp_path, 'only one class', 'cats')
+def test_unreadable_image(folder, tmp_path, capsys):
+    f = sorted((folder/'2').iterdir())[3]
+    f.write_bytes(f.read_bytes()[:40])
+    bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, f, 'unreadable')
+def test_unknown_architecture(folder, tmp_path, capsys): bad([folder, '--arch', 'resnet19', '--out', tmp_path/'r'], capsys, tmp_path, 'resnet19', 'did you mean', 'resnet18')
+def test_weights_that_cannot_be_fetched(folder, tmp_path, capsys, monkeypatch):
+    import torchvision
+    def fetch(*a, **kw): raise urllib.error.URLError('no network')
+    monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', fetch)
+    bad([folder, '--size', 32, '--out', tmp_path/'r'], capsys, tmp_path, 'pretrained weights', 'resnet18', 'no network', '--no-pretrained')
+def test_results_are_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path/'r').mkdir(); (tmp_path/'r/history.csv').write_text('precious')
+    bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, 'already holds results', '--force')
+    assert (tmp_path/'r/history.csv').read_text()=='precious'
+    (tmp_path/'r/notes.txt').write_text('mine')
+    assert run(folder, *FAST, '--out', tmp_path/'r', '--force', capsys=capsys)[0]==0
+    assert (tmp_path/'r/history.csv').read_text()!='precious' and (tmp_path/'r/notes.txt').read_text()=='mine'
+def test_out_is_a_file(folder, tmp_path, capsys):
+    (tmp_path/'r').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, 'is a file')
+
+@pytest.mark.parametrize('args', ['--epochs 0','--epochs x','--bs 1','--size 0','--lr fast','--lr 0','--lr nan','--alpha -1','--beta nan','--temperature 0','--width inf','--seed -1','--nothing'])
+def test_bad_options(args, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e: main(shlex.split(args))
+    assert e.value.code==2
+    assert args.split()[0] in capsys.readouterr().err.strip().split('\n')[-1]
+    assert not list(tmp_path.iterdir())
+
+# -- As a user starts it ----------------------------------------------------------------------------
+@pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')
+def test_command_on_real_images(tmp_path):
+    "A few classes of CIFAR-100, with the installed command in a process of its own"
+    with zipfile.ZipFile(SHARED/'cifar100-0.zip') as z:
+        classes = sorted({n.split('/')[2] for n in z.namelist() if n.endswith('.png')})[:3]
+        for c in classes:
+            for part,k in (('train',30),('test',10)):
+                for n in [o for o in z.namelist() if o.startswith(f'cifar100/{part}/{c}/') and o.endswith('.png')][:k]: z.extract(n, tmp_path)
+    cmd = [str(Path(sys.executable).with_name('frskd-train')),'cifar100','--size','32','--epochs','1','--bs','16','--lr','1e-3','--no-pretrained']
+    done = subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode==0, done.stderr
+    assert '90 training and 30 validation images of 3 classes' in done.stdout
+    assert sorted(o.name for o in (tmp_path/'frskd-results').iterdir())==sorted(results)
+    again = subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode==2 and again.stderr.count('\n')==1 and 'already holds results' in again.stderr

@@ -1,0 +1,21 @@
+"""Keep of the notebooks' printed outputs what a terminal would show at the end: progress bars overwrite themselves with carriage returns."""
+import json
+from pathlib import Path
+
+def screen(line):
+    "`line` as a terminal leaves it: what comes after a carriage return is written over what was there"
+    shown = ''
+    for s in line.split('\r'): shown = s + shown[len(s):]
+    return shown.rstrip(' ')
+
+def main():
+    for f in sorted(Path(__file__).resolve().parent.parent.glob('nbs/**/*.ipynb')):
+        text = f.read_text()
+        nb = json.loads(text)
+        for o in (o for c in nb['cells'] for o in c.get('outputs', []) if o['output_type']=='stream'):
+            lines = ''.join(o['text']).split('\n')
+            o['text'] = '\n'.join(map(screen, lines)).splitlines(True)
+        new = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n' # as nbdev-clean writes them
+        if new!=text: f.write_text(new)
+
+if __name__=='__main__': main()
