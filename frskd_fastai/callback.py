@@ -84,7 +84,7 @@ def _some_inputs(learn, n=2):
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return tuple(to_device(o[:n].as_subclass(Tensor), one_param(learn.model).device) for o in b[:n_inp])
 
-# %% ../nbs/03_callback.ipynb #91bfcc58
+# %% ../nbs/03_callback.ipynb #86113a77
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -180,9 +180,11 @@ class FRSKDCallback(Callback):
 
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
+        learn = self.learn
+        if learn.lock.locked(): return # validation or prediction, perhaps by another callback in the middle of a fit
         self._cleanup() # what an interrupted fit may have left
-        self._snapshot,learn = None,self.learn
-        if learn.lock.locked() or learn.opt is None: return # validation or prediction
+        self._snapshot = None
+        if learn.opt is None: return
         self._join()
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
         self.teacher.to(one_param(learn.model).device)
@@ -226,6 +228,7 @@ class FRSKDCallback(Callback):
     def after_train(self): self._cleanup_taps()
 
     def after_fit(self):
+        if self.learn.lock.locked(): return
         self._cleanup()
         if self._snapshot is not None:
             state,self.trust.loss = self._snapshot

@@ -88,7 +88,7 @@ def _summary(args, learn, history, lr, seconds):
               "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."]
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/08_train.ipynb #a6e4c8a6
+# %% ../nbs/08_train.ipynb #defcbf76
 def train(
     args:argparse.Namespace, # Parsed options, see `parser`
 )->Path: # Folder with the results
@@ -97,7 +97,7 @@ def train(
     check_out(args.out, args.force)
     arch = find_arch(args.arch)
     if args.pretrained is None: args.pretrained = args.path is not None # the embedded images need no network
-    if args.size is None: args.size = 64 if args.path is None else 224
+    if args.size is None: args.size = 48 if args.path is None else 224
     make = dict(path=args.path, flip=True) if args.path is not None else dict(path=digits_data(), flip=False)
     workers = 0 if args.path is None else None # decoding an 8×8 image costs less than handing it over
     dls = partial(image_dls, size=args.size, bs=args.bs, seed=args.seed, num_workers=workers, **make)
@@ -125,7 +125,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join(results)}")
     return args.out
 
-# %% ../nbs/08_train.ipynb #4dd31b4b
+# %% ../nbs/08_train.ipynb #7e74b58c
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -148,7 +148,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--arch', default='resnet18', help="architecture: torchvision's, fastai's xresnets, timm's")
     p.add_argument('--epochs', type=_number(int, 1), default=10, help="epochs; with pretrained weights one epoch with a frozen body comes before")
     p.add_argument('--bs', type=_number(int, 2), default=64, help="batch size")
-    p.add_argument('--size', type=_number(int, 8), help="image size in pixels (default: 224; 64 for the embedded digits)")
+    p.add_argument('--size', type=_number(int, 8), help="image size in pixels (default: 224; 48 for the embedded digits)")
     p.add_argument('--lr', type=_lr, default='auto', help="learning rate, or 'auto' for fastai's lr_find")
     p.add_argument('--pretrained', action=argparse.BooleanOptionalAction, help="start from pretrained weights (default: yes; no for the embedded digits)")
     defaults = {k:v.default for k,v in inspect.signature(FRSKDCallback).parameters.items()}

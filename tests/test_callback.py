@@ -389,6 +389,22 @@ def test_columns(make):
     learn = make(cbs=FRSKDCallback()); learn.fit(1)
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time']
 
+def test_predictions_in_the_middle_of_a_fit(make):
+    "A callback that predicts after each epoch fires `before_fit` and `after_fit` in the middle of the fit"
+    learn = make(cbs=FRSKDCallback(columns=True))
+    rows,seen = [],[]
+    learn.logger = rows.append
+    class Predict(Callback):
+        order = 100
+        def after_epoch(self):
+            if not self.learn.lock.locked(): self.learn.get_preds() # which fires `after_epoch` too
+        def after_loss(self):
+            if self.training: seen.append(id(self.frskd.losses['teacher']))
+    learn.fit(2, 1e-3, cbs=Predict())
+    assert len(set(seen))>1 and len(seen)==12
+    assert [len(r) for r in rows]==[10]*2
+    assert left(learn)==clean(learn)
+
 def test_access(make):
     learn = make(cbs=FRSKDCallback(levels=['stages.1','stages.2'])); learn.fit(1)
     assert isinstance(learn.frskd.teacher, SelfTeacher) and list(learn.frskd.level_names)==['stages.1','stages.2']
