@@ -32,7 +32,7 @@ def _node(d, depth):
         layers += [nn.Conv2d(d, d, 3, padding=1, groups=d, bias=False), nn.Conv2d(d, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/01_teacher.ipynb #504a6205
+# %% ../nbs/01_teacher.ipynb #a007c64b
 class SelfTeacher(nn.Module):
     "The channel-scaled self-teacher of FRSKD (paper section 3.1): refines feature maps in a top-down and a bottom-up pass"
     def __init__(self,
@@ -42,9 +42,8 @@ class SelfTeacher(nn.Module):
         depth:int=2, # Depthwise-separable convolutions in each node
     ):
         super().__init__()
+        self.check_size(width, depth)
         if len(channels)<2: raise ValueError(f"FRSKD: the self-teacher needs at least two levels, got channels={list(channels)}")
-        if not (width>0 and math.isfinite(width)): raise ValueError(f"FRSKD: width must be a positive number, got {width!r}")
-        if not (isinstance(depth, int) and depth>0): raise ValueError(f"FRSKD: depth must be a positive whole number, got {depth!r}")
         n,d = len(channels),[max(1, round(width*c)) for c in channels]
         self.laterals   = nn.ModuleList(_project(c, di if i==0 else 2*di) for i,(c,di) in enumerate(zip(channels,d)))
         self.up         = nn.ModuleList(_project(d[i+1], d[i]) for i in range(n-1))
@@ -58,6 +57,12 @@ class SelfTeacher(nn.Module):
         mask[-1,1] = 0.
         self.register_buffer('fusion_mask', mask, persistent=False)
         self.head = nn.Linear(d[-1], n_out)
+
+    @staticmethod
+    def check_size(width, depth):
+        "`ValueError` for a `width` or `depth` that no self-teacher can have"
+        if not (isinstance(width, Real) and 0<width<math.inf): raise ValueError(f"FRSKD: width must be a positive number, got {width!r}")
+        if not (isinstance(depth, int) and depth>0): raise ValueError(f"FRSKD: depth must be a positive whole number, got {depth!r}")
 
     def forward(self,
         feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first
