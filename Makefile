@@ -7,6 +7,9 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 export MPLBACKEND := agg
 export PYTHONWARNINGS := ignore::FutureWarning
 
+# One thread a test process: the networks are small, and OpenMP's threads wait by spinning, which makes them crawl on a busy machine
+ONE := OMP_NUM_THREADS=1
+
 .PHONY: help demo test export outputs clean
 # also under `make -j`: the stages of `make test` share the two cores that CI has
 .NOTPARALLEL:
@@ -26,8 +29,8 @@ demo: $(BIN)/.installed ## train without and with FRSKD, show the result; its fi
 test: $(BIN)/.installed-dev ## all that CI runs: sync, README, notebooks, pytest
 	$(call stage,sync,$(BIN)/python tools/check_sync.py)
 	$(call stage,readme,$(BIN)/python tools/make_readme.py --check)
-	$(call stage,notebooks,OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing)
-	$(call stage,pytest,$(BIN)/python -m pytest tests)
+	$(call stage,notebooks,$(ONE) $(BIN)/nbdev-test --n-workers 2 --timing)
+	$(call stage,pytest,$(ONE) $(BIN)/python -m pytest tests)
 
 export: $(BIN)/.installed-dev ## write the modules and README.md from the notebooks (and clean these)
 	$(BIN)/nbdev-clean

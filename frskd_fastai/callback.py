@@ -44,7 +44,9 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #7d4c5055
+# %% ../nbs/03_callback.ipynb #6f10a40c
+_not_served = {**dict.fromkeys(('MSELoss','L1Loss','SmoothL1Loss','HuberLoss'), 'regression'), **dict.fromkeys(('BCELoss','BCEWithLogitsLoss'), 'multi-label targets')}
+
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -103,8 +105,10 @@ class FRSKDCallback(Callback):
         if xb is None: return self
         model = self.learn.model
         lvls,pred = find_levels(model, *xb, levels=self.levels)
-        if not (isinstance(pred, Tensor) and pred.ndim==2):
-            raise ValueError(f"FRSKD serves classification, logits of shape B×C; this model returns {tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__}")
+        if not (isinstance(pred, Tensor) and pred.ndim==2 and pred.shape[1]>1):
+            raise ValueError(f"FRSKD serves single-label classification, logits of shape B×C with two classes or more; this model returns {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
+        kind = type(getattr(self.learn.loss_func, 'func', self.learn.loss_func)).__name__ # `func` is the torch loss in a fastai one
+        if kind in _not_served: raise ValueError(f"FRSKD serves single-label classification; this Learner's loss function, {kind}, is for {_not_served[kind]}")
         if self.teacher is not None: self._leave()
         states = get_random_states() # the student's later randomness is as without FRSKD
         teacher = SelfTeacher(lvls.attrgot('channels'), pred.shape[1], width=self.width, depth=self.depth).to(pred.device)

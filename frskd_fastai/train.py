@@ -88,7 +88,7 @@ def _summary(args, learn, history, lr, seconds):
               "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."]
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/08_train.ipynb #defcbf76
+# %% ../nbs/08_train.ipynb #bb4de4d9
 def train(
     args:argparse.Namespace, # Parsed options, see `parser`
 )->Path: # Folder with the results
@@ -108,6 +108,7 @@ def train(
     lr = args.lr
     if lr=='auto':
         with contextlib.redirect_stdout(io.StringIO()): lr = _learner(args, dls, arch, False).lr_find(show_plot=False).valley
+        with contextlib.suppress(OSError): (args.out/'models').rmdir() # where lr_find had its temporary checkpoint
         print(f'learning rate: {lr:.2g}')
     seconds,rows = {},[]
     for run,l in (('plain',plain),('frskd',learn)) if args.compare else (('frskd',learn),):
@@ -125,7 +126,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join(results)}")
     return args.out
 
-# %% ../nbs/08_train.ipynb #7e74b58c
+# %% ../nbs/08_train.ipynb #6c445a0e
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -165,7 +166,7 @@ def parser()->argparse.ArgumentParser:
 
 def main(
     argv:list|None=None, # Arguments; the command line's by default
-)->int: # Exit code: 0, or 2 for bad input
+)->int: # Exit code: 0; 2 for bad input; 130 after Ctrl-C
     "The command `frskd-train`"
     plt.switch_backend('agg') # pictures go to files; there may be no display
     warnings.filterwarnings('ignore', message='.*torch.jit.*'); warnings.filterwarnings('ignore', category=UserWarning, module='torch')
@@ -176,4 +177,7 @@ def main(
     except (UsageError,DataError) as e:
         print(f'frskd-train: {e}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('\nfrskd-train: interrupted; results are written at the end, so there are none', file=sys.stderr)
+        return 130
     return 0

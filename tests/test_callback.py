@@ -177,6 +177,18 @@ def test_errors_leave_the_learner_as_it_was(make):
 def test_bad_options(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): FRSKDCallback(**kw)
 
+@pytest.mark.parametrize('loss_func,msg', [(MSELossFlat(), 'regression'), (nn.L1Loss(), 'regression'), (BCEWithLogitsLossFlat(), 'multi-label'), (nn.BCEWithLogitsLoss(), 'multi-label')], ids=str)
+def test_targets_it_cannot_serve_are_refused(make, loss_func, msg):
+    learn = make(cbs=FRSKDCallback())
+    learn.loss_func = loss_func
+    with pytest.raises(ValueError, match=msg): learn.fit(1)
+    assert n_hooks(learn.model)==0
+
+def test_models_it_cannot_serve_are_refused(make):
+    for model,msg in ((SmallNet(1), r'\(2, 1\)'), (SmallNet().stages, 'returns shape')):
+        learn = make(model=nn.Sequential(ConvLayer(3,8), model) if msg=='returns shape' else model, splitter=trainable_params, cbs=FRSKDCallback())
+        with pytest.raises(ValueError, match=msg): learn.fit(1)
+
 def test_empty_training_set_is_told(make):
     learn = make(cbs=FRSKDCallback())
     learn.dls.train.n = 3

@@ -81,7 +81,7 @@ def test_split_folders_and_options(folder, tmp_path, capsys):
 def test_auto_learning_rate(folder, tmp_path, capsys):
     code,out,err = run(folder, *FAST, '--lr', 'auto', '--out', tmp_path/'r', capsys=capsys)
     assert code==0 and 'learning rate: ' in out
-    assert not (tmp_path/'r/models').exists() or not list((tmp_path/'r/models').iterdir())
+    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
 
 def test_pretrained_goes_through_fine_tune(folder, tmp_path, capsys, monkeypatch):
     "The real loading code, with torchvision's download replaced by a seeded network's weights"
@@ -132,6 +132,12 @@ def test_results_are_not_overwritten(folder, tmp_path, capsys):
     assert (tmp_path/'r/history.csv').read_text()!='precious' and (tmp_path/'r/notes.txt').read_text()=='mine'
 def test_out_is_a_file(folder, tmp_path, capsys):
     (tmp_path/'r').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, 'is a file')
+
+def test_interrupted(folder, tmp_path, capsys, monkeypatch):
+    import frskd_fastai.train as t
+    monkeypatch.setattr(t, '_fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    code,out,err = run(folder, *FAST, '--out', tmp_path/'r', capsys=capsys)
+    assert code==130 and err.strip().count('\n')==0 and 'interrupted' in err
 
 @pytest.mark.parametrize('args', ['--epochs 0','--epochs x','--bs 1','--size 0','--lr fast','--lr 0','--lr nan','--alpha -1','--beta nan','--temperature 0','--width inf','--seed -1','--nothing'])
 def test_bad_options(args, tmp_path, capsys, monkeypatch):
