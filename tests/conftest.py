@@ -1,5 +1,5 @@
 "Small real images for the tests: handwritten digits, 32×32, as tensors"
-import warnings
+import pickletools, warnings, zipfile
 warnings.filterwarnings('ignore', category=FutureWarning)
 import pytest, torch
 from fastai.vision.all import *
@@ -49,6 +49,13 @@ def n_hooks(m):
 def weights(m): return {k:v.clone() for k,v in m.state_dict().items()}
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def pickled_modules(file):
+    "The modules that a file of `learn.export` imports from when it is loaded"
+    with zipfile.ZipFile(file) as z: data = z.read(first(n for n in z.namelist() if n.endswith('data.pkl')))
+    modules = {arg.split(' ')[0] for op,arg,_ in pickletools.genops(data) if op.name=='GLOBAL'}
+    assert 'fastai.learner' in modules
+    return modules
 
 def pytest_pycollect_makeitem(collector, name, obj):
     "`from fastai.vision.all import *` brings `test_eq`, `test_set` and the like, which are no tests of ours"
