@@ -122,4 +122,5 @@ if __name__=='__main__':
     p.add_argument('--out', default='benchmarks/results/schedule_study.csv')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     args = p.parse_args()
+    if args.data=='cifar' and not args.table and not Path(args.zip).exists(): p.error(f'{args.zip} is not there; --zip names an archive with cifar100/train/CLASS/*.png and cifar100/test/CLASS/*.png')
     table(args) if args.table else run(args)

@@ -44,7 +44,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #6f10a40c
+# %% ../nbs/03_callback.ipynb #bf65ee81
 _not_served = {**dict.fromkeys(('MSELoss','L1Loss','SmoothL1Loss','HuberLoss'), 'regression'), **dict.fromkeys(('BCELoss','BCEWithLogitsLoss'), 'multi-label targets')}
 
 class FRSKDCallback(Callback):
@@ -79,6 +79,7 @@ class FRSKDCallback(Callback):
 
     @learn.setter
     def learn(self, learn):
+        if learn is not None and self.learn is not None: raise ValueError("FRSKD: this callback is attached to a Learner already; make one for each: `FRSKDCallback()`")
         if self.learn is not None: self._detach()
         if learn is None: return
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):

@@ -142,7 +142,7 @@ def _pieces(name, m, calls):
     if whole: return [(name,m)]
     return [p for n,k in kids for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
-# %% ../nbs/00_features.ipynb #87cb21d9
+# %% ../nbs/00_features.ipynb #5c232299
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
@@ -153,6 +153,7 @@ def find_levels(
     if isinstance(levels, int): found = _search(model, calls, levels)
     else:
         for n in levels: get_level(model, n)
+        if len(set(levels))<len(levels): raise ValueError(f"FRSKD: a level is named twice: {list(levels)}")
         with Taps(model, levels) as taps, unnoticed(model):
             model(*xb)
             found = [Level(n, o.shape[1], _size(o)) for n,o in zip(levels, taps.pop())]
@@ -160,7 +161,7 @@ def find_levels(
     if len(found)<2:
         got = ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in found) or 'none'
         raise ValueError(f"FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution, in the model; found: {got}, for inputs of shape {tuple(xb[0].shape)}. "
-                         "Use larger images, or name the modules: `FRSKDCallback(levels=['layer3', 'layer4'])`.")
+                         "Use larger images, or name the modules: `FRSKDCallback(levels=[...])`.")
     return L(found),pred
 
 def _search(model, calls, n):

@@ -16,7 +16,7 @@ from .callback import *
 from .data import *
 from .visualize import *
 
-# %% ../nbs/08_train.ipynb #6a64f152
+# %% ../nbs/08_train.ipynb #98759b68
 class UsageError(ValueError): "What the user asked for can't be done; the message is one line that says why"
 
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
@@ -34,7 +34,7 @@ def find_arch(
     else:
         known,extra = [*tv,*xres,*timm.list_models()],''
         if timm.is_model(name): return name
-    near = difflib.get_close_matches(name, known, n=4)
+    near = difflib.get_close_matches(name, sorted(set(known)), n=4)
     raise UsageError(f"unknown architecture {name!r}" + (f"; did you mean {', '.join(near)}?" if near else extra))
 
 def check_out(
@@ -42,11 +42,12 @@ def check_out(
     force:bool, # Overwrite results that are there?
 ):
     "`UsageError` if `out` holds results and `force` isn't set, or can't be a folder"
-    if out.exists() and not out.is_dir(): raise UsageError(f"--out {out} is a file; name a folder")
+    there = first(o for o in (out,*out.parents) if o.exists())
+    if not there.is_dir(): raise UsageError(f"--out {out}: {there} is a file; name a folder")
     there = [o for o in results if (out/o).exists()]
     if there and not force: raise UsageError(f"--out {out} already holds results ({there[0]}); name another folder, or overwrite them with --force")
 
-# %% ../nbs/08_train.ipynb #ed661447
+# %% ../nbs/08_train.ipynb #ead47c0b
 class History(Callback):
     "Keeps each epoch's row of the progress table, over all fits"
     order = Recorder.order+1
@@ -61,9 +62,9 @@ def _learner(args, dls, arch, frskd):
     cbs = [History('frskd' if frskd else 'plain')]
     if frskd: cbs.append(FRSKDCallback(alpha=args.alpha, beta=args.beta, temperature=args.temperature, width=args.width, columns=True))
     try: return vision_learner(dls(), arch, pretrained=args.pretrained, metrics=accuracy, cbs=cbs, path=args.out)
-    except (OSError,RuntimeError) as e:
-        if not args.pretrained: raise
-        reason = str(e).strip().split('\n')[0] or type(e).__name__
+    except Exception as e: # a network that fastai can't cut, an image too small for it, weights out of reach
+        reason = (str(e).strip() or type(e).__name__).split('\n')[0]
+        if not args.pretrained: raise UsageError(f"can't make a classifier of {args.arch} for {args.size} px ({reason})") from e
         raise UsageError(f"can't get the pretrained weights of {args.arch} ({reason}); go on without them: --no-pretrained") from e
 
 def _fit(learn, args, lr):
@@ -79,7 +80,7 @@ def _summary(args, learn, history, lr, seconds):
     n_train,n_valid = len(learn.dls.train_ds),len(learn.dls.valid_ds)
     lines = ['# frskd-train', '', f"`{' '.join(['frskd-train', *map(shlex.quote, args.argv)])}`", '',
         f"{args.arch}, {'pretrained' if args.pretrained else 'from scratch'}, on {data}: {n_train:,} training and {n_valid:,} validation images of {learn.dls.c} classes at {args.size} px; "
-        f"{args.epochs} epochs, batch size {args.bs}, learning rate {lr:.2g}, seed {args.seed}. Levels: {', '.join(learn.frskd.level_names)}.", '',
+        f"{args.epochs} epoch{'s'*(args.epochs>1)}, batch size {args.bs}, learning rate {lr:.2g}, seed {args.seed}. Levels: {', '.join(learn.frskd.level_names)}.", '',
         '| run | accuracy | validation loss | training time |', '|---|---|---|---|']
     for run,d in history.groupby('run', sort=False):
         lines.append(f"| {run} | {d.accuracy.iloc[-1]:.2%} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
@@ -88,7 +89,7 @@ def _summary(args, learn, history, lr, seconds):
               "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."]
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/08_train.ipynb #bb4de4d9
+# %% ../nbs/08_train.ipynb #690a82a0
 def train(
     args:argparse.Namespace, # Parsed options, see `parser`
 )->Path: # Folder with the results
@@ -103,10 +104,12 @@ def train(
     dls = partial(image_dls, size=args.size, bs=args.bs, seed=args.seed, num_workers=workers, **make)
     plain = _learner(args, dls, arch, False)
     learn = _learner(args, dls, arch, True)
-    learn.frskd.build() # a model that FRSKD can't serve is told so now, not after the plain run
+    try: learn.frskd.build() # a model that FRSKD can't serve is told so now, not after the plain run
+    except Exception as e: raise UsageError(f"can't train {args.arch} with FRSKD at {args.size} px ({str(e).strip().splitlines()[0]})") from e
     args.out.mkdir(parents=True, exist_ok=True)
     lr = args.lr
     if lr=='auto':
+        print('finding a learning rate ...')
         with contextlib.redirect_stdout(io.StringIO()): lr = _learner(args, dls, arch, False).lr_find(show_plot=False).valley
         with contextlib.suppress(OSError): (args.out/'models').rmdir() # where lr_find had its temporary checkpoint
         print(f'learning rate: {lr:.2g}')

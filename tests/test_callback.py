@@ -73,6 +73,12 @@ def test_second_is_refused(make):
     assert learn.frskd is first_cb and learn.cbs.count(first_cb)==1
     learn.fit(1)
 
+def test_one_callback_is_for_one_learner(make):
+    learn,other = make(cbs=FRSKDCallback()),make()
+    with pytest.raises(ValueError, match='attached to a Learner already'): other.add_cb(learn.frskd)
+    assert learn.frskd.learn is learn and not hasattr(other, 'frskd')
+    learn.fit(1); other.fit(1)
+
 def test_same_callback_again_keeps_its_teacher(make):
     learn,cb = make(),FRSKDCallback()
     learn.fit(1, cbs=cb)

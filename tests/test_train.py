@@ -134,6 +134,12 @@ def test_results_are_not_overwritten(folder, tmp_path, capsys):
 def test_out_is_a_file(folder, tmp_path, capsys):
     (tmp_path/'r').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, 'is a file')
 
+@pytest.mark.parametrize('arch,size', [('vit_b_16',32),('alexnet',16)])
+def test_models_that_cannot_be_made(folder, tmp_path, capsys, arch, size):
+    bad([folder, '--arch', arch, '--size', size, '--epochs', 1, '--no-pretrained', '--out', tmp_path/'r'], capsys, tmp_path, arch, f'{size} px')
+def test_out_below_a_file(folder, tmp_path, capsys):
+    (tmp_path/'f').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'f/r'], capsys, tmp_path, 'is a file')
+
 def test_interrupted(folder, tmp_path, capsys, monkeypatch):
     import frskd_fastai.train as t
     monkeypatch.setattr(t, '_fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
