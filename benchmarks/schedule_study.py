@@ -50,8 +50,9 @@ class Block(nn.Module):
     def __init__(self, ni, nf, stride):
         super().__init__()
         self.convs = nn.Sequential(ConvLayer(ni, nf, stride=stride), ConvLayer(nf, nf, act_cls=None))
+        self.act = nn.ReLU(inplace=True)
         self.idconv = nn.Identity() if ni==nf and stride==1 else ConvLayer(ni, nf, 1, stride=stride, act_cls=None)
-    def forward(self, x): return F.relu(self.convs(x) + self.idconv(x))
+    def forward(self, x): return self.act(self.convs(x) + self.idconv(x))
 
 def small_resnet(n_out, widths=(16,32,64,128)):
     "A ResNet-10 for 32×32 images: 3×3 stem, one block a stage"

@@ -7,11 +7,11 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #87ea6fed
+# %% ../nbs/03_callback.ipynb #16afab7a
 import weakref
+from numbers import Integral
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
-from fastai.torch_core import get_random_states, set_random_states
 from .features import *
 from .teacher import *
 from .losses import *
@@ -44,34 +44,44 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #bf65ee81
-_not_served = {**dict.fromkeys(('MSELoss','L1Loss','SmoothL1Loss','HuberLoss'), 'regression'), **dict.fromkeys(('BCELoss','BCEWithLogitsLoss'), 'multi-label targets')}
-
+# %% ../nbs/03_callback.ipynb #9251b0b6
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
     def __init__(self,
-        alpha:float=2., # α, weight of the soft-label loss (paper equation 6); 0 leaves it out
-        beta:float=100., # β, weight of the attention loss (paper equation 6); 0 leaves it out
+        alpha:float=2., # α, weight of the soft-label loss (paper section 3.2); 0 leaves it out
+        beta:float|None=None, # β, weight of the feature loss (paper section 3.2); 0 leaves it out. Default: 100 (the paper's) for attention, see `default_beta` for the others
         temperature:float=4., # K, softens both distributions in the soft-label loss
         width:float=1., # Channels of the self-teacher per channel of the student, at each level; the paper's is 2
         depth:int=2, # Depthwise-separable convolutions in each node of the self-teacher
         levels:int|list=4, # How many of the student's deepest feature levels to use, or their module names, as in `learn.model.named_modules()`
         schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
+        feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too
+        teacher:nn.Module|Callable|None=None, # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits to one, for instance `partial(SelfTeacher, n_channels=256)`; `width` and `depth` are the default one's
         columns:bool=False, # Show the parts of the loss and the self-teacher's accuracy, on the training batches, in the progress table?
     ):
+        if not (feature_loss in default_beta if isinstance(feature_loss, str) else callable(feature_loss)):
+            raise ValueError(f"FRSKD: feature_loss must be one of {', '.join(map(repr,default_beta))}, or a function, got {feature_loss!r}")
+        if beta is None: beta = default_beta.get(feature_loss, 1.) if isinstance(feature_loss, str) else 1.
         for name,v in dict(alpha=alpha, beta=beta).items():
             if not (isinstance(v, Real) and 0<=v<math.inf): raise ValueError(f"FRSKD: {name} must be a number, 0 or more, got {v!r}")
         if not (isinstance(temperature, Real) and 0<temperature<math.inf): raise ValueError(f"FRSKD: temperature must be a positive number, got {temperature!r}")
         SelfTeacher.check_size(width, depth)
-        if isinstance(levels, str) or (isinstance(levels, int) and levels<2) or not (isinstance(levels, int) or is_listy(levels)):
+        if isinstance(levels, str) or (isinstance(levels, Integral) and levels<2) or not (isinstance(levels, Integral) or is_listy(levels)):
             raise ValueError(f"FRSKD: levels must be a number, 2 or more, or a list of module names, got {levels!r}")
         if not callable(schedule) and schedule not in ('trust','constant'):
             raise ValueError(f"FRSKD: schedule must be 'trust', 'constant' or a function, got {schedule!r}")
-        store_attr()
-        self.teacher,self.losses,self.level_names,self.trust = None,{},L(),Trust()
-        self._learn=self._taps=self._create_opt=self._watch=self._model=self._snapshot = None
+        if not (teacher is None or callable(teacher)): raise ValueError(f"FRSKD: teacher must be a module, or a function that makes one, got {teacher!r}")
+        store_attr(but='teacher')
+        self.own_teacher = teacher
+        self.teacher,self.losses,self.level_names,self.trust,self.multi_label = None,{},L(),Trust(),False
+        self._learn=self._taps=self._create_opt=self._watch=self._model=self._snapshot=self._yb=self.trained = None
         self._columns = []
+
+    @classmethod
+    def paper(cls, **kwargs):
+        "The settings of the reference implementation for CIFAR-100: all weights constant, a self-teacher of width 2. `kwargs` change any of them"
+        return cls(**{**dict(alpha=2., beta=100., temperature=4., width=2., depth=2, levels=4, schedule='constant'), **kwargs})
 
     # -- Attaching and detaching -------------------------------------------------------------
     @property
@@ -102,45 +112,68 @@ class FRSKDCallback(Callback):
     def build(self):
         "Find the levels and build the self-teacher, unless it is there for this model. `ValueError` where the model or the data can't serve"
         if self.teacher is not None and self._model is not None and self._model() is self.learn.model: return self
-        xb = sample_inputs(self.learn)
-        if xb is None: return self
-        model = self.learn.model
-        lvls,pred = find_levels(model, *xb, levels=self.levels)
-        if not (isinstance(pred, Tensor) and pred.ndim==2 and pred.shape[1]>1):
-            raise ValueError(f"FRSKD serves single-label classification, logits of shape B×C with two classes or more; this model returns {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
-        kind = type(getattr(self.learn.loss_func, 'func', self.learn.loss_func)).__name__ # `func` is the torch loss in a fastai one
-        if kind in _not_served: raise ValueError(f"FRSKD serves single-label classification; this Learner's loss function, {kind}, is for {_not_served[kind]}")
+        b = sample_batch(self.learn)
+        if b is None: return self
+        (xb,yb),model = b,self.learn.model
+        levels,pred = find_levels(model, *xb, levels=self.levels)
+        check_targets(pred, yb, self.learn.loss_func)
+        with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD
+        if self._preact: self._check_preact(levels, xb)
         if self.teacher is not None: self._leave()
-        states = get_random_states() # the student's later randomness is as without FRSKD
-        teacher = SelfTeacher(lvls.attrgot('channels'), pred.shape[1], width=self.width, depth=self.depth).to(pred.device)
-        set_random_states(**states)
-        self.teacher,self.level_names,self.trust,self._model = teacher,lvls.attrgot('name'),Trust(),weakref.ref(model)
+        self.trained,self.teacher,self.level_names,self.trust,self._model = trained,trained['teacher'],levels.attrgot('name'),Trust(),weakref.ref(model)
+        self._yb = yb
         return self
+
+    def _make(self, levels, xb, yb, pred):
+        "All that trains beside the student, a `ModuleDict`: the self-teacher and, if it has parameters, the feature loss"
+        channels,n_out = list(levels.attrgot('channels')),pred.shape[1]
+        make = self.own_teacher or partial(SelfTeacher, width=self.width, depth=self.depth)
+        teacher = make if isinstance(make, nn.Module) else make(channels, n_out)
+        if not isinstance(teacher, nn.Module): raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
+        trained = nn.ModuleDict({'teacher':teacher}).to(pred.device)
+        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device)
+        self._feature_loss = loss = self.feature_loss
+        if   loss=='attention': self._feature_loss = attention_loss
+        elif loss=='hint':      self._feature_loss = HintLoss(channels, refined)
+        elif loss=='overhaul':
+            if not hasattr(teacher, 'norms'): raise ValueError("FRSKD: feature_loss='overhaul' needs a self-teacher with `norms`, the BatchNorms that make its refined maps")
+            self._feature_loss = OverhaulLoss(channels, teacher.norms)
+        if self.beta and isinstance(self._feature_loss, nn.Module): trained['feature_loss'] = self._feature_loss.to(pred.device)
+        return trained
+
+    @property
+    def _preact(self): return self.beta>0 and getattr(self._feature_loss, 'preact', False)
+
+    def _check_preact(self, levels, xb):
+        with PreactTaps(self.learn.model, levels.attrgot('name')) as taps, unnoticed(self.learn.model):
+            self.learn.model(*xb)
+            for lv,o in zip(levels, taps.pop()[1]):
+                if (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={self.feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
 
     def _join(self):
         "Put the self-teacher's parameters into the optimizer's last group, with the treatment that `Learner.create_opt` gives the model's"
         learn,opt = self.learn,self.learn.opt
         if self.build().teacher is None: return
         have = {id(p) for pg in opt.param_lists for p in pg}
-        new = [p for p in self.teacher.parameters() if id(p) not in have]
+        new = [p for p in self.trained.parameters() if id(p) not in have]
         if not new: return
         lists = opt.param_lists
         lists[-1] = type(lists[-1])([*lists[-1], *new])
         opt.param_lists = lists
         for p in new: opt.state[p] = {} # an own one each: after `learn.load` the states are a plain dict
         if not learn.wd_bn_bias:
-            for p in norm_bias_params(self.teacher, True): opt.state[p]['do_wd'] = False
+            for p in norm_bias_params(self.trained, True): opt.state[p]['do_wd'] = False
         if learn.train_bn:
-            for p in norm_bias_params(self.teacher, False): opt.state[p]['force_train'] = True
+            for p in norm_bias_params(self.trained, False): opt.state[p]['force_train'] = True
 
     def _leave(self):
         "Take the self-teacher's parameters and their state out of the optimizer"
         opt = self.learn.opt
         if opt is None or self.teacher is None: return
-        gone = {id(p) for p in self.teacher.parameters()}
+        gone = {id(p) for p in self.trained.parameters()}
         opt.param_lists = type(opt.param_lists)(type(pg)(p for p in pg if id(p) not in gone) for pg in opt.param_lists)
         for state in (opt.state, getattr(getattr(opt, 'opt', None), 'state', {})):
-            for p in self.teacher.parameters(): state.pop(p, None)
+            for p in self.trained.parameters(): state.pop(p, None)
 
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
@@ -151,16 +184,18 @@ class FRSKDCallback(Callback):
         if learn.opt is None: return
         self._join()
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
-        self.teacher.to(one_param(learn.model).device)
-        if hasattr(learn, 'lr_finder'): self._snapshot = deepcopy(self.teacher.state_dict()),self.trust.loss # it restores the student only
+        check_loss(learn.loss_func)
+        self.multi_label = is_multi_label(learn.loss_func, self._yb) # now: later MixUp swaps the loss function
+        self.trained.to(one_param(learn.model).device)
+        if hasattr(learn, 'lr_finder'): self._snapshot = deepcopy(self.trained.state_dict()),self.trust.loss # it restores the student only
         elif self.columns: self._add_columns()
         self._watch_epochs()
 
     def before_train(self):
         self._cleanup_taps()
-        self.teacher.train()
+        self.trained.train()
         self._sums,self._count = {},0
-        self._taps = Taps(self.learn.model, self.level_names)
+        self._taps = (PreactTaps if self._preact else Taps)(self.learn.model, self.level_names)
 
     def before_batch(self):
         if self._taps is not None: self._taps.clear() # of a batch that was cancelled after its forward pass
@@ -168,20 +203,43 @@ class FRSKDCallback(Callback):
     def after_loss(self):
         learn = self.learn
         if self._taps is None or not learn.training: return
-        feats = self._taps.pop()
+        maps = self._pop_maps()
         if not len(learn.yb): return
         factor = self.factor
-        refined,logits = self.teacher([_scale_grad(f, factor) for f in feats])
-        logits = logits.float()
-        parts = {'student': learn.loss_grad, 'teacher': learn.loss_func(logits, *learn.yb)}
-        if self.alpha: parts['soft_label'] = soft_label_loss(learn.pred, logits, self.temperature)
-        if self.beta:  parts['feature']    = attention_loss(feats, refined)
-        weights = dict(student=1., teacher=1., soft_label=self.alpha*factor, feature=self.beta*factor)
-        learn.loss_grad = sum(weights[k]*v for k,v in parts.items())
+        parts,logits = self._parts(maps, factor)
+        weights = self._weights(factor)
+        learn.loss_grad = sum(weights.get(k, 1.)*v for k,v in parts.items())
         learn.loss = learn.loss_grad.clone()
         self.trust.update(parts['teacher'])
         self.losses = {k:v.detach() for k,v in parts.items()}
         if self._columns: self._accumulate(logits.detach())
+
+    def _parts(self, maps, factor):
+        "The parts of the loss, by name and unweighted, and the self-teacher's logits"
+        learn = self.learn
+        refined,logits = self._teach(maps, factor)
+        return {'student':learn.loss_grad, 'teacher':learn.loss_func(logits, *learn.yb), **self._distil(learn.pred, logits, maps, refined)},logits
+
+    def _weights(self, factor):
+        "The weights of the parts that have one"
+        return dict(soft_label=self.alpha*factor, feature=self.beta*factor)
+
+    def _pop_maps(self):
+        "The student's feature maps of the last forward pass, as the self-teacher and as the feature loss read them"
+        maps = self._taps.pop()
+        return maps if self._preact else (maps,maps)
+
+    def _teach(self, maps, factor):
+        "Refined maps and logits of the self-teacher; `factor` of its gradient goes on to the student"
+        refined,logits = self.teacher([_scale_grad(f, factor) for f in maps[0]], **({'preact':True} if self._preact else {}))
+        return refined,logits.float()
+
+    def _distil(self, student, teacher, maps, refined):
+        "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
+        parts = {}
+        if self.alpha: parts['soft_label'] = soft_label_loss(student, teacher, self.temperature, self.multi_label)
+        if self.beta:  parts['feature']    = self._feature_loss(maps[1], [o.detach() for o in refined])
+        return parts
 
     @property
     def factor(self):
@@ -196,7 +254,7 @@ class FRSKDCallback(Callback):
         self._cleanup()
         if self._snapshot is not None:
             state,self.trust.loss = self._snapshot
-            self.teacher.load_state_dict(state)
+            self.trained.load_state_dict(state)
             self._snapshot = None
 
     # -- Leaving nothing behind --------------------------------------------------------------
@@ -224,15 +282,18 @@ class FRSKDCallback(Callback):
         self._watch,self._columns = None,[]
 
     # -- The progress table ------------------------------------------------------------------
+    @property
+    def _part_names(self): return ['student','teacher'] + ['soft_label']*bool(self.alpha) + ['feature']*bool(self.beta)
+
     def _add_columns(self):
-        names = ['student','teacher'] + ['soft_label']*bool(self.alpha) + ['feature']*bool(self.beta)
-        self._columns = [ValueMetric(partial(self._mean, n), f'{n}_loss') for n in names] + [ValueMetric(partial(self._mean, 'accuracy'), 'teacher_accuracy')]
+        self._columns = [ValueMetric(partial(self._mean, n), f'{n}_loss') for n in self._part_names] + [ValueMetric(partial(self._mean, 'accuracy'), 'teacher_accuracy')]
         self.learn.metrics = self.learn.metrics + self._columns
 
     def _accumulate(self, logits):
         bs,y = len(logits),self.learn.yb[0]
         now = dict(self.losses)
-        if y.shape==logits.shape[:1] and not y.is_floating_point(): now['accuracy'] = (logits.argmax(1)==y).float().mean()
+        if self.multi_label: now['accuracy'] = ((logits>0)==(y>0.5)).float().mean()
+        elif y.shape==logits.shape[:1] and not y.is_floating_point(): now['accuracy'] = (logits.argmax(1)==y).float().mean()
         for k,v in now.items(): self._sums[k] = self._sums.get(k, 0) + v*bs # stays on the device
         self._count += bs
 

@@ -183,7 +183,7 @@ def test_errors_leave_the_learner_as_it_was(make):
 def test_bad_options(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): FRSKDCallback(**kw)
 
-@pytest.mark.parametrize('loss_func,msg', [(MSELossFlat(), 'regression'), (nn.L1Loss(), 'regression'), (BCEWithLogitsLossFlat(), 'multi-label'), (nn.BCEWithLogitsLoss(), 'multi-label')], ids=str)
+@pytest.mark.parametrize('loss_func,msg', [(MSELossFlat(), 'regression'), (nn.L1Loss(), 'regression'), (BCELossFlat(), 'takes probabilities'), (nn.NLLLoss(), 'takes log-probabilities')], ids=str)
 def test_targets_it_cannot_serve_are_refused(make, loss_func, msg):
     learn = make(cbs=FRSKDCallback())
     learn.loss_func = loss_func
