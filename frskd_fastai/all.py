@@ -3,5 +3,6 @@ from .features import *
 from .teacher import *
 from .losses import *
 from .callback import *
+from .augmentation import *
 from .visualize import *
 from .data import *

@@ -1,0 +1,356 @@
+"The paper's method, end to end: against a plain PyTorch loop, by hand under MixUp and CutMix, with other label losses, self-teachers and feature losses"
+import json
+import pytest, torch
+from fastai.vision.all import *
+import reference as R, test_golden as G
+from frskd_fastai.augmentation import FRSKDSLACallback
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.losses import attention_loss
+from frskd_fastai.teacher import SelfTeacher
+from conftest import SmallNet, n_hooks, weights
+from test_callback import one_batch
+
+# -- The self-teacher against the written-out reference, for sizes that no golden file has -------------
+SIZES = [dict(channels=[6,10], width=1), dict(channels=[3,5,7,9,11], width=.5), dict(channels=[4,8,12], width=2, repeat=2), dict(channels=[4,8,12,16], width=.1, depth=1, repeat=3),
+         dict(channels=[5,9], width=1, depth=3), dict(channels=[8,16,24], num_channels=12, repeat=2), dict(channels=[8,16,24], num_channels=4, repeat=3, depth=1)]
+
+def golden_file(path, channels, width=1, depth=2, repeat=1, num_channels=None):
+    "A file like the golden ones, computed with `reference.py`"
+    torch.manual_seed(len(channels)+repeat)
+    n,n_out = len(channels),7
+    t = R.Reference(channels, n_out, width, depth, repeat, num_channels)
+    for p in t.parameters(): p.data += .2*torch.randn_like(p)
+    z = {f'param/{k}':v.detach().clone() for k,v in t.named_parameters()} | {f'buffer/{k}':v.clone() for k,v in t.named_buffers()}
+    leaves = [torch.randn(3, c, 2**(n-i), 2**(n-i), requires_grad=True) for i,c in enumerate(channels)]
+    feats = [F.relu(o) for o in leaves]
+    s,y = torch.randn(3, n_out, requires_grad=True),torch.randint(0, n_out, (3,))
+    refined,logits = t(feats)
+    parts = dict(ce=F.cross_entropy(s, y), teacher_ce=F.cross_entropy(logits, y), kd=R.kd(s, logits, 4), attention=R.attention(feats, refined))
+    total = parts['ce']+parts['teacher_ce']+2*parts['kd']+100*parts['attention']
+    total.backward()
+    z |= {f'loss/{k}':v for k,v in dict(**parts, total=total).items()} | {f'in/feat{i}':f for i,f in enumerate(feats)} | {'in/logits':s, 'in/target':y, 'out/teacher_logits':logits}
+    z |= {f'out/refined{i}':o for i,o in enumerate(refined)} | {f'grad/feat{i}':o.grad for i,o in enumerate(leaves)} | {'grad/logits':s.grad}
+    z |= {f'grad/param/{k}':p.grad for k,p in t.named_parameters()} | {f'after/buffer/{k}':v.clone() for k,v in t.named_buffers()}
+    with torch.no_grad(): refined,logits = t.eval()(feats)
+    z |= {f'eval/refined{i}':o for i,o in enumerate(refined)} | {'eval/teacher_logits':logits}
+    config = dict(kind='BiFPN' if num_channels else 'BiFPNc', channels=channels, n_classes=n_out, width=width, num_channels=num_channels, repeat=repeat, depth=depth, temperature=4, alpha=2., beta=100.)
+    np.savez(path, config=json.dumps(config), **{k:v.detach().numpy() for k,v in z.items()})
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_like_golden(size, tmp_path, monkeypatch):
+    golden_file(tmp_path/'x.npz', **size)
+    monkeypatch.setattr(G, 'GOLDEN', tmp_path)
+    assert G.kind(tmp_path/'x.npz')=='teacher'
+    G.test_golden_teacher('x')
+
+@pytest.mark.parametrize('name', G.files('teacher'))
+def test_golden_holds_for_the_written_out_reference(name):
+    "So that `reference.py` is worth a comparison"
+    z,c = G.load(name)
+    t = R.Reference(c['channels'], c['n_classes'], c['width'], c['depth'], c['repeat'], c['num_channels'] if c['kind']=='BiFPN' else None)
+    head = {'linear':'fc'}
+    state = {k.split('/',1)[1]: G.tensor(z, k) for k in z.files if k.startswith(('param/','buffer/'))}
+    t.load_state_dict({'.'.join([head.get(k.split('.')[0], k.split('.')[0]), *k.split('.')[1:]]):v for k,v in state.items()})
+    feats = [G.tensor(z, f'in/feat{i}') for i in range(len(c['channels']))]
+    refined,logits = t(feats)
+    G.close(logits, G.tensor(z, 'out/teacher_logits'), 'logits')
+    for i,o in enumerate(refined): G.close(o, G.tensor(z, f'out/refined{i}'), f'refined {i}')
+    G.close(R.attention(feats, refined), G.tensor(z, 'loss/attention'), 'attention')
+    G.close(R.kd(G.tensor(z, 'in/logits'), logits, 4), G.tensor(z, 'loss/kd'), 'kd')
+
+# -- Five steps ---------------------------------------------------------------------------------------
+def test_paper_preset():
+    cb = FRSKDCallback.paper()
+    assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.depth,cb.levels,cb.schedule,cb.feature_loss)==(2.,100.,4.,2.,2,4,'constant','attention')
+    assert FRSKDCallback.paper(alpha=1., width=.5).width==.5
+    assert FRSKDSLACallback.paper(sla_weight=.5).sla_weight==.5
+    with pytest.raises(TypeError): FRSKDCallback.paper(widht=1)
+
+def test_five_sgd_steps_are_those_of_a_plain_loop(make):
+    "Losses and weights of student and self-teacher, with momentum and weight decay, against a hand-written loop over copies of both"
+    cb,lr,wd,mom = FRSKDCallback.paper(),0.05,1e-2,0.9
+    learn = make(cbs=cb, opt_func=partial(SGD, mom=mom, decouple_wd=False), wd=wd, wd_bn_bias=True)
+    learn.create_opt()
+    student,teacher,batches,losses = deepcopy(learn.model),deepcopy(cb.teacher),[],[]
+    assert list(cb.level_names)==['stages.0','stages.1','stages.2']
+    class Keep(Callback):
+        order = cb.order+1
+        def after_loss(self): batches.append((self.xb[0].clone(),self.yb[0].clone())); losses.append({**cb.losses, 'total':self.learn.loss.detach()})
+        def after_batch(self):
+            if len(batches)==5: raise CancelFitException
+    learn.fit(1, lr, cbs=Keep())
+
+    student.train(); teacher.train()
+    opt = torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=lr, momentum=mom, weight_decay=wd)
+    for (x,y),l in zip(batches, losses, strict=True):
+        x,feats = student.stem(x),[]
+        for stage in student.stages:
+            x = stage(x)
+            feats.append(x)
+        s = student.head(x)
+        refined,t = teacher(feats)
+        kd = 16*F.kl_div(F.log_softmax(s/4, 1), F.log_softmax(t.detach()/4, 1), log_target=True, reduction='batchmean')
+        phi = lambda x: F.normalize(x.pow(2).mean(1).flatten(1))
+        parts = dict(student=F.cross_entropy(s, y), teacher=F.cross_entropy(t, y), soft_label=kd, feature=sum((phi(f)-phi(r.detach())).pow(2).mean() for f,r in zip(feats, refined)))
+        loss = parts['student'] + parts['teacher'] + 2*parts['soft_label'] + 100*parts['feature']
+        opt.zero_grad(); loss.backward(); opt.step()
+        for k,v in dict(**parts, total=loss).items(): torch.testing.assert_close(l[k], v.detach(), **G.TOL, msg=lambda m: f'{k}: {m}')
+    for ours,loop in (learn.model,student),(cb.teacher,teacher):
+        for (k,a),b in zip(ours.state_dict().items(), loop.state_dict().values()): torch.testing.assert_close(a, b, **G.TOL, msg=lambda m: f'{k}: {m}')
+
+# -- MixUp and CutMix, event by event -------------------------------------------------------------------
+class Events(Callback):
+    "What a batch looks like at each event; stops after the loss"
+    run_valid = False
+    def __init__(self, order): self.order,self.seen = order,{}
+    def before_batch(self): self.seen[f'before_batch {self.order}'] = dict(x=self.x.clone(), y=self.y.clone())
+    def after_loss(self): self.seen[f'after_loss {self.order}'] = dict(loss=self.learn.loss_grad.detach().clone(), lf=self.learn.loss_func)
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_batch_by_hand(make, mix):
+    cb,m = FRSKDCallback.paper(),mix(1.)
+    early,late = Events(mix.order-1),Events(cb.order+.5)
+    learn = make(cbs=[cb,m,early,late])
+    class Stop(Callback):
+        order = cb.order+1
+        def after_loss(self): raise CancelFitException
+    learn.create_opt()
+    before_model,before_teacher = deepcopy(learn.model),deepcopy(cb.teacher)
+    plain_loss = learn.loss_func
+    learn.fit(1, 1e-2, cbs=Stop())
+    assert learn.loss_func is plain_loss
+
+    # 1. before_batch: the mixture of two images, and the labels of both
+    (x,y),(xm,ym) = [(o['x'],o['y']) for o in (early.seen[f'before_batch {early.order}'],late.seen[f'before_batch {late.order}'])]
+    y1,lam = m.yb1[0],m.lam
+    assert torch.equal(y, ym) and not torch.equal(x, xm)
+    pairs = [(int(i),j) for j in range(len(x)) for i in (y1[j]==y).nonzero()] # who may be mixed with whom
+    lam = torch.as_tensor(lam).float().expand(len(x))
+    if mix is MixUp:
+        for j in range(len(x)): assert any(torch.allclose(xm[j], torch.lerp(x[i], x[j], lam[j]), atol=1e-5) for i,k in pairs if k==j)
+    else:
+        for j in range(len(x)): assert any(((xm[j]==x[i])|(xm[j]==x[j])).all() for i,k in pairs if k==j)
+    # 2. forward: student and self-teacher see the mixed images
+    before_model.train(); before_teacher.train()
+    feats = []
+    o = before_model.stem(xm)
+    for stage in before_model.stages: feats.append(o := stage(o))
+    s = before_model.head(o)
+    refined,t = before_teacher(feats)
+    # 3. after_loss: the reference's mixed loss, for both
+    def mixed(z): return (lam*F.cross_entropy(z, y, reduction='none') + (1-lam)*F.cross_entropy(z, y1, reduction='none')).mean()
+    student,teacher = mixed(s),mixed(t)
+    assert late.seen[f'after_loss {late.order}']['lf']==m.lf
+    torch.testing.assert_close(early.seen[f'after_loss {early.order}']['loss'], student.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cb.losses['teacher'], teacher.detach(), rtol=1e-4, atol=1e-5)
+    total = student + teacher + 2*R.kd(s, t, 4) + 100*R.attention(feats, refined)
+    torch.testing.assert_close(late.seen[f'after_loss {late.order}']['loss'], total.detach(), rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_sla_mixes_the_joint_labels(make, mix):
+    cb,m = FRSKDSLACallback.paper(),mix(1.)
+    learn = make(cbs=[cb,m])
+    learn.create_opt()
+    heads,seen = deepcopy(cb.trained),{}
+    for who in 'student','teacher': cb.trained[f'joint_{who}'].register_forward_hook(lambda mod,inp,out,who=who: seen.__setitem__(who, (out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float())))
+    one_batch(learn, noop)
+    expected = 0.
+    for j,y,y1,lam in seen.values():
+        for k in range(4):
+            z,l = j.view(len(y),4,-1)[:,k],lam.expand(len(y))
+            expected = expected + (l*F.cross_entropy(z, 4*y+k, reduction='none') + (1-l)*F.cross_entropy(z, 4*y1+k, reduction='none')).mean()/4
+    torch.testing.assert_close(cb.losses['joint'], expected, rtol=1e-4, atol=1e-5)
+
+# -- Label losses -----------------------------------------------------------------------------------------
+def logits_of_a_batch(learn, cb):
+    "Logits of student and self-teacher, and the targets, of one training batch"
+    seen = {}
+    h = cb.teacher.register_forward_hook(lambda m,i,o: seen.__setitem__('t', o[1].detach().float()))
+    def look(l): seen.update(s=l.pred.detach(), y=l.y)
+    one_batch(learn, look)
+    h.remove()
+    return seen['s'],seen['t'],seen['y']
+
+def smooth(z, y, eps=.1): return ((1-eps)*F.cross_entropy(z, y) - eps*z.log_softmax(1).mean(1).mean())
+def focal(z, y, gamma=2.):
+    p = z.softmax(1)[range(len(y)),y]
+    return (-(1-p)**gamma*p.log()).mean()
+CLASS_WEIGHTS = torch.linspace(.5, 2, 10)
+def weighted(z, y):
+    w = CLASS_WEIGHTS[y]
+    return (w*-z.log_softmax(1)[range(len(y)),y]).sum()/w.sum()
+
+@pytest.mark.parametrize('loss_func,by_hand', [(LabelSmoothingCrossEntropyFlat(), smooth), (CrossEntropyLossFlat(weight=CLASS_WEIGHTS), weighted), (FocalLossFlat(), focal), (nn.CrossEntropyLoss(label_smoothing=.1), smooth)],
+                         ids=['label smoothing','class weights','focal',"torch's label smoothing"])
+def test_label_loss_follows_the_learners(make, loss_func, by_hand):
+    cb = FRSKDCallback.paper()
+    learn = make(cbs=cb)
+    learn.loss_func = loss_func
+    learn.create_opt()
+    s,t,y = logits_of_a_batch(learn, cb)
+    for k,v in dict(student=by_hand(s, y), teacher=by_hand(t, y), soft_label=R.kd(s, t, 4)).items(): torch.testing.assert_close(cb.losses[k], v, rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    assert not cb.multi_label
+
+@pytest.fixture
+def multi(digits, make):
+    "Digits with three yes-or-no labels: even, above four, with a closed loop"
+    x,y = digits
+    labels = torch.stack([y%2==0, y>4, sum(y==o for o in (0,6,8,9))>0], dim=1).float()
+    data = list(zip(x, labels))
+    dls = DataLoaders(DataLoader(data[:96], bs=16, shuffle=True, drop_last=True), DataLoader(data[96:160], bs=32))
+    def _make(n_out=3, loss_func=None, **kw):
+        learn = make(model=SmallNet(n_out), metrics=accuracy_multi, **kw)
+        learn.dls,learn.loss_func = dls,loss_func or BCEWithLogitsLossFlat()
+        return learn
+    return _make
+
+@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits], ids=str)
+def test_multi_label(multi, loss_func):
+    cb = FRSKDCallback.paper(columns=True)
+    learn = multi(loss_func=loss_func, cbs=cb)
+    learn.create_opt()
+    s,t,y = logits_of_a_batch(learn, cb)
+    assert cb.multi_label
+    bce = lambda z: -(y*z.sigmoid().log() + (1-y)*(-z).sigmoid().log()).mean()
+    p,q = (t/4).sigmoid(),(s/4).sigmoid()
+    kd = (p*(p/q).log() + (1-p)*((1-p)/(1-q)).log()).mean()*16
+    for k,v in dict(student=bce(s), teacher=bce(t), soft_label=kd).items(): torch.testing.assert_close(cb.losses[k], v, rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    before = cb.losses['student']
+    learn.fit_one_cycle(8, 1e-2)
+    assert cb.losses['student']<.95*before
+    assert learn.recorder.metric_names[-2]=='teacher_accuracy' and .7<learn.recorder.values[-1][-1]<=1
+
+def test_multi_label_with_mixup_and_one_class(multi, digits):
+    cb = FRSKDCallback()
+    learn = multi(cbs=[cb,MixUp()])
+    learn.fit(1, 1e-2)
+    assert cb.multi_label and all(v.isfinite() for v in cb.losses.values())
+    learn = multi(n_out=1, cbs=FRSKDCallback())
+    data = [(x,(y>4).float()[None]) for x,y in zip(*digits)]
+    learn.dls = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[64:96], bs=16))
+    learn.fit(1, 1e-2)
+    assert learn.frskd.multi_label
+
+def test_loss_function_may_change_between_fits(make, multi):
+    learn = multi(cbs=FRSKDCallback())
+    learn.fit(1)
+    assert learn.frskd.multi_label
+    learn.loss_func = MSELossFlat()
+    with pytest.raises(ValueError, match='regression'): learn.fit(1)
+    assert n_hooks(learn.model)==0
+    learn.loss_func = BCEWithLogitsLossFlat()
+    learn.fit(1)
+
+@pytest.mark.parametrize('what', ['bounding boxes','points','regression'])
+def test_fastai_targets_it_cannot_serve(what, tmp_path):
+    "DataBlocks of fastai's, refused before the first batch"
+    from frskd_fastai.data import digits_data
+    files = get_image_files(digits_data()/'valid')[:32]
+    block,get_y = {'bounding boxes':((ImageBlock,BBoxBlock,BBoxLblBlock), [lambda o: [[1,1,5,5]],lambda o: ['a']]), 'points':((ImageBlock,PointBlock), lambda o: tensor([[1.,2.]])),
+                   'regression':((ImageBlock,RegressionBlock(3)), lambda o: [1.,2.,3.])}[what]
+    dls = DataBlock(block, get_y=get_y, n_inp=1, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=8, num_workers=0)
+    learn = Learner(dls, SmallNet(3), loss_func=CrossEntropyLossFlat() if what!='regression' else None, splitter=lambda m: [params(m)])
+    learn.add_cb(FRSKDCallback())
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match=what): learn.fit(1)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items()) and n_hooks(learn.model)==0
+
+# -- Self-teachers and feature losses ----------------------------------------------------------------------
+class Own(nn.Module):
+    "The smallest self-teacher"
+    def __init__(self, channels, n_out):
+        super().__init__()
+        self.refine,self.head = nn.ModuleList(nn.Conv2d(c, c+2, 1) for c in channels),nn.Linear(sum(channels)+2*len(channels), n_out)
+    def forward(self, feats):
+        refined = [F.relu(r(f)) for r,f in zip(self.refine, feats)]
+        return refined,self.head(torch.cat([o.mean((2,3)) for o in refined], dim=1))
+
+TEACHERS = {'fixed':partial(SelfTeacher, n_channels=12), 'repeated':partial(SelfTeacher, width=.5, repeat=2), 'class':Own, 'module':lambda: Own([8,16,32], 10)}
+@pytest.mark.parametrize('kind', TEACHERS)
+def test_other_self_teachers(make, kind):
+    teacher = TEACHERS[kind]() if kind=='module' else TEACHERS[kind]
+    cb = FRSKDCallback(teacher=teacher)
+    learn = make(cbs=cb)
+    learn.create_opt()
+    before = weights(cb.teacher)
+    learn.fit(2, 1e-2)
+    assert all(not torch.equal(v, before[k]) for k,v in cb.teacher.named_parameters() if not k.endswith('fusion'))
+    if kind=='module': assert cb.teacher is teacher
+    learn.remove_cb(cb)
+    assert len(learn.opt.all_params())==len(list(learn.model.parameters()))
+
+def test_a_self_teacher_that_does_not_fit_is_told(make):
+    for teacher,msg in ((Own([8,16,31], 10), 'fails on feature maps'), (Own([8,16,32], 9), r'\(2, 9\)'), (nn.Identity(), 'no pair'), (lambda c,n: 3, 'made no module')):
+        with pytest.raises(ValueError, match=msg): make(cbs=FRSKDCallback(teacher=teacher)).fit(1)
+    with pytest.raises(ValueError, match='teacher must be'): FRSKDCallback(teacher='bifpn')
+
+def mean_difference(feats, refined): return sum((f.mean((1,2,3))-t.mean((1,2,3))).pow(2).mean() for f,t in zip(feats, refined))
+
+@pytest.mark.parametrize('loss,n', [('attention',0),('hint',9),('overhaul',9),(mean_difference,0)], ids=['attention','hint','overhaul','function'])
+def test_feature_losses(make, loss, n):
+    "They train the student and their own connectors, and leave the self-teacher alone"
+    cb = FRSKDCallback(feature_loss=loss, alpha=0., beta=1., schedule='constant')
+    learn = make(cbs=cb)
+    learn.create_opt()
+    extra = len(learn.opt.all_params())-len(list(learn.model.parameters()))-len(list(cb.teacher.parameters()))
+    assert extra==n
+    teacher,grads = deepcopy(cb.teacher.state_dict()),[]
+    def look(l): grads.append([[p.grad.clone() for p in o.parameters()] for o in (l.model.stages,l.frskd.teacher)])
+    one_batch(learn, look)
+    without = make(cbs=FRSKDCallback(alpha=0., beta=0., schedule='constant'))
+    without.create_opt()
+    without.frskd.teacher.load_state_dict(teacher)
+    one_batch(without, look)
+    assert not all(torch.allclose(a, b) for a,b in zip(grads[0][0], grads[1][0]))
+    for a,b in zip(grads[0][1], grads[1][1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    if n: assert all(p.grad is not None and p.grad.abs().sum()>0 for p in cb.trained['feature_loss'].parameters() if p.ndim>1)
+    learn.fit(1, 1e-3)
+    learn.remove_cb(cb)
+    assert len(learn.opt.all_params())==len(list(learn.model.parameters())) and n_hooks(learn.model)==0
+
+def test_a_feature_loss_with_parameters_of_its_own_is_trained(make):
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.s = nn.Parameter(tensor(2.))
+        def forward(self, feats, refined): return self.s**2*mean_difference(feats, refined)
+    loss = Scaled()
+    learn = make(cbs=FRSKDCallback(feature_loss=loss, schedule='constant'))
+    learn.fit(1, 1e-2)
+    assert loss.s!=2
+
+def test_default_weights():
+    assert [FRSKDCallback(feature_loss=o).beta for o in ('attention','hint','overhaul',attention_loss)]==[100.,1.,1e-3,1.]
+    assert FRSKDCallback(feature_loss='hint', beta=3.).beta==3. and FRSKDCallback(beta=0).beta==0
+    with pytest.raises(ValueError, match="'attention', 'hint', 'overhaul'"): FRSKDCallback(feature_loss='hints')
+
+def test_without_feature_loss_there_is_none(make):
+    "β = 0 builds no connectors, keeps no maps before the ReLU and computes no loss; α = 0 no soft labels"
+    cb = FRSKDCallback(feature_loss='overhaul', alpha=0, beta=0)
+    learn = make(cbs=cb)
+    def look(l): assert type(cb._taps).__name__=='Taps'
+    one_batch(learn, look)
+    assert set(cb.losses)=={'student','teacher'} and list(cb.trained)==['teacher']
+
+def test_overhaul_reads_the_students_maps_before_the_relu(make):
+    class Relus(SmallNet):
+        def __init__(self): super().__init__(); self.stages = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)) for i,o in ((8,8),(8,16),(16,32))))
+    class Functional(SmallNet):
+        def forward(self, x):
+            x = self.stem(x)
+            for s in self.stages: x = s(x)
+            return self.head(x)
+    seen = []
+    def spy(feats, refined): seen.append((feats,refined)); return feats[0].sum()*0
+    spy.preact = True
+    learn = make(model=Relus(), cbs=FRSKDCallback(feature_loss=spy))
+    one_batch(learn, noop)
+    feats,refined = seen[-1]
+    assert all((o<0).any() and o.requires_grad for o in feats) and all((o<0).any() and not o.requires_grad for o in refined)
+    class Hidden(nn.Module):
+        def __init__(self, i, o): super().__init__(); self.conv = nn.Conv2d(i, o, 3, 2, 1)
+        def forward(self, x): return F.relu(self.conv(x))
+    model = Relus(); model.stages = nn.Sequential(*(Hidden(i, o) for i,o in ((8,8),(8,16),(16,32))))
+    learn = make(model=model, cbs=FRSKDCallback(feature_loss='overhaul'))
+    with pytest.raises(ValueError, match='before the ReLU'): learn.fit(1)
+
+def test_overhaul_needs_norms(make):
+    with pytest.raises(ValueError, match='norms'): make(cbs=FRSKDCallback(feature_loss='overhaul', teacher=Own)).fit(1)
