@@ -6,3 +6,4 @@ from .callback import *
 from .augmentation import *
 from .visualize import *
 from .data import *
+from .models import *

@@ -1,0 +1,191 @@
+"The paper's experiments by name: each on a few real images in its data set's own layout, and what is said where data is missing"
+import io, zipfile
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from scipy.io import savemat
+from fastai.learner import load_learner
+from frskd_fastai.data import DataError, digits_data
+from frskd_fastai.recipes import recipe_items, recipes
+from frskd_fastai.train import results
+from conftest import pickled_modules
+from test_train import SHARED, quiet, run
+
+def digit(to, c, i):
+    "The i-th image of digit c, as the file `to`"
+    to.parent.mkdir(parents=True, exist_ok=True)
+    im = Image.open(sorted((digits_data()/'train'/str(c)).iterdir())[i]).resize((40,36))
+    im.save(to, format='JPEG' if to.suffix.lower() in ('.jpg','.jpeg') else 'PNG')
+
+def text(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('\n'.join(lines)+'\n')
+
+# Each makes 24 training and 8 validation images of two classes below `d`, and says what the classes are called
+SPLIT = [(c,i,part) for c in (0,1) for i,part in enumerate(['train']*12+['test']*4)]
+
+def cifar100(d):
+    for c,i,part in SPLIT: digit(d/f"{part}/shapes/{'round' if c==0 else 'long'}/{i}.png", c, i)
+    return ['long','round']
+def tinyimagenet(d):
+    rows = []
+    for c,i,part in SPLIT:
+        if part=='train': digit(d/f'train/n0{c}/images/n0{c}_{i}.JPEG', c, i)
+        else:
+            digit(d/f'val/images/val_{c}{i}.JPEG', c, i)
+            rows.append(f'val_{c}{i}.JPEG\tn0{c}\t0\t0\t62\t62')
+    text(d/'val/val_annotations.txt', rows)
+    return ['n00','n01']
+def cub200(d):
+    names,is_train = [],[]
+    for k,(c,i,part) in enumerate(SPLIT, 1):
+        digit(d/f'images/00{c}.Bird/a_{i}.jpg', c, i)
+        names.append(f'{k} 00{c}.Bird/a_{i}.jpg'); is_train.append(f"{k} {int(part=='train')}")
+    text(d/'images.txt', names); text(d/'train_test_split.txt', is_train)
+    return ['000.Bird','001.Bird']
+def dogs(d):
+    lists = {'train':[],'test':[]}
+    for c,i,part in SPLIT:
+        digit(d/f'Images/n0{c}-Dog/n0{c}_{i}.jpg', c, i)
+        lists[part].append(f'n0{c}-Dog/n0{c}_{i}.jpg')
+    for part,names in lists.items(): savemat(d/f'{part}_list.mat', {'file_list':np.array(names, dtype=object)[:,None]})
+    return ['n00-Dog','n01-Dog']
+def mit67(d):
+    lists = {'train':[],'test':[]}
+    for c,i,part in SPLIT:
+        digit(d/f'Images/room{c}/r_{i}.jpg', c, i)
+        lists[part].append(f'room{c}/r_{i}.jpg')
+    for part,names in lists.items(): text(d/f'{part.title()}Images.txt', names)
+    return ['room0','room1']
+def stanford40(d):
+    lists = {}
+    for c,i,part in SPLIT:
+        name = ['riding_a_horse','waving_hands'][c]
+        digit(d/f'JPEGImages/{name}_{i:03}.jpg', c, i)
+        lists.setdefault(f'{name}_{part}', []).append(f'{name}_{i:03}.jpg')
+    for k,names in lists.items(): text(d/f'ImageSplits/{k}.txt', names)
+    text(d/'ImageSplits/actions.txt', ['action_name number_of_images'])
+    return ['riding_a_horse','waving_hands']
+def imagenet(d):
+    for c,i,part in SPLIT: digit(d/f"{'train' if part=='train' else 'val'}/n0{c}/{i}.JPEG", c, i)
+    return ['n00','n01']
+
+LAYOUTS = dict(cifar100=cifar100, tinyimagenet=tinyimagenet, cub200=cub200, dogs=dogs, mit67=mit67, stanford40=stanford40, imagenet=imagenet)
+def test_every_recipe_has_a_test(): assert set(LAYOUTS)==set(recipes)
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_recipe_on_a_few_images(name, tmp_path, capsys):
+    classes = LAYOUTS[name](tmp_path/'data')
+    train,valid = recipe_items(name, tmp_path/'data')
+    assert (len(train),len(valid))==(24,8) and sorted(train.itemgot(1).unique())==sorted(valid.itemgot(1).unique())==classes
+    assert not set(train.itemgot(0))&set(valid.itemgot(0)) and all(f.is_file() for f,_ in train+valid)
+    code,out,err = run(tmp_path/'data', '--recipe', name, '--size', 32, '--bs', 8, '--epochs', 1, '--lr', 0.01, '--width', 0.5, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
+    assert f'{recipes[name].arch}, from scratch, on {recipes[name].data}: 24 training and 8 validation images of 2 classes' in out
+    assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'r/student.pkl'))
+    learn = load_learner(tmp_path/'r/student.pkl')
+    with learn.no_bar(): assert learn.predict(valid[0][0])[0] in classes and learn.predict(str(valid[0][0]))[0] in classes
+
+@pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')
+def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
+    "With the paper's settings all the way, but for the number of epochs"
+    import frskd_fastai.train as t
+    with zipfile.ZipFile(SHARED/'cifar100-0.zip') as z:
+        count = {}
+        for n in z.namelist():
+            key = tuple(n.split('/')[1:3])
+            if n.endswith('.png') and len(key)==2 and key[1] in ('apple','bear','bee'):
+                count[key] = count.get(key, 0)+1
+                if count[key]<=(20 if key[0]=='train' else 4): z.extract(n, tmp_path)
+    learners,fit = [],t._fit
+    def keep(learn, *args): learners.append(learn); return fit(learn, *args)
+    monkeypatch.setattr(t, '_fit', keep)
+    code,out,err = run(tmp_path/'cifar100', '--recipe', 'cifar100', '--epochs', 4, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert 'cifar_resnet18, from scratch, on CIFAR-100: 60 training and 12 validation images of 3 classes at 32 px; 4 epochs, batch size 128, learning rate 0.1' in out
+    learn, = learners
+    cb = learn.frskd
+    assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.schedule,list(cb.level_names))==(2.,100.,4.,2.,'constant',['layer1','layer2','layer3','layer4'])
+    lrs = learn.recorder.hps['lr'] if hasattr(learn.recorder, 'hps') else learn.recorder.lrs
+    assert np.allclose(lrs, [.1,.1,.01,.001]) # one step an epoch
+    assert all(h['mom']==.9 and h['wd']==1e-4 for h in learn.opt.hypers)
+    assert all('do_wd' not in learn.opt.state[p] for p in learn.model.parameters()) # weight decay on all parameters, as `torch.optim.SGD` has it
+    h = pd.read_csv(tmp_path/'r/history.csv')
+    assert len(h)==4 and h.student_loss.notna().all()
+
+def test_recipes_steps_are_torchs_sgd(tmp_path):
+    "The optimizer of a recipe on a few steps, against `torch.optim.SGD`"
+    from functools import partial
+    from fastai.optimizer import SGD
+    torch.manual_seed(0)
+    w = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
+    w[1].data.copy_(w[0])
+    a,b = partial(SGD, mom=0.9, decouple_wd=False)([w[0]], lr=.1, wd=1e-4),torch.optim.SGD([w[1]], lr=.1, momentum=.9, weight_decay=1e-4)
+    for i in range(5):
+        for p,o in zip(w, (a,b)):
+            o.zero_grad(); ((p-i)**2).sum().backward(); o.step()
+    torch.testing.assert_close(w[0], w[1])
+
+# -- Where data is missing --------------------------------------------------------------------------
+def told(err, name):
+    assert err.startswith('frskd-train: ') and err.count('\n')==1
+    r = recipes[name]
+    for o in r.data,r.get,r.layout,f'frskd-train FOLDER --recipe {name}': assert o in err, err
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_missing_data_is_told(name, tmp_path, capsys, monkeypatch):
+    import frskd_fastai.recipes as m
+    def offline(url): raise OSError('no network')
+    monkeypatch.setattr(m, 'untar_data', offline)
+    (tmp_path/'empty').mkdir()
+    for path in [tmp_path/'nowhere'],[tmp_path/'empty'],[]:
+        code,out,err = run(*path, '--recipe', name, '--out', tmp_path/'r', capsys=capsys)
+        assert code==2 and not (tmp_path/'r').exists()
+        told(err, name)
+        if path: assert str(path[0]) in err
+        elif recipes[name].url: assert 'no network' in err
+
+def test_download_is_fastais(tmp_path, monkeypatch):
+    import frskd_fastai.recipes as m
+    cifar100(tmp_path/'cifar100')
+    monkeypatch.setattr(m, 'untar_data', lambda url: {'https://s3.amazonaws.com/fast-ai-imageclas/cifar100.tgz':tmp_path/'cifar100'}[url])
+    assert len(recipe_items('cifar100')[0])==24
+
+@pytest.mark.parametrize('name,lost', [('cifar100','test'),('tinyimagenet','val/val_annotations.txt'),('tinyimagenet','val/images/val_012.JPEG'),('cub200','images.txt'),('cub200','images/000.Bird/a_3.jpg'),('dogs','test_list.mat'),
+    ('dogs','Images/n01-Dog/n01_2.jpg'),('mit67','TestImages.txt'),('mit67','Images/room1/r_14.jpg'),('stanford40','ImageSplits'),('stanford40','JPEGImages/waving_hands_001.jpg'),('imagenet','val')])
+def test_a_part_that_is_missing_is_named(name, lost, tmp_path):
+    import shutil
+    LAYOUTS[name](tmp_path)
+    p = tmp_path/lost
+    shutil.rmtree(p) if p.is_dir() else p.unlink()
+    with pytest.raises(DataError, match='missing') as e: recipe_items(name, tmp_path)
+    assert str(p) in str(e.value) and recipes[name].get in str(e.value)
+
+def test_broken_lists_are_told(tmp_path):
+    cub200(tmp_path/'a'); text(tmp_path/'a/images.txt', ['one two three'])
+    dogs(tmp_path/'b'); (tmp_path/'b/train_list.mat').write_bytes(b'no matlab')
+    mit67(tmp_path/'c'); text(tmp_path/'c/TestImages.txt', ['room2/r_1.jpg']); digit(tmp_path/'c/Images/room2/r_1.jpg', 1, 1)
+    for d,name,msg in (('a','cub200','CUB-200-2011'),('b','dogs','Stanford Dogs'),('c','mit67','room2')):
+        with pytest.raises(DataError, match=msg): recipe_items(name, tmp_path/d)
+
+@pytest.mark.parametrize('args,word', [(['--pretrained'],'from scratch'),(['--arch','resnet19'],'resnet19')])
+def test_options_that_do_not_fit(args, word, tmp_path, capsys):
+    imagenet(tmp_path/'data')
+    code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', *args, '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and word in err and err.count('\n')==1 and not (tmp_path/'r').exists()
+
+@pytest.mark.parametrize('arch', ['wrn16_2','xresnet18','mobilenet_v3_small'])
+def test_other_networks(arch, tmp_path, capsys):
+    imagenet(tmp_path/'data')
+    code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', '--arch', arch, '--size', 64 if 'mobile' in arch else 32, '--bs', 8, '--epochs', 1, '--width', .25, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert f'{arch}, from scratch' in out
+
+def test_builders_without_a_recipe(tmp_path, capsys):
+    imagenet(tmp_path/'data')
+    code,out,err = run(tmp_path/'data', '--arch', 'wrn16_2', '--bs', 8, '--epochs', 1, '--lr', 1e-3, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert 'wrn16_2, from scratch' in out and 'at 32 px' in out
+    code,out,err = run(tmp_path/'data', '--arch', 'wrn16_2', '--pretrained', '--out', tmp_path/'x', capsys=capsys)
+    assert code==2 and 'from scratch' in err
