@@ -7,7 +7,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #16afab7a
+# %% ../nbs/03_callback.ipynb #dc2f1617
 import weakref
 from numbers import Integral
 from fastai.basics import *
@@ -15,26 +15,7 @@ from fastai.callback.training import GradientAccumulation
 from .features import *
 from .teacher import *
 from .losses import *
-
-# %% ../nbs/03_callback.ipynb #c661842b
-class _CreateOpt:
-    "`learn.create_opt` while a callback is attached: as before, then the self-teacher joins"
-    def __init__(self, learn, cb): self.learn,self.cb,self.before = learn,cb,learn.__dict__.get('create_opt')
-    def __call__(self):
-        (self.before or partial(type(self.learn).create_opt, self.learn))()
-        self.cb._join()
-    def remove(self):
-        if self.before: self.learn.create_opt = self.before
-        else: self.learn.__dict__.pop('create_opt', None)
-    # An exported Learner gets its own `create_opt` back, so that it doesn't need this package
-    def __reduce__(self): return getattr, (self.learn, 'create_opt')
-    def __deepcopy__(self, memo): return _deepcopied(self, memo)
-
-def _deepcopied(o, memo):
-    "What `deepcopy` does without a `__reduce__`, which is for pickling here"
-    new = memo[id(o)] = object.__new__(type(o))
-    new.__dict__.update({k:deepcopy(v, memo) for k,v in o.__dict__.items()})
-    return new
+from .optimizer import *
 
 # %% ../nbs/03_callback.ipynb #80aa1a5d
 def _scale_grad(f, factor):
@@ -44,7 +25,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #9251b0b6
+# %% ../nbs/03_callback.ipynb #0d86e081
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -95,7 +76,7 @@ class FRSKDCallback(Callback):
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback; remove it first: `learn.remove_cb(FRSKDCallback)`")
         self.__dict__['_learn'] = learn
-        self._create_opt = learn.create_opt = _CreateOpt(learn, self)
+        self._create_opt = learn.create_opt = CreateOpt(learn, self._join)
         try:
             if learn.opt is not None: self._join()
         except BaseException:
@@ -151,29 +132,10 @@ class FRSKDCallback(Callback):
                 if (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={self.feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
 
     def _join(self):
-        "Put the self-teacher's parameters into the optimizer's last group, with the treatment that `Learner.create_opt` gives the model's"
-        learn,opt = self.learn,self.learn.opt
-        if self.build().teacher is None: return
-        have = {id(p) for pg in opt.param_lists for p in pg}
-        new = [p for p in self.trained.parameters() if id(p) not in have]
-        if not new: return
-        lists = opt.param_lists
-        lists[-1] = type(lists[-1])([*lists[-1], *new])
-        opt.param_lists = lists
-        for p in new: opt.state[p] = {} # an own one each: after `learn.load` the states are a plain dict
-        if not learn.wd_bn_bias:
-            for p in norm_bias_params(self.trained, True): opt.state[p]['do_wd'] = False
-        if learn.train_bn:
-            for p in norm_bias_params(self.trained, False): opt.state[p]['force_train'] = True
+        if self.build().teacher is not None: join_opt(self.learn, self.trained)
 
     def _leave(self):
-        "Take the self-teacher's parameters and their state out of the optimizer"
-        opt = self.learn.opt
-        if opt is None or self.teacher is None: return
-        gone = {id(p) for p in self.trained.parameters()}
-        opt.param_lists = type(opt.param_lists)(type(pg)(p for p in pg if id(p) not in gone) for pg in opt.param_lists)
-        for state in (opt.state, getattr(getattr(opt, 'opt', None), 'state', {})):
-            for p in self.trained.parameters(): state.pop(p, None)
+        if self.trained is not None: leave_opt(self.learn, self.trained)
 
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
@@ -303,6 +265,6 @@ class FRSKDCallback(Callback):
     def __reduce__(self): return Callback, (), {'learn':self.learn}
 
     def __deepcopy__(self, memo):
-        new = _deepcopied(self, memo)
+        new = deepcopied(self, memo)
         if self._model is not None: new._model = weakref.ref(deepcopy(self._model(), memo))
         return new

@@ -354,3 +354,32 @@ def test_overhaul_reads_the_students_maps_before_the_relu(make):
 
 def test_overhaul_needs_norms(make):
     with pytest.raises(ValueError, match='norms'): make(cbs=FRSKDCallback(feature_loss='overhaul', teacher=Own)).fit(1)
+
+# -- Together with the rest of fastai -----------------------------------------------------------------------
+def test_sla_composes(make, tmp_path):
+    "Label augmentation with another self-teacher and feature loss, gradient accumulation, lr_find, freezing and saving"
+    cb = FRSKDSLACallback(teacher=partial(SelfTeacher, n_channels=8, repeat=2), feature_loss='hint', columns=True)
+    learn = make(cbs=[cb, GradientAccumulation(32)])
+    learn.create_opt()
+    before = deepcopy(cb.trained.state_dict())
+    with learn.no_bar(): learn.lr_find(show_plot=False, num_it=5)
+    assert all(torch.equal(v, before[k]) for k,v in cb.trained.state_dict().items())
+    learn.fine_tune(2, 1e-2)
+    assert all(v.isfinite() for v in cb.losses.values()) and set(cb.losses)=={'student','teacher','joint','aggregation','soft_label','feature'}
+    assert all(not torch.equal(p, before[k]) for k,p in cb.trained.named_parameters() if 'fusion' not in k)
+    assert n_hooks(learn.model)==0
+    learn.save('s', with_opt=False)
+    assert torch.load(tmp_path/'models/s.pth').keys()==learn.model.state_dict().keys()
+
+def test_multi_label_datablock(tmp_path):
+    "fastai's own multi-label data and loss, as a user has them"
+    from frskd_fastai.data import digits_data
+    files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
+    label = lambda f: ['even' if int(f.parent.name)%2==0 else 'odd', *(['loop'] if f.parent.name in '0689' else [])]
+    dls = DataBlock((ImageBlock,MultiCategoryBlock), get_y=label, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=16, num_workers=0)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy_multi, cbs=FRSKDCallback(columns=True))
+    learn.fine_tune(1)
+    assert learn.frskd.multi_label and learn.frskd.losses['soft_label'].isfinite()
+    learn.remove_cb(FRSKDCallback)
+    with pytest.raises(ValueError, match='single-label'): learn.add_cb(FRSKDSLACallback())
+    learn.fit(1)
