@@ -21,6 +21,9 @@ ARMS = {
     'constant':     dict(schedule='constant'),             # the paper's
     'ramp':         dict(schedule=ramp),                   # the reference's ramp for segmentation, over the first half
     'paper':        dict(schedule='constant', width=2.),
+    'hint':         dict(feature_loss='hint'),             # these three are the default with another feature loss, or none
+    'overhaul':     dict(feature_loss='overhaul'),
+    'nofeature':    dict(beta=0.),
 }
 
 def cifar(per_class, zip_path):

@@ -87,8 +87,9 @@ class OverhaulLoss(nn.Module):
             loss = loss + ((source-target).pow(2)*matters).sum()/len(f)/2**(n-i-1)
         return loss
 
-# %% ../nbs/02_losses.ipynb #d046bfa6
-default_beta = dict(attention=100., hint=1., overhaul=1e-3) # The feature losses by name, each with the weight that fits its scale
+# %% ../nbs/02_losses.ipynb #b658da10
+# The feature losses by name, each with a weight: attention's is the paper's, the others bring the gradient to its scale (benchmarks/feature_loss_scale.py)
+default_beta = dict(attention=100., hint=1., overhaul=1e-3)
 
 # %% ../nbs/02_losses.ipynb #4dd14d92
 from fastai.losses import BaseLoss

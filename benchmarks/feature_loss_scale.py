@@ -1,0 +1,38 @@
+"""How strongly each feature loss pulls on the student: the norm of its gradient at the student's body, weighted by its default β, over that of the
+student's label loss. The figures behind `default_beta`.
+
+    python benchmarks/feature_loss_scale.py
+
+Data and student as in `schedule_study.py cifar`; four epochs of the default schedule, read in the middle of each.
+"""
+import argparse
+from schedule_study import *
+
+class Scale(Callback):
+    "Before the step of one batch an epoch: gradient norms of the student's label loss and of the feature loss"
+    order,run_valid = FRSKDCallback.order-1,False # before `FRSKDCallback` adds its terms, while the taps hold the maps
+    def __init__(self): self.ratios = []
+    def after_loss(self):
+        if self.iter!=self.n_iter//2: return
+        cb,body = self.learn.frskd,[p for m in self.learn.model[:5] for p in m.parameters()]
+        state = deepcopy(cb.trained.state_dict()) # a second pass must not move BatchNorm's statistics twice
+        maps = cb._pop_maps()
+        refined,_ = cb._teach(maps, 1.)
+        loss = cb._feature_loss(maps[1], [o.detach() for o in refined])
+        norm = lambda l: torch.cat([g.flatten() for g in torch.autograd.grad(l, body, retain_graph=True, allow_unused=True) if g is not None]).norm()
+        self.ratios.append((cb.beta*norm(loss)/norm(self.learn.loss_grad)).item())
+        cb.trained.load_state_dict(state)
+        raise CancelBatchException
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--zip', default='../shared/data/cifar100-1.zip')
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    data,args.data = cifar(100, args.zip),'cifar'
+    print('| feature loss | β | ' + ' | '.join(f'epoch {i+1}' for i in range(4)) + ' |\n|---|---|---|---|---|---|')
+    for name in 'attention','hint','overhaul':
+        ARMS['scale'] = dict(feature_loss=name)
+        learn,scale = learner(data, args, 0, 'scale'),Scale()
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(4, 5e-3, cbs=[scale,NoValid(9)])
+        print(f'| {name} | {learn.frskd.beta:g} | ' + ' | '.join(f'{o:.2f}' for o in scale.ratios) + ' |', flush=True)
