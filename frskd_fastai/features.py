@@ -7,8 +7,9 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/features.html.md"""
 # %% auto #0
 __all__ = ['Level', 'same_random', 'unnoticed', 'sample_batch', 'Taps', 'PreactTaps', 'get_level', 'check_map', 'find_levels']
 
-# %% ../nbs/00_features.ipynb #f3d42ce4
+# %% ../nbs/00_features.ipynb #c239cd28
 import difflib, re
+from numbers import Integral
 from contextlib import contextmanager
 from fastai.basics import *
 from fastai.torch_core import get_random_states, set_random_states
@@ -176,7 +177,7 @@ def _pieces(name, m, calls):
     if whole: return [(name,m)]
     return [p for n,k in kids for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
-# %% ../nbs/00_features.ipynb #5c232299
+# %% ../nbs/00_features.ipynb #0ce8cff5
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
@@ -184,7 +185,7 @@ def find_levels(
 )->tuple: # `L` of `Level`s, largest map first, and the model's output
     "Run `model` once on `xb`, without a trace, and say which modules are its feature levels. `ValueError` where there are fewer than two"
     calls,pred = _run(model, xb)
-    if isinstance(levels, int): found = _search(model, calls, levels)
+    if isinstance(levels, Integral): found = _search(model, calls, levels)
     else:
         for n in levels: get_level(model, n)
         if len(set(levels))<len(levels): raise ValueError(f"FRSKD: a level is named twice: {list(levels)}")
