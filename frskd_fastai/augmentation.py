@@ -33,11 +33,12 @@ def aggregate_rotations(
     "Logits of each image: the mean over its rotations r of their joint logits at 4·class + r"
     return logits.view(len(logits)//4, 4, -1, 4).diagonal(dim1=1, dim2=3).mean(-1)
 
-# %% ../nbs/05_augmentation.ipynb #13a76d42
+# %% ../nbs/05_augmentation.ipynb #b6d31b03
 class FRSKDSLACallback(FRSKDCallback):
     "`FRSKDCallback` with self-supervised label augmentation ([arXiv 1910.05872](https://arxiv.org/abs/1910.05872)); single-label classification of square images"
     name = 'frskd' # as `learn.frskd`, like the class it extends
     def __init__(self,
+        *,
         sla_weight:float=1., # Weight of the distillation from the aggregated logits
         **kwargs, # As for `FRSKDCallback`
     ):
@@ -48,7 +49,7 @@ class FRSKDSLACallback(FRSKDCallback):
     def _make(self, levels, xb, yb, pred):
         x = xb[0]
         if len(xb)!=1 or x.ndim!=4 or x.shape[2]!=x.shape[3]: raise ValueError(f"FRSKD: label augmentation rotates square images, B×C×S×S; these inputs are of shape {', '.join(str(tuple(o.shape)) for o in xb)}")
-        if len(yb)!=1 or yb[0].is_floating_point() or yb[0].numel()!=len(pred) or is_multi_label(self.learn.loss_func): raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class number a sample")
+        if len(yb)!=1 or yb[0].is_floating_point() or yb[0].numel()!=len(yb[0]) or is_multi_label(self.learn.loss_func): raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class number a sample")
         trained = super()._make(levels, xb, yb, pred)
         for who,c in ('student',levels[-1].channels),('teacher',self.refined_channels[-1]): trained[f'joint_{who}'] = nn.Linear(c, 4*pred.shape[1]).to(pred.device)
         return trained

@@ -25,7 +25,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #0d86e081
+# %% ../nbs/03_callback.ipynb #8c9dee49
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -61,8 +61,8 @@ class FRSKDCallback(Callback):
 
     @classmethod
     def paper(cls, **kwargs):
-        "The settings of the reference implementation for CIFAR-100: all weights constant, a self-teacher of width 2. `kwargs` change any of them"
-        return cls(**{**dict(alpha=2., beta=100., temperature=4., width=2., depth=2, levels=4, schedule='constant'), **kwargs})
+        "The settings of the reference implementation for CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2. `kwargs` change any of them"
+        return cls(**{**dict(alpha=2., temperature=4., width=2., depth=2, levels=4, schedule='constant'), **kwargs})
 
     # -- Attaching and detaching -------------------------------------------------------------
     @property
@@ -96,8 +96,10 @@ class FRSKDCallback(Callback):
         b = sample_batch(self.learn)
         if b is None: return self
         (xb,yb),model = b,self.learn.model
+        check_loss(self.learn.loss_func)
+        check_targets(yb)
         levels,pred = find_levels(model, *xb, levels=self.levels)
-        check_targets(pred, yb, self.learn.loss_func)
+        check_pred(pred, yb, self.learn.loss_func)
         with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD
         if self._preact: self._check_preact(levels, xb)
         if self.teacher is not None: self._leave()
@@ -109,17 +111,20 @@ class FRSKDCallback(Callback):
         "All that trains beside the student, a `ModuleDict`: the self-teacher and, if it has parameters, the feature loss"
         channels,n_out = list(levels.attrgot('channels')),pred.shape[1]
         make = self.own_teacher or partial(SelfTeacher, width=self.width, depth=self.depth)
-        teacher = make if isinstance(make, nn.Module) else make(channels, n_out)
+        try: teacher = make if isinstance(make, nn.Module) else make(channels, n_out)
+        except TypeError as e: raise ValueError(f"FRSKD: teacher={make!r} is no function from the levels' channels and the number of logits to a self-teacher: {e}") from e
         if not isinstance(teacher, nn.Module): raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
         trained = nn.ModuleDict({'teacher':teacher}).to(pred.device)
-        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device)
+        preact = self.beta>0 and (self.feature_loss=='overhaul' or getattr(self.feature_loss, 'preact', False))
+        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, preact)
         self._feature_loss = loss = self.feature_loss
+        if not self.beta: return trained
         if   loss=='attention': self._feature_loss = attention_loss
         elif loss=='hint':      self._feature_loss = HintLoss(channels, refined)
-        elif loss=='overhaul':
-            if not hasattr(teacher, 'norms'): raise ValueError("FRSKD: feature_loss='overhaul' needs a self-teacher with `norms`, the BatchNorms that make its refined maps")
-            self._feature_loss = OverhaulLoss(channels, teacher.norms)
-        if self.beta and isinstance(self._feature_loss, nn.Module): trained['feature_loss'] = self._feature_loss.to(pred.device)
+        elif loss=='overhaul':  self._feature_loss = OverhaulLoss(channels, teacher.norms)
+        if isinstance(self._feature_loss, nn.Module): trained['feature_loss'] = self._feature_loss.to(pred.device)
+        maps = [[torch.rand(2, c, *lv.size, device=pred.device) for c,lv in zip(cs, levels)] for cs in (channels,refined)]
+        with unnoticed(trained): check_feature_loss(self._feature_loss, *maps)
         return trained
 
     @property
@@ -207,7 +212,10 @@ class FRSKDCallback(Callback):
     def factor(self):
         "The factor, now, of all that the student gets from the self-teacher"
         if self.schedule=='trust': return self.trust.factor
-        return 1. if self.schedule=='constant' else self.schedule(self.learn.pct_train)
+        if self.schedule=='constant': return 1.
+        factor = self.schedule(self.learn.pct_train)
+        if not (isinstance(factor, (Real,Tensor)) and 0<=factor<=1): raise ValueError(f"FRSKD: schedule must return a number from 0 to 1, got {factor!r}")
+        return float(factor)
 
     def after_train(self): self._cleanup_taps()
 
@@ -254,7 +262,7 @@ class FRSKDCallback(Callback):
     def _accumulate(self, logits):
         bs,y = len(logits),self.learn.yb[0]
         now = dict(self.losses)
-        if self.multi_label: now['accuracy'] = ((logits>0)==(y>0.5)).float().mean()
+        if self.multi_label: now['accuracy'] = ((logits>0)==(y.view_as(logits)>0.5)).float().mean()
         elif y.shape==logits.shape[:1] and not y.is_floating_point(): now['accuracy'] = (logits.argmax(1)==y).float().mean()
         for k,v in now.items(): self._sums[k] = self._sums.get(k, 0) + v*bs # stays on the device
         self._count += bs

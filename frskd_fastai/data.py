@@ -36,7 +36,7 @@ def digits_data(
         if not dest.exists(): raise
     return dest
 
-# %% ../nbs/07_data.ipynb #015c8668
+# %% ../nbs/07_data.ipynb #95377fb9
 class DataError(ValueError): "The images can't be used; the message says why, and what would be"
 
 def find_images(
@@ -80,8 +80,9 @@ def check_split(
     train:list, # Training items, pairs (file, label)
     valid:list, # Validation items
 ):
-    "`DataError` where the two don't go together"
+    "`DataError` where there are no two classes, or the two don't go together"
     known = set(L(train).itemgot(1))
+    if len(known)<2: raise DataError(f"only one class, {first(known)!r}, to train on: {train[0][0]}")
     unknown = first((f,c) for f,c in valid if c not in known)
     if unknown: raise DataError(f"class {unknown[1]!r} has no image to train on, but is in the validation set: {unknown[0]}")
 

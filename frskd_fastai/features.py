@@ -40,12 +40,12 @@ def unnoticed(
     finally:
         for m,training in flags: m.training = training
 
-# %% ../nbs/00_features.ipynb #984818ed
+# %% ../nbs/00_features.ipynb #9e8ca2de
 def sample_batch(
     learn:Learner, # Learner with the data and the model
-    n:int=2, # How many samples
+    n:int=2, # How many samples of the inputs; of the targets it is all
 )->tuple|None: # Inputs and targets, two tuples of tensors on the model's device, or None where there is no batch (an exported Learner)
-    "The first `n` samples of a training batch, drawn without a trace: the training will see the same batches as without"
+    "The first `n` inputs and all targets of a training batch, drawn without a trace: the training will see the same batches as without"
     dl = learn.dls.train
     try: empty = len(dl)==0
     except TypeError: empty = False
@@ -53,8 +53,8 @@ def sample_batch(
     with same_random(dl): b = dl.one_batch() if hasattr(dl, 'one_batch') else first(dl)
     b = tuplify(b)
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
-    b = to_device([o[:n] for o in b], one_param(learn.model).device)
-    return tuple(o.as_subclass(Tensor) for o in b[:n_inp]),tuple(b[n_inp:]) # a target's type says what it is
+    xb,yb = to_device(([o[:n] for o in b[:n_inp]],list(b[n_inp:])), one_param(learn.model).device)
+    return tuple(o.as_subclass(Tensor) for o in xb),tuple(yb) # a target's type says what it is
 
 # %% ../nbs/00_features.ipynb #1fe8106d
 class Taps:

@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/losses.html.md"""
 
 # %% auto #0
 __all__ = ['default_beta', 'soft_label_loss', 'attention_map', 'attention_loss', 'HintLoss', 'overhaul_margin', 'OverhaulLoss',
-           'check_loss', 'is_multi_label', 'check_targets', 'Trust']
+           'check_feature_loss', 'is_multi_label', 'check_loss', 'check_targets', 'check_pred', 'Trust']
 
 # %% ../nbs/02_losses.ipynb #4abcce75
 from fastai.basics import *
@@ -25,7 +25,7 @@ def soft_label_loss(
     s,t = (F.logsigmoid(torch.stack([o,-o])) for o in (s,t))
     return F.kl_div(s, t, reduction='none', log_target=True).sum(0).mean() * temperature**2
 
-# %% ../nbs/02_losses.ipynb #2921f512
+# %% ../nbs/02_losses.ipynb #f02d520f
 def attention_map(
     x:Tensor, # Feature map, B×C×H×W
 )->Tensor: # B×H·W, float32, L2 norm 1 over the positions
@@ -37,9 +37,9 @@ def attention_loss(
     teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
 )->Tensor: # Scalar, float32
     "Σ_i of the mean over batch and positions of ( φ(F_i) − φ(T_i) )² (paper section 3.2, L_F)"
-    return sum((attention_map(f)-attention_map(t.detach())).pow(2).mean() for f,t in zip(student,teacher))
+    return sum((attention_map(f)-attention_map(t.detach())).pow(2).mean() for f,t in zip(student, teacher, strict=True))
 
-# %% ../nbs/02_losses.ipynb #c933094b
+# %% ../nbs/02_losses.ipynb #f47c17d9
 def _connector(c, d): return nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d))
 
 class HintLoss(nn.Module):
@@ -49,13 +49,13 @@ class HintLoss(nn.Module):
         refined:list, # Channels d_i of the refined maps
     ):
         super().__init__()
-        self.connectors = nn.ModuleList(map(_connector, channels, refined))
+        self.connectors = nn.ModuleList(_connector(c, d) for c,d in zip(channels, refined, strict=True))
 
     def forward(self,
         student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
     )->Tensor: # Scalar, float32
-        return sum(F.mse_loss(F.relu(c(f)).float(), t.detach().float()) for c,f,t in zip(self.connectors, student, teacher))
+        return sum(F.mse_loss(F.relu(c(f)).float(), t.detach().float()) for c,f,t in zip(self.connectors, student, teacher, strict=True))
 
 def overhaul_margin(
     norm:nn.BatchNorm2d, # The BatchNorm before the ReLU
@@ -74,14 +74,14 @@ class OverhaulLoss(nn.Module):
     ):
         super().__init__()
         self.norms = L(norms) # no `ModuleList`: they are the self-teacher's
-        self.connectors = nn.ModuleList(_connector(c, o.num_features) for c,o in zip(channels, norms))
+        self.connectors = nn.ModuleList(_connector(c, o.num_features) for c,o in zip(channels, norms, strict=True))
 
     def forward(self,
         student:list, # Student's feature maps F_i before the ReLU, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i before the ReLU, B×d_i×H_i×W_i; detached here
     )->Tensor: # Scalar, float32
         loss,n = 0.,len(student)
-        for i,(connect,norm,f,t) in enumerate(zip(self.connectors, self.norms, student, teacher)):
+        for i,(connect,norm,f,t) in enumerate(zip(self.connectors, self.norms, student, teacher, strict=True)):
             source,target = connect(f).float(),torch.maximum(t.detach().float(), overhaul_margin(norm)[:,None,None])
             matters = (source>target) | (target>0)
             loss = loss + ((source-target).pow(2)*matters).sum()/len(f)/2**(n-i-1)
@@ -91,9 +91,21 @@ class OverhaulLoss(nn.Module):
 # The feature losses by name, each with a weight: attention's is the paper's, the others bring the gradient to its scale (benchmarks/feature_loss_scale.py)
 default_beta = dict(attention=100., hint=1., overhaul=1e-3)
 
-# %% ../nbs/02_losses.ipynb #4dd14d92
+# %% ../nbs/02_losses.ipynb #b643d332
+def check_feature_loss(
+    loss:Callable, # From the lists of student's and refined maps to a scalar
+    student:list, # Maps like the student's, B×c_i×H_i×W_i
+    refined:list, # Maps like the refined ones, B×d_i×H_i×W_i
+):
+    "Compute `loss` once; `ValueError` where it isn't a feature loss for such maps"
+    want = "A feature loss takes two lists, the student's and the refined maps, a B×C×H×W tensor a level, and returns a scalar tensor; see `FRSKDCallback(feature_loss=...)`"
+    try: v = loss(student, refined)
+    except Exception as e: raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {[tuple(o.shape) for o in student]} and {[tuple(o.shape) for o in refined]}: {type(e).__name__}: {e}. {want}") from e
+    if not (isinstance(v, Tensor) and v.ndim==0): raise ValueError(f"FRSKD: the feature loss returns {f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}. {want}")
+
+# %% ../nbs/02_losses.ipynb #6cbabfc0
 from fastai.losses import BaseLoss
-from fastai.vision.core import TensorBBox, TensorPoint
+from fastai.vision.core import TensorBBox, TensorMultiCategory, TensorPoint
 
 def _torch_loss(loss_func):
     "The name of the torch loss in `loss_func`"
@@ -102,44 +114,56 @@ def _torch_loss(loss_func):
 
 _regression = 'MSELoss','L1Loss','SmoothL1Loss','HuberLoss','mse_loss','l1_loss','smooth_l1_loss','huber_loss'
 _no_logits = {**dict.fromkeys(('BCELoss','binary_cross_entropy'), ('probabilities','BCEWithLogitsLossFlat')), **dict.fromkeys(('NLLLoss','nll_loss'), ('log-probabilities','CrossEntropyLossFlat'))}
-_serves = "FRSKD serves classification, single-label or multi-label"
+
+def is_multi_label(
+    loss_func:Callable, # The Learner's
+    yb:tuple=(), # A batch of targets, for loss functions that aren't known
+)->bool:
+    "Is each class a yes or no of its own?"
+    if isinstance(loss_func, BaseLoss): return (loss_func.activation(torch.zeros(1,4))==0.5).all().item() # sigmoid; softmax gives a quarter
+    name = _torch_loss(loss_func).lower()
+    if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
+    if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor) or not yb[0].is_floating_point(): return False
+    return isinstance(yb[0], TensorMultiCategory) or ((yb[0].sum(-1)-1).abs()>1e-3).any().item()
+
+def _refuse(what): raise ValueError(f"FRSKD serves classification, single-label or multi-label; {what}")
 
 def check_loss(
     loss_func:Callable, # The Learner's
 ):
     "`ValueError` where `loss_func` is not for logits of classes"
     name = _torch_loss(loss_func)
-    if name in _regression: raise ValueError(f"{_serves}; this Learner's loss function, {name}, is for regression")
+    if name in _regression: _refuse(f"this Learner's loss function, {name}, is for regression")
     if name in _no_logits:
         takes,instead = _no_logits[name]
         raise ValueError(f"FRSKD needs a loss function that takes logits; {name} takes {takes}. Take the model's last activation away and use {instead}")
 
-def is_multi_label(
-    loss_func:Callable, # The Learner's
-    yb:tuple=(), # Some targets, for loss functions that aren't known
-)->bool:
-    "Is each class a yes or no of its own?"
-    if isinstance(loss_func, BaseLoss): return (loss_func.activation(torch.zeros(1,4))==0.5).all().item() # sigmoid; softmax gives a quarter
-    if re.search('bce|binary_?cross_?entropy', _torch_loss(loss_func), re.I): return True
-    probabilities = len(yb)==1 and isinstance(yb[0], Tensor) and yb[0].is_floating_point() and not _torch_loss(loss_func).lower().startswith('cross')
-    return probabilities and ((yb[0].sum(-1)-1).abs()>1e-3).any().item()
-
 def check_targets(
-    pred, # What the model returns
-    yb:tuple, # Targets of the same samples
-    loss_func:Callable, # The Learner's
+    yb:tuple, # A batch of targets
 ):
-    "`ValueError` where `pred` or `yb` is something that FRSKD doesn't serve"
-    check_loss(loss_func)
-    if not (isinstance(pred, Tensor) and pred.ndim==2):
-        raise ValueError(f"{_serves}, with logits of shape B×C; this model returns {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
+    "`ValueError` where the targets are something that FRSKD doesn't serve"
     for y in yb:
-        if isinstance(y, (TensorBBox,TensorPoint)): raise ValueError(f"{_serves}; these targets are {'bounding boxes' if isinstance(y, TensorBBox) else 'points'}")
-    if pred.shape[1]==1 and not is_multi_label(loss_func, yb): raise ValueError(f"{_serves}, with logits of two classes or more; this model returns shape {tuple(pred.shape)}")
+        if isinstance(y, (TensorBBox,TensorPoint)): _refuse(f"these targets are {'bounding boxes' if isinstance(y, TensorBBox) else 'points'}")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return # your own loss function knows them
     y = yb[0]
-    if y.is_floating_point() and y.shape!=pred.shape and y.numel()!=pred.numel(): raise ValueError(f"{_serves}; these targets, numbers of shape {tuple(y.shape)} for logits of shape {tuple(pred.shape)}, are for regression")
-    if not y.is_floating_point() and y.ndim>2: raise ValueError(f"{_serves}; these targets, of shape {tuple(y.shape)}, are a class for each pixel")
+    if not y.is_floating_point() and y.ndim>2: _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel")
+    if y.is_floating_point() and not ((y>=0)&(y<=1)).all(): _refuse(f"these targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
+
+def check_pred(
+    pred, # What the model returns
+    yb:tuple, # A batch of targets
+    loss_func:Callable, # The Learner's
+):
+    "`ValueError` where `pred` is no logits of classes, or doesn't go with the targets"
+    if not (isinstance(pred, Tensor) and pred.ndim==2): _refuse(f"its models return logits of shape B×C, this one {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
+    multi = is_multi_label(loss_func, yb)
+    if pred.shape[1]==1 and not multi: _refuse(f"its models return logits of two classes or more, this one shape {tuple(pred.shape)}")
+    if len(yb)!=1 or not isinstance(yb[0], Tensor): return
+    y,c = yb[0],pred.shape[1]
+    each = y[0].numel() if y.ndim else 1
+    if y.is_floating_point() and each!=c: _refuse(f"these targets, numbers of shape {tuple(y.shape)} for logits of shape {tuple(pred.shape)}, are for regression")
+    if isinstance(y, TensorMultiCategory) and not multi: _refuse(f"these targets are multi-label, but the loss function, {_torch_loss(loss_func)}, is for one label")
+    if multi and each!=c: _refuse(f"the loss function, {_torch_loss(loss_func)}, is for multi-label targets, a number for each of the {c} classes; these targets are of shape {tuple(y.shape)}")
 
 # %% ../nbs/02_losses.ipynb #5c7b0e78
 class Trust:

@@ -10,7 +10,7 @@ __all__ = ['join_opt', 'leave_opt', 'CreateOpt', 'deepcopied']
 # %% ../nbs/02_optimizer.ipynb #4abcce75
 from fastai.basics import *
 
-# %% ../nbs/02_optimizer.ipynb #632b749f
+# %% ../nbs/02_optimizer.ipynb #06bdcf49
 def join_opt(
     learn:Learner, # Learner with an optimizer
     module:nn.Module, # Its parameters join, unless they are there
@@ -33,13 +33,14 @@ def leave_opt(
     learn:Learner, # Learner, with an optimizer or not
     module:nn.Module, # Its parameters leave
 ):
-    "Take the parameters of `module` and their state out of the optimizer"
-    opt = learn.opt
+    "Take the parameters of `module` and their state out of the optimizer; not those that it shares with the model"
+    opt,own = learn.opt,{id(p) for p in learn.model.parameters()}
     if opt is None: return
-    gone = {id(p) for p in module.parameters()}
+    leaving = [p for p in module.parameters() if id(p) not in own]
+    gone = {id(p) for p in leaving}
     opt.param_lists = type(opt.param_lists)(type(pg)(p for p in pg if id(p) not in gone) for pg in opt.param_lists)
     for state in (opt.state, getattr(getattr(opt, 'opt', None), 'state', {})):
-        for p in module.parameters(): state.pop(p, None)
+        for p in leaving: state.pop(p, None)
 
 # %% ../nbs/02_optimizer.ipynb #e79ab18f
 class CreateOpt:

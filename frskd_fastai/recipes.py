@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from fastai.vision.all import *
 from .data import *
 
-# %% ../nbs/09_recipes.ipynb #636e7e63
-def _need(path, *names):
-    "`DataError` where one of `names` is not below `path`"
-    for n in names:
-        if not (path/n).exists(): raise DataError(f"{path/n} is missing")
-
+# %% ../nbs/09_recipes.ipynb #ec384584
 def _listed(root, names, label):
     "Items for the files `names` below `root`"
     items = L((root/n,label(n)) for n in names)
@@ -29,36 +24,30 @@ def _lines(file): return [o.strip() for o in file.read_text().splitlines() if o.
 
 def _folders(path, valid, depth=-1):
     "`train/` and a `valid` folder, whose images are in a folder of their class"
-    _need(path, 'train', valid)
     return images_below(path/'train', depth),images_below(path/valid, depth)
 
 def _tinyimagenet(path):
     "Training images below their class; validation images in one folder, with a table of classes"
-    _need(path, 'train', 'val/images', 'val/val_annotations.txt')
     classes = dict(o.split('\t')[:2] for o in _lines(path/'val/val_annotations.txt'))
     return images_below(path/'train'),_listed(path/'val/images', classes, classes.get)
 
 def _cub200(path):
     "All images below their class; one list numbers them, another says which are for training"
-    _need(path, 'images', 'images.txt', 'train_test_split.txt')
     names,is_train = (dict(o.split() for o in _lines(path/f)) for f in ('images.txt','train_test_split.txt'))
     return [_listed(path/'images', [n for i,n in names.items() if is_train.get(i)==k], lambda n: n.split('/')[0]) for k in '10']
 
 def _dogs(path):
     "All images below their class; two Matlab files list them"
     from scipy.io import loadmat
-    _need(path, 'Images', 'train_list.mat', 'test_list.mat')
     names = [[str(o) for o in np.atleast_1d(loadmat(path/f'{k}_list.mat', simplify_cells=True)['file_list'])] for k in ('train','test')]
     return [_listed(path/'Images', o, lambda n: n.split('/')[0]) for o in names]
 
 def _mit67(path):
     "All images below their class; two text files list them"
-    _need(path, 'Images', 'TrainImages.txt', 'TestImages.txt')
     return [_listed(path/'Images', _lines(path/f'{k}Images.txt'), lambda n: n.split('/')[0]) for k in ('Train','Test')]
 
 def _stanford40(path):
     "All images in one folder, named after their class; two lists a class"
-    _need(path, 'JPEGImages', 'ImageSplits')
     names = [[n for f in sorted((path/'ImageSplits').glob(f'*_{k}.txt')) for n in _lines(f)] for k in ('train','test')]
     return [_listed(path/'JPEGImages', o, lambda n: n.rpartition('_')[0]) for o in names]
 
@@ -77,12 +66,13 @@ def large_tfms(
     "Cropped to 8% of the image or more, and mirrored"
     return [RandomResizedCrop(size, min_scale=0.08), FlipItem()]
 
-# %% ../nbs/09_recipes.ipynb #6e25f13e
+# %% ../nbs/09_recipes.ipynb #bc35699a
 @dataclass
 class Recipe:
     "One experiment"
     data:str       # Name of the data set
     find:Callable  # From its folder to training and validation items
+    needs:tuple    # What the folder must hold
     get:str        # Where it comes from
     layout:str     # What its folder holds
     url:str|None = None # fastai's URL, for a download
@@ -94,16 +84,16 @@ class Recipe:
 
 _small = dict(arch='cifar_resnet18', size=32, bs=128, tfms=small_tfms)
 recipes = dict(
-    cifar100 = Recipe('CIFAR-100', partial(_folders, valid='test'), URLs.CIFAR_100, 'train/ and test/, each with a folder per class (in folders of superclasses, or not)', URLs.CIFAR_100, stats=cifar_stats, **_small),
-    tinyimagenet = Recipe('TinyImageNet', _tinyimagenet, 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt', **_small),
-    cub200 = Recipe('CUB-200-2011', _cub200, URLs.CUB_200_2011, 'images/CLASS/*.jpg, images.txt and train_test_split.txt', URLs.CUB_200_2011),
-    dogs = Recipe('Stanford Dogs', _dogs, 'http://vision.stanford.edu/aditya86/ImageNetDogs/ (images.tar and lists.tar)', 'Images/CLASS/*.jpg, train_list.mat and test_list.mat'),
-    mit67 = Recipe('MIT Indoor 67', _mit67, 'http://web.mit.edu/torralba/www/indoor.html', 'Images/CLASS/*.jpg, TrainImages.txt and TestImages.txt'),
-    stanford40 = Recipe('Stanford 40 Actions', _stanford40, 'http://vision.stanford.edu/Datasets/40actions.html', 'JPEGImages/CLASS_*.jpg, ImageSplits/CLASS_train.txt and ImageSplits/CLASS_test.txt'),
-    imagenet = Recipe('ImageNet (ILSVRC 2012)', partial(_folders, valid='val', depth=0), 'https://image-net.org/download.php', 'train/WNID/*.JPEG and val/WNID/*.JPEG', bs=128),
+    cifar100 = Recipe('CIFAR-100', partial(_folders, valid='test'), ('train','test'), URLs.CIFAR_100, 'train/ and test/, each with a folder per class (in folders of superclasses, or not)', URLs.CIFAR_100, stats=cifar_stats, **_small),
+    tinyimagenet = Recipe('TinyImageNet', _tinyimagenet, ('train','val/images','val/val_annotations.txt'), 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt', **_small),
+    cub200 = Recipe('CUB-200-2011', _cub200, ('images','images.txt','train_test_split.txt'), URLs.CUB_200_2011, 'images/CLASS/*.jpg, images.txt and train_test_split.txt', URLs.CUB_200_2011),
+    dogs = Recipe('Stanford Dogs', _dogs, ('Images','train_list.mat','test_list.mat'), 'http://vision.stanford.edu/aditya86/ImageNetDogs/ (images.tar and lists.tar)', 'Images/CLASS/*.jpg, train_list.mat and test_list.mat'),
+    mit67 = Recipe('MIT Indoor 67', _mit67, ('Images','TrainImages.txt','TestImages.txt'), 'http://web.mit.edu/torralba/www/indoor.html', 'Images/CLASS/*.jpg, TrainImages.txt and TestImages.txt'),
+    stanford40 = Recipe('Stanford 40 Actions', _stanford40, ('JPEGImages','ImageSplits'), 'http://vision.stanford.edu/Datasets/40actions.html', 'JPEGImages/CLASS_*.jpg, ImageSplits/CLASS_train.txt and ImageSplits/CLASS_test.txt'),
+    imagenet = Recipe('ImageNet (ILSVRC 2012)', partial(_folders, valid='val', depth=0), ('train','val'), 'https://image-net.org/download.php', 'train/WNID/*.JPEG and val/WNID/*.JPEG', bs=128),
 )
 
-# %% ../nbs/09_recipes.ipynb #656c56f5
+# %% ../nbs/09_recipes.ipynb #b771dbb0
 def recipe_items(
     name:str, # A key of `recipes`
     path:str|Path|None=None, # Folder with the data; None for fastai's download, where there is one
@@ -117,13 +107,17 @@ def recipe_items(
         except Exception as e: raise DataError(f"can't download {r.url} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}). {how}") from e
     path = Path(path)
     try:
-        if not path.is_dir(): raise DataError(f"no such folder: {path}")
+        if not path.exists(): raise DataError(f"no such folder: {path}")
+        if not path.is_dir(): raise DataError(f"{path} is not a folder")
+        path = first([path, *sorted(path.iterdir())], lambda p: all((p/n).exists() for n in r.needs)) or path # archives may have a folder around
+        lost = first(n for n in r.needs if not (path/n).exists())
+        if lost: raise DataError(f"{path/lost} is missing")
         train,valid = r.find(path)
         for which,items in ('training',train),('validation',valid):
             if not items: raise DataError(f"no {which} images in {path}")
+        check_split(train, valid)
     except DataError as e: raise DataError(f"{e}. {how}") from e
     except Exception as e: raise DataError(f"{path} can't be read as {r.data} ({type(e).__name__}: {e}). {how}") from e
-    check_split(train, valid)
     return train,valid
 
 def recipe_dls(

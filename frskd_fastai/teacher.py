@@ -122,24 +122,29 @@ class SelfTeacher(nn.Module):
             feats = [F.relu(o) for o in pre]
         return (pre if preact else feats),self.head(feats[-1].mean((2,3)))
 
-# %% ../nbs/01_teacher.ipynb #7677c434
+# %% ../nbs/01_teacher.ipynb #f84166a3
 def check_teacher(
     teacher:nn.Module, # The self-teacher
     levels:list, # `Level`s of the student
     n_out:int, # Number of the student's logits
     device=None, # Where to run it
+    preact:bool=False, # Shall it give refined maps before their ReLU, and have `norms`?
 )->list: # Channels d_i of the refined maps
     "Run `teacher` once on maps like those of `levels`, without a trace; `ValueError` where it isn't a self-teacher for them"
     feats = [torch.zeros(2, o.channels, *o.size, device=device) for o in levels]
     want = "It takes the list of the student's feature maps and returns a list of refined maps, one a level and of the same height and width, and logits, see `FRSKDCallback(teacher=...)`"
     try:
-        with unnoticed(teacher): out = teacher(feats)
+        with unnoticed(teacher): out = teacher(feats, preact=True) if preact else teacher(feats)
     except Exception as e: raise ValueError(f"FRSKD: the self-teacher fails on feature maps of shapes {[tuple(o.shape) for o in feats]}: {type(e).__name__}: {e}. {want}") from e
     if not (isinstance(out, (tuple,list)) and len(out)==2 and is_listy(out[0]) and isinstance(out[1], Tensor)):
-        raise ValueError(f"FRSKD: the self-teacher returns no pair of a list of maps and a tensor, but a {type(out).__name__}. {want}")
+        what = f"({', '.join(type(o).__name__ for o in out)})" if isinstance(out, (tuple,list)) else f"a {type(out).__name__}"
+        raise ValueError(f"FRSKD: the self-teacher doesn't return a list of maps and a tensor, but {what}. {want}")
     refined,logits = out
     if len(refined)!=len(feats): raise ValueError(f"FRSKD: the self-teacher returns {len(refined)} refined maps for {len(feats)} levels. {want}")
     for lv,t in zip(levels, refined):
         if check_map('refined map of '+lv.name, t).shape[-2:]!=lv.size: raise ValueError(f"FRSKD: the self-teacher's refined map of level {lv.name!r} is {tuple(t.shape[-2:])}, the level is {lv.size}. {want}")
     if logits.shape!=(2,n_out): raise ValueError(f"FRSKD: the self-teacher's logits are of shape {tuple(logits.shape)}, the student's (2, {n_out}). {want}")
-    return [o.shape[1] for o in refined]
+    channels = [o.shape[1] for o in refined]
+    if preact and [o.num_features for o in getattr(teacher, 'norms', []) if isinstance(o, nn.BatchNorm2d)]!=channels:
+        raise ValueError("FRSKD: the self-teacher has no `norms`, a list of the BatchNorms that make its refined maps, one a level, which this feature loss needs")
+    return channels

@@ -7,12 +7,13 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/train.html.md"""
 # %% auto #0
 __all__ = ['results', 'own_archs', 'UsageError', 'find_arch', 'check_out', 'History', 'train', 'parser', 'main']
 
-# %% ../nbs/10_train.ipynb #a672663d
+# %% ../nbs/10_train.ipynb #1eadf93f
 import argparse, contextlib, difflib, inspect, io, math, re, shlex, sys, time, warnings
 with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch.jit`: nothing for a command's user
     warnings.simplefilter('ignore', FutureWarning)
     import fastai, torchvision
     from fastai.vision.all import *
+    from PIL import UnidentifiedImageError
 import frskd_fastai
 from .callback import *
 from .data import *
@@ -55,7 +56,7 @@ def check_out(
     there = [o for o in results if (out/o).exists()]
     if there and not force: raise UsageError(f"--out {out} already holds results ({there[0]}); name another folder, or overwrite them with --force")
 
-# %% ../nbs/10_train.ipynb #70a76e5f
+# %% ../nbs/10_train.ipynb #a2d7ecee
 class History(Callback):
     "Keeps each epoch's row of the progress table, over all fits"
     order = Recorder.order+1
@@ -79,7 +80,9 @@ def _build(args, dls, pretrained, cbs):
     if args.arch in own_archs: return Learner(dls, arch(dls.c), **kw)
     if not args.recipe: return vision_learner(dls, arch, pretrained=pretrained, **kw)
     if isinstance(arch, str): import timm; arch = partial(timm.create_model, arch)
-    return Learner(dls, arch(**{'n_out' if 'xresnet' in args.arch else 'num_classes':dls.c}), **kw)
+    model = arch(**{'n_out' if 'xresnet' in args.arch else 'num_classes':dls.c})
+    if getattr(model, 'aux_logits', False): model.aux_logits = False # in training Inception and GoogLeNet would return three outputs
+    return Learner(dls, model, **kw)
 
 def _learner(args, dls, frskd):
     "The Learner of one run; both runs of a comparison start from the same weights and see the same batches"
@@ -113,11 +116,15 @@ def _summary(args, learn, history, lr, seconds):
         f"{args.arch}, {'pretrained' if args.pretrained else 'from scratch'}, on {data}: {n_train:,} training and {n_valid:,} validation images of {learn.dls.c} classes at {args.size} px; "
         f"{args.epochs} epoch{'s'*(args.epochs>1)}, batch size {args.bs}, learning rate {lr:.2g}, seed {args.seed}. Levels: {', '.join(learn.frskd.level_names)}.", '',
         '| run | accuracy | validation loss | training time |', '|---|---|---|---|']
+    frskd = learn.frskd
+    lines[-3:-3] = [f"FRSKD: α {frskd.alpha:g}, β {frskd.beta:g}, temperature {frskd.temperature:g}, self-teacher of width {frskd.width:g}, schedule {frskd.schedule}."
+                    + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after half and three quarters of the epochs." if args.recipe else ''), '']
     for run,d in history.groupby('run', sort=False):
         lines.append(f"| {run} | {d.accuracy.iloc[-1]:.2%} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
     if len(seconds)>1: lines += ['', f"One seed; accuracy on {n_valid:,} images has a standard error of about {100*(.25/n_valid)**.5:.1f} points at worst, so read small differences with care."]
     lines += ['', f"fastai {fastai.__version__}, torch {torch.__version__}, frskd_fastai {frskd_fastai.__version__}, on {learn.dls.device}.",
-              "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."]
+              "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."
+              + (" Its network is this package's, which has to be installed to load it." if args.arch=='wrn16_2' else '')]
     return '\n'.join(lines)+'\n'
 
 # %% ../nbs/10_train.ipynb #c962c125
@@ -161,7 +168,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join(results)}")
     return args.out
 
-# %% ../nbs/10_train.ipynb #679f00b2
+# %% ../nbs/10_train.ipynb #b3060586
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -181,7 +188,7 @@ def parser()->argparse.ArgumentParser:
     "The options of `frskd-train`"
     p = argparse.ArgumentParser('frskd-train', description="Train an image classifier with FRSKD self-distillation, and export it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument('path', nargs='?', metavar='PATH', help="folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the embedded handwritten digits")
-    p.add_argument('--recipe', choices=list(recipes), help="repeat an experiment of the paper: its network, settings and 200 epochs, on its data set at PATH; other options still count")
+    p.add_argument('--recipe', choices=list(recipes), help="train on a data set of the paper, at PATH, with the settings of its CIFAR-100 experiment: they take the place of the defaults below, 200 epochs among them; other options still count")
     p.add_argument('--arch', default='resnet18', help="architecture: torchvision's, fastai's xresnets, timm's, cifar_resnet18, wrn16_2")
     p.add_argument('--epochs', type=_number(int, 1), default=10, help="epochs; with pretrained weights one epoch with a frozen body comes before")
     p.add_argument('--bs', type=_number(int, 2), default=64, help="batch size")
@@ -215,8 +222,9 @@ def main(
     args = p.parse_args(argv)
     args.argv = argv
     try: train(args)
-    except (UsageError,DataError) as e:
-        print(f'frskd-train: {e}', file=sys.stderr)
+    except (UsageError,DataError,UnidentifiedImageError) as e: # the last one says which image
+        with contextlib.suppress(OSError): Path(args.out).rmdir() # empty, if it was made
+        print(f"frskd-train: {str(e).strip().splitlines()[-1]}", file=sys.stderr) # of a loading process's whole traceback
         return 2
     except KeyboardInterrupt:
         print('\nfrskd-train: interrupted; results are written at the end, so there are none', file=sys.stderr)

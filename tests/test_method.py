@@ -5,9 +5,9 @@ from fastai.vision.all import *
 import reference as R, test_golden as G
 from frskd_fastai.augmentation import FRSKDSLACallback
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.losses import attention_loss
+from frskd_fastai.losses import HintLoss, attention_loss
 from frskd_fastai.teacher import SelfTeacher
-from conftest import SmallNet, n_hooks, weights
+from conftest import SmallNet, n_hooks, same, weights
 from test_callback import one_batch
 
 # -- The self-teacher against the written-out reference, for sizes that no golden file has -------------
@@ -64,6 +64,7 @@ def test_paper_preset():
     assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.depth,cb.levels,cb.schedule,cb.feature_loss)==(2.,100.,4.,2.,2,4,'constant','attention')
     assert FRSKDCallback.paper(alpha=1., width=.5).width==.5
     assert FRSKDSLACallback.paper(sla_weight=.5).sla_weight==.5
+    assert [FRSKDCallback.paper(feature_loss=o).beta for o in ('hint','overhaul')]==[1.,1e-3]
     with pytest.raises(TypeError): FRSKDCallback.paper(widht=1)
 
 def test_five_sgd_steps_are_those_of_a_plain_loop(make):
@@ -241,6 +242,36 @@ def test_loss_function_may_change_between_fits(make, multi):
     learn.loss_func = BCEWithLogitsLossFlat()
     learn.fit(1)
 
+def test_one_logit_accuracy(multi, digits):
+    "Targets of shape B for logits B×1"
+    cb = FRSKDCallback(columns=True)
+    learn = multi(n_out=1, cbs=cb)
+    data = [(x,(y>4).float()) for x,y in zip(*digits)]
+    learn.dls = DataLoaders(DataLoader(data[:64], bs=64), DataLoader(data[64:96], bs=16))
+    learn.metrics = []
+    learn.create_opt()
+    s,t,y = logits_of_a_batch(learn, cb)
+    assert y.shape==(64,) and torch.equal(cb._sums['accuracy']/cb._count, ((t[:,0]>0)==(y>.5)).float().mean())
+
+def test_multi_label_by_the_type_of_targets(multi):
+    "Whatever the first samples are, and with a loss function of one's own"
+    learn = multi(loss_func=lambda p,y: ((p-y)**2).mean(), cbs=FRSKDCallback())
+    ones = TensorMultiCategory(torch.eye(3)[[0,1,2]*32])
+    learn.dls = DataLoaders(DataLoader(list(zip(torch.rand(96,3,32,32), ones)), bs=16, drop_last=True), learn.dls.valid)
+    learn.fit(1)
+    assert learn.frskd.multi_label
+
+@pytest.mark.parametrize('what', ['own loss','multi-label with cross-entropy','single-label with BCE','masks'])
+def test_targets_that_do_not_go_with_the_loss(make, digits, what):
+    x,y = digits
+    y,loss,msg = {'own loss':(torch.stack([y,y*2.,y*3.], 1).float(),lambda p,y: (p-y).abs().mean(),'regression'), 'multi-label with cross-entropy':(TensorMultiCategory(torch.eye(3)[y%3]),CrossEntropyLossFlat(),'are multi-label'),
+                  'single-label with BCE':(y%3,BCEWithLogitsLossFlat(),'multi-label targets'), 'masks':(torch.zeros(len(x),32,32).long(),CrossEntropyLossFlat(axis=1),'each pixel')}[what]
+    learn = make(model=SmallNet(3) if what!='masks' else nn.Sequential(nn.Conv2d(3,3,1)), splitter=trainable_params, cbs=FRSKDCallback())
+    learn.dls,learn.loss_func = DataLoaders(DataLoader(list(zip(x, y))[:64], bs=16), DataLoader(list(zip(x, y))[:32], bs=16)),loss
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match=msg): learn.fit(1)
+    assert same(weights(learn.model), before) and n_hooks(learn.model)==0
+
 @pytest.mark.parametrize('what', ['bounding boxes','points','regression'])
 def test_fastai_targets_it_cannot_serve(what, tmp_path):
     "DataBlocks of fastai's, refused before the first batch"
@@ -280,7 +311,7 @@ def test_other_self_teachers(make, kind):
     assert len(learn.opt.all_params())==len(list(learn.model.parameters()))
 
 def test_a_self_teacher_that_does_not_fit_is_told(make):
-    for teacher,msg in ((Own([8,16,31], 10), 'fails on feature maps'), (Own([8,16,32], 9), r'\(2, 9\)'), (nn.Identity(), 'no pair'), (lambda c,n: 3, 'made no module')):
+    for teacher,msg in ((Own([8,16,31], 10), 'fails on feature maps'), (Own([8,16,32], 9), r'\(2, 9\)'), (nn.Identity(), "doesn't return"), (lambda c,n: 3, 'made no module'), (lambda c: 3, 'is no function'), (partial(SelfTeacher, n_channel=3), 'n_channel')):
         with pytest.raises(ValueError, match=msg): make(cbs=FRSKDCallback(teacher=teacher)).fit(1)
     with pytest.raises(ValueError, match='teacher must be'): FRSKDCallback(teacher='bifpn')
 
@@ -353,7 +384,42 @@ def test_overhaul_reads_the_students_maps_before_the_relu(make):
     with pytest.raises(ValueError, match='before the ReLU'): learn.fit(1)
 
 def test_overhaul_needs_norms(make):
-    with pytest.raises(ValueError, match='norms'): make(cbs=FRSKDCallback(feature_loss='overhaul', teacher=Own)).fit(1)
+    class Preact(Own):
+        def forward(self, feats, preact=False): return super().forward(feats)
+    class Few(SelfTeacher):
+        @property
+        def norms(self): return super().norms[:2]
+    for teacher,msg in (Own,'preact'),(Preact,'norms'),(Few,'norms'):
+        with pytest.raises(ValueError, match=msg): make(cbs=FRSKDCallback(feature_loss='overhaul', teacher=teacher)).fit(1)
+
+@pytest.mark.parametrize('loss', [HintLoss, F.mse_loss, nn.MSELoss(), lambda f,t: f[0], lambda f,t: .5, lambda f,t: None, lambda f,t: sum((a-b).mean() for a,b in zip(f,t))],
+                         ids=['class','function','module','no scalar','number','nothing','channels'])
+def test_a_feature_loss_that_is_none_is_told_before_training(make, loss):
+    learn = make(cbs=FRSKDCallback(feature_loss=loss, width=2))
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match='FRSKD: the feature loss'): learn.fit(1)
+    assert same(weights(learn.model), before) and n_hooks(learn.model)==0
+
+def test_a_teacher_that_shares_the_students_classifier_leaves_it(make):
+    class Share(Own):
+        def __init__(self, channels, n_out):
+            super().__init__(channels, n_out)
+            self.head = learn.model.head[-1]
+        def forward(self, feats): return [r(f)[:,:f.shape[1]] for r,f in zip(self.refine, feats)],self.head(self.refine[-1](feats[-1])[:,:32].mean((2,3)))
+    learn = make()
+    learn.add_cb(FRSKDCallback(teacher=Share))
+    learn.fit(1, 1e-2)
+    learn.remove_cb(FRSKDCallback)
+    assert {id(p) for p,*_ in learn.opt.all_params()}=={id(p) for p in learn.model.parameters()}
+    before = learn.model.head[-1].weight.clone()
+    learn.fit(1, 1e-2)
+    assert not torch.equal(before, learn.model.head[-1].weight)
+
+@pytest.mark.parametrize('value', [-1, 2., float('nan'), 'x', None])
+def test_a_schedule_out_of_range_is_told(make, value):
+    learn = make(cbs=FRSKDCallback(schedule=lambda p: value))
+    with pytest.raises(ValueError, match='from 0 to 1'): learn.fit(1)
+    assert n_hooks(learn.model)==0
 
 # -- Together with the rest of fastai -----------------------------------------------------------------------
 def test_sla_composes(make, tmp_path):

@@ -6,7 +6,7 @@ from PIL import Image
 from scipy.io import savemat
 from fastai.learner import load_learner
 from frskd_fastai.data import DataError, digits_data
-from frskd_fastai.recipes import recipe_items, recipes
+from frskd_fastai.recipes import recipe_dls, recipe_items, recipes
 from frskd_fastai.train import results
 from conftest import pickled_modules
 from test_train import SHARED, quiet, run
@@ -83,6 +83,7 @@ def test_recipe_on_a_few_images(name, tmp_path, capsys):
     assert code==0, err
     assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
     assert f'{recipes[name].arch}, from scratch, on {recipes[name].data}: 24 training and 8 validation images of 2 classes' in out
+    assert f'Recipe {name}: SGD' in out and 'α 2, β 100, temperature 4, self-teacher of width 0.5, schedule constant' in out
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'r/student.pkl'))
     learn = load_learner(tmp_path/'r/student.pkl')
     with learn.no_bar(): assert learn.predict(valid[0][0])[0] in classes and learn.predict(str(valid[0][0]))[0] in classes
@@ -162,6 +163,25 @@ def test_a_part_that_is_missing_is_named(name, lost, tmp_path):
     with pytest.raises(DataError, match='missing') as e: recipe_items(name, tmp_path)
     assert str(p) in str(e.value) and recipes[name].get in str(e.value)
 
+def test_a_folder_around_the_data_will_do(tmp_path):
+    cub200(tmp_path/'CUB_200_2011'); text(tmp_path/'attributes.txt', ['x'])
+    assert len(recipe_items('cub200', tmp_path)[0])==24
+
+def test_one_class_or_a_file(tmp_path):
+    for i in range(4): digit(tmp_path/f"one/{'train' if i<2 else 'val'}/n00/{i}.JPEG", 0, i)
+    with pytest.raises(DataError, match="only one class, 'n00'"): recipe_items('imagenet', tmp_path/'one')
+    with pytest.raises(DataError, match='is not a folder'): recipe_items('imagenet', tmp_path/'one/train/n00/0.JPEG')
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_an_image_that_cannot_be_read(workers, tmp_path, capsys, monkeypatch):
+    "It is found in training only, and named then"
+    import frskd_fastai.train as t
+    monkeypatch.setattr(t, 'recipe_dls', lambda *args, **kw: recipe_dls(*args, **kw, num_workers=workers))
+    imagenet(tmp_path/'data')
+    for f in (tmp_path/'data/train/n01').iterdir(): f.write_bytes(b'nothing')
+    code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', '--size', 32, '--bs', 8, '--epochs', 1, '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and err.count('\n')==1 and str(tmp_path/'data/train/n01') in err and not (tmp_path/'r').exists()
+
 def test_broken_lists_are_told(tmp_path):
     cub200(tmp_path/'a'); text(tmp_path/'a/images.txt', ['one two three'])
     dogs(tmp_path/'b'); (tmp_path/'b/train_list.mat').write_bytes(b'no matlab')
@@ -175,10 +195,10 @@ def test_options_that_do_not_fit(args, word, tmp_path, capsys):
     code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', *args, '--out', tmp_path/'r', capsys=capsys)
     assert code==2 and word in err and err.count('\n')==1 and not (tmp_path/'r').exists()
 
-@pytest.mark.parametrize('arch', ['wrn16_2','xresnet18','mobilenet_v3_small'])
+@pytest.mark.parametrize('arch', ['wrn16_2','xresnet18','mobilenet_v3_small','googlenet'])
 def test_other_networks(arch, tmp_path, capsys):
     imagenet(tmp_path/'data')
-    code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', '--arch', arch, '--size', 64 if 'mobile' in arch else 32, '--bs', 8, '--epochs', 1, '--width', .25, '--out', tmp_path/'r', capsys=capsys)
+    code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', '--arch', arch, '--size', 64 if arch in ('mobilenet_v3_small','googlenet') else 32, '--bs', 8, '--epochs', 1, '--width', .25, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
     assert f'{arch}, from scratch' in out
 
