@@ -7,7 +7,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #dc2f1617
+# %% ../nbs/03_callback.ipynb #2d148bcd
 import weakref
 from numbers import Integral
 from fastai.basics import *
@@ -15,7 +15,7 @@ from fastai.callback.training import GradientAccumulation
 from .features import *
 from .teacher import *
 from .losses import *
-from .optimizer import *
+from .companion import *
 
 # %% ../nbs/03_callback.ipynb #80aa1a5d
 def _scale_grad(f, factor):
@@ -25,7 +25,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #8c9dee49
+# %% ../nbs/03_callback.ipynb #1371fc7c
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -55,9 +55,9 @@ class FRSKDCallback(Callback):
         if not (teacher is None or callable(teacher)): raise ValueError(f"FRSKD: teacher must be a module, or a function that makes one, got {teacher!r}")
         store_attr(but='teacher')
         self.own_teacher = teacher
-        self.teacher,self.losses,self.level_names,self.trust,self.multi_label = None,{},L(),Trust(),False
-        self._learn=self._taps=self._create_opt=self._watch=self._model=self._snapshot=self._yb=self.trained = None
-        self._columns = []
+        self.teacher,self.losses,self.found_levels,self.trust,self.multi_label = None,{},L(),Trust(),False
+        self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self.trained = None
+        self._columns,self._overrides = [],[]
 
     @classmethod
     def paper(cls, **kwargs):
@@ -76,7 +76,7 @@ class FRSKDCallback(Callback):
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback; remove it first: `learn.remove_cb(FRSKDCallback)`")
         self.__dict__['_learn'] = learn
-        self._create_opt = learn.create_opt = CreateOpt(learn, self._join)
+        self._overrides = [Override(learn, name, getattr(self, f'_{name}')) for name in ('create_opt','save','load')]
         try:
             if learn.opt is not None: self._join()
         except BaseException:
@@ -86,8 +86,9 @@ class FRSKDCallback(Callback):
     def _detach(self):
         self._cleanup()
         self._leave()
-        self._create_opt.remove()
-        self.__dict__['_learn'] = self._create_opt = None
+        for o in self._overrides: o.remove()
+        self._overrides = []
+        self.__dict__['_learn'] = None
 
     # -- The self-teacher and the optimizer --------------------------------------------------
     def build(self):
@@ -103,9 +104,12 @@ class FRSKDCallback(Callback):
         with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD
         if self._preact: self._check_preact(levels, xb)
         if self.teacher is not None: self._leave()
-        self.trained,self.teacher,self.level_names,self.trust,self._model = trained,trained['teacher'],levels.attrgot('name'),Trust(),weakref.ref(model)
+        self.trained,self.teacher,self.found_levels,self.trust,self._model = trained,trained['teacher'],levels,Trust(),weakref.ref(model)
         self._yb = yb
         return self
+
+    @property
+    def level_names(self): return self.found_levels.attrgot('name')
 
     def _make(self, levels, xb, yb, pred):
         "All that trains beside the student, a `ModuleDict`: the self-teacher and, if it has parameters, the feature loss"
@@ -131,7 +135,7 @@ class FRSKDCallback(Callback):
     def _preact(self): return self.beta>0 and getattr(self._feature_loss, 'preact', False)
 
     def _check_preact(self, levels, xb):
-        with PreactTaps(self.learn.model, levels.attrgot('name')) as taps, unnoticed(self.learn.model):
+        with PreactTaps(self.learn.model, levels) as taps, unnoticed(self.learn.model):
             self.learn.model(*xb)
             for lv,o in zip(levels, taps.pop()[1]):
                 if (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={self.feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
@@ -142,27 +146,55 @@ class FRSKDCallback(Callback):
     def _leave(self):
         if self.trained is not None: leave_opt(self.learn, self.trained)
 
+    def _create_opt(self, create_opt):
+        create_opt()
+        self._join()
+
+    # -- Checkpoints -------------------------------------------------------------------------
+    def _save(self, save, *args, **kwargs):
+        if self.trained is None: return save(*args, **kwargs)
+        return save_with(save, self.learn, 'frskd', dict(levels=list(self.level_names), trust=None if self.trust.loss is None else self.trust.loss.item(), trained=self.trained.state_dict()), *args, **kwargs)
+
+    def _load(self, load, file, *args, with_opt=True, **kwargs):
+        saved = saved_with(self.learn, 'frskd', file) if with_opt else None
+        if saved is not None: self._check_saved(saved, file)
+        load(file, *args, with_opt=with_opt, **kwargs)
+        if saved is not None:
+            self.trained.load_state_dict(saved['trained'])
+            self.trust.loss = None if saved['trust'] is None else torch.tensor(saved['trust'], device=one_param(self.teacher).device)
+        return self.learn
+
+    def _check_saved(self, saved, file):
+        "`ValueError` where the self-teacher in a checkpoint isn't like this one"
+        if self.learn.opt is None: self.learn.create_opt()
+        if self.trained is None: return
+        shapes = lambda state: {k:tuple(v.shape) for k,v in state.items()}
+        ours,theirs = shapes(self.trained.state_dict()),shapes(saved['trained'])
+        if list(saved['levels'])==list(self.level_names) and ours==theirs: return
+        differs = first(f"{k} is {theirs.get(k, 'not there')} in the file, {ours.get(k, 'not there')} here" for k in [*ours,*theirs] if ours.get(k)!=theirs.get(k))
+        raise ValueError(f"FRSKD: the self-teacher in {file} is another one than this: levels {list(saved['levels'])} in the file, {list(self.level_names)} here" + (f"; {differs}" if differs else '')
+                         + ". Give `FRSKDCallback` the options it was trained with, or load the student alone: `learn.load(file, with_opt=False)`")
+
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
         learn = self.learn
         if learn.lock.locked(): return # validation or prediction, perhaps by another callback in the middle of a fit
         self._cleanup() # what an interrupted fit may have left
-        self._snapshot = None
         if learn.opt is None: return
         self._join()
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
         check_loss(learn.loss_func)
         self.multi_label = is_multi_label(learn.loss_func, self._yb) # now: later MixUp swaps the loss function
         self.trained.to(one_param(learn.model).device)
-        if hasattr(learn, 'lr_finder'): self._snapshot = deepcopy(self.trained.state_dict()),self.trust.loss # it restores the student only
-        elif self.columns: self._add_columns()
+        if self.columns and not hasattr(learn, 'lr_finder'): self._add_columns()
         self._watch_epochs()
 
     def before_train(self):
         self._cleanup_taps()
         self.trained.train()
         self._sums,self._count = {},0
-        self._taps = (PreactTaps if self._preact else Taps)(self.learn.model, self.level_names)
+        self._taps = (PreactTaps if self._preact else Taps)(self.learn.model, self.found_levels)
+        self._all_params = Override(self.learn, 'parameters', lambda params,*args: itertools.chain(params(*args), self.trained.parameters())) # what `GradientClip` clips
 
     def before_batch(self):
         if self._taps is not None: self._taps.clear() # of a batch that was cancelled after its forward pass
@@ -172,6 +204,7 @@ class FRSKDCallback(Callback):
         if self._taps is None or not learn.training: return
         maps = self._pop_maps()
         if not len(learn.yb): return
+        if len(maps[0][0])==1 and any(o.shape[-2:].numel()==1 for o in maps[0]): return # a single position, of which BatchNorm has no variance
         factor = self.factor
         parts,logits = self._parts(maps, factor)
         weights = self._weights(factor)
@@ -222,10 +255,6 @@ class FRSKDCallback(Callback):
     def after_fit(self):
         if self.learn.lock.locked(): return
         self._cleanup()
-        if self._snapshot is not None:
-            state,self.trust.loss = self._snapshot
-            self.trained.load_state_dict(state)
-            self._snapshot = None
 
     # -- Leaving nothing behind --------------------------------------------------------------
     def _watch_epochs(self):
@@ -242,7 +271,8 @@ class FRSKDCallback(Callback):
 
     def _cleanup_taps(self):
         if self._taps is not None: self._taps.remove()
-        self._taps = None
+        if self._all_params is not None: self._all_params.remove()
+        self._taps = self._all_params = None
 
     def _cleanup(self):
         self._cleanup_taps()

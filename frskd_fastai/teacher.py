@@ -122,7 +122,7 @@ class SelfTeacher(nn.Module):
             feats = [F.relu(o) for o in pre]
         return (pre if preact else feats),self.head(feats[-1].mean((2,3)))
 
-# %% ../nbs/01_teacher.ipynb #f84166a3
+# %% ../nbs/01_teacher.ipynb #c419fc07
 def check_teacher(
     teacher:nn.Module, # The self-teacher
     levels:list, # `Level`s of the student
@@ -142,7 +142,7 @@ def check_teacher(
     refined,logits = out
     if len(refined)!=len(feats): raise ValueError(f"FRSKD: the self-teacher returns {len(refined)} refined maps for {len(feats)} levels. {want}")
     for lv,t in zip(levels, refined):
-        if check_map('refined map of '+lv.name, t).shape[-2:]!=lv.size: raise ValueError(f"FRSKD: the self-teacher's refined map of level {lv.name!r} is {tuple(t.shape[-2:])}, the level is {lv.size}. {want}")
+        if as_map(t, Level('refined map of '+lv.name, None, None)).shape[-2:]!=lv.size: raise ValueError(f"FRSKD: the self-teacher's refined map of level {lv.name!r} is {tuple(t.shape[-2:])}, the level is {lv.size}. {want}")
     if logits.shape!=(2,n_out): raise ValueError(f"FRSKD: the self-teacher's logits are of shape {tuple(logits.shape)}, the student's (2, {n_out}). {want}")
     channels = [o.shape[1] for o in refined]
     if preact and [o.num_features for o in getattr(teacher, 'norms', []) if isinstance(o, nn.BatchNorm2d)]!=channels:

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from .features import *
 from .losses import *
 
-# %% ../nbs/06_visualize.ipynb #60b1dfba
+# %% ../nbs/06_visualize.ipynb #8a511e35
 def attention_maps(
     learn:Learner, # Learner with an `FRSKDCallback` that has trained
     x:Tensor, # Inputs, B×C×H×W, as the model gets them
@@ -20,7 +20,7 @@ def attention_maps(
     "φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode and without a trace"
     frskd = _trained(learn)
     x = to_device(x.as_subclass(Tensor), one_param(learn.model).device)
-    with Taps(learn.model, frskd.level_names) as taps, unnoticed(learn.model, frskd.teacher):
+    with Taps(learn.model, frskd.found_levels) as taps, unnoticed(learn.model, frskd.teacher):
         learn.model(x)
         feats = taps.pop()
         refined = frskd.teacher(feats)[0]
