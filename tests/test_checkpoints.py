@@ -1,0 +1,171 @@
+"Saving, loading, resuming and deploying: what is in the files, and who can read them"
+import io, os, subprocess, sys, textwrap
+from pathlib import Path
+import pytest, torch
+from fastai.vision.all import *
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.augmentation import FRSKDSLACallback
+from frskd_fastai.teacher import SelfTeacher
+from conftest import SmallNet, n_hooks, pickled_modules, same, weights
+
+ROOT = Path(__file__).parents[1]
+# What a machine without this package does: its import fails
+BLOCK = "import sys; sys.modules['frskd_fastai'] = None\n"
+
+def process(code, *args, cwd):
+    "Run `code` in a process of its own, with the tests' helpers importable"
+    env = {**os.environ, 'PYTHONPATH':f'{ROOT}:{ROOT/"tests"}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
+    done = subprocess.run([sys.executable,'-c',textwrap.dedent(code).replace('BLOCK\n', BLOCK),*map(str,args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode==0, done.stderr[-3000:]
+    return done.stdout
+
+@pytest.mark.parametrize('how', ['save','SaveModelCallback','state_dict'])
+def test_model_files_are_plain(how, make, tmp_path):
+    "It loads strictly into a Learner without FRSKD, on a machine without this package, and the reverse"
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2, cbs=SaveModelCallback(fname='m') if how=='SaveModelCallback' else None)
+    if how=='save': learn.save('m', with_opt=False)
+    if how=='state_dict':
+        (tmp_path/'models').mkdir()
+        torch.save(learn.model.state_dict(), tmp_path/'models/m.pth')
+    process('''
+        BLOCK
+        import torch
+        from fastai.vision.all import *
+        from conftest import SmallNet
+        dl = DataLoader([(torch.zeros(3,32,32),tensor(0))]*4, bs=2)
+        learn = Learner(DataLoaders(dl, dl), SmallNet(), loss_func=CrossEntropyLossFlat(), path='.')
+        learn.load('m', with_opt=False, strict=True)
+        learn.save('plain', with_opt=False)
+    ''', cwd=tmp_path)
+    fresh = make(seed=1, cbs=FRSKDCallback())
+    fresh.load('plain', with_opt=False, strict=True)
+    assert same(weights(fresh.model), weights(learn.model))
+
+RESUME = '''
+    import sys, torch
+    from fastai.vision.all import *
+    from conftest import *
+    from frskd_fastai.all import *
+    x = F.interpolate(torch.from_numpy(load_digits().images).float()[:96,None]/16, size=32).expand(-1,3,-1,-1).contiguous()
+    dl = DataLoader(list(zip(x, torch.from_numpy(load_digits().target)[:96])), bs=16)
+    def learner(seed):
+        set_seed(seed)
+        learn = Learner(DataLoaders(dl, dl), SmallNet(), loss_func=CrossEntropyLossFlat(), splitter=split, opt_func=opts[opt], cbs=cbs[cb](), path='.')
+        learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress')); learn.logger = noop
+        return learn
+    def keep(learn, name): torch.save({**learn.model.state_dict(), **{f't.{k}':v for k,v in learn.frskd.trained.state_dict().items()}, 'trust':learn.frskd.trust.loss}, f'{opt}-{cb}-{name}.pth')
+    opts = dict(Adam=Adam, SGD=partial(SGD, mom=.9), ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+    cbs = dict(frskd=FRSKDCallback, sla=partial(FRSKDSLACallback, feature_loss='hint'))
+    for opt,cb in [o.split('-') for o in sys.argv[2:]]:
+        if sys.argv[1]=='first':
+            learn = learner(0); learn.fit(2, 1e-2); learn.save(f'{opt}-{cb}')
+            learn.fit(2, 1e-2); keep(learn, 'whole')
+        else:
+            learn = learner(1); learn.load(f'{opt}-{cb}'); learn.fit(2, 1e-2); keep(learn, 'resumed')
+'''
+def test_resuming_in_a_new_process_is_training_on(tmp_path):
+    "Bit for bit: student, self-teacher with its BatchNorm statistics, trust; with several optimizers"
+    runs = 'Adam-frskd','SGD-frskd','torch-frskd','ranger-frskd','Adam-sla'
+    for part in 'first','second': process(RESUME, part, *runs, cwd=tmp_path)
+    for run in runs:
+        a,b = (torch.load(tmp_path/f'{run}-{o}.pth', weights_only=False) for o in ('whole','resumed'))
+        assert a.keys()==b.keys() and not [k for k in a if not torch.equal(a[k], b[k])], run
+
+def test_two_fits_are_one_longer_one_without_a_break(make):
+    "What the file of the test above goes on with is a fit of four epochs"
+    ends = []
+    for fits in [4],[2,2]:
+        learn = make(cbs=FRSKDCallback(), opt_func=partial(SGD, mom=.9))
+        dl = DataLoader(learn.dls.train.dataset, bs=16)
+        learn.dls = DataLoaders(dl, dl)
+        for n in fits: learn.fit(n, 1e-2)
+        ends.append({**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}})
+    assert same(*ends)
+
+def test_a_checkpoint_of_another_self_teacher_is_refused(make, tmp_path):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2); learn.save('a')
+    for kw,msg in ((dict(width=2), r'laterals.*\(8, 8, 1, 1\) in the file, \(16, 8, 1, 1\) here'), (dict(levels=2), r"\['stages.0', 'stages.1', 'stages.2'\] in the file, \['stages.1', 'stages.2'\] here"), (dict(feature_loss='hint'), 'feature_loss'),
+                   (dict(teacher=partial(SelfTeacher, width=1, repeat=2)), 'layers.1')):
+        other = make(seed=1, cbs=FRSKDCallback(**kw))
+        other.fit(1, 1e-3)
+        before = weights(other.model),weights(other.frskd.trained),[deepcopy(dict(s)) for *_,s,_ in other.opt.all_params()]
+        with pytest.raises(ValueError, match=msg): other.load('a')
+        assert same(weights(other.model), before[0]) and same(weights(other.frskd.trained), before[1])
+        for s,(*_,t,_) in zip(before[2], other.opt.all_params()): assert s.keys()==t.keys() and all(torch.equal(tensor(s[k]), tensor(t[k])) for k in s)
+        other.load('a', with_opt=False) # the student alone
+        assert same(weights(other.model), weights(learn.model)) and same(weights(other.frskd.trained), before[1])
+
+def test_checkpoints_and_learners_without_frskd(make):
+    "A checkpoint with a self-teacher gives a plain Learner its model, as fastai loads it; a plain one gives an FRSKD Learner its student"
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2); learn.save('frskd')
+    plain = make(seed=1)
+    with pytest.warns(UserWarning, match='optimizer state'): plain.load('frskd')
+    assert same(weights(plain.model), weights(learn.model))
+    plain.fit(1, 1e-2); plain.save('plain')
+    teacher = weights(learn.frskd.trained)
+    with pytest.warns(UserWarning, match='optimizer state'): learn.load('plain')
+    assert same(weights(plain.model), weights(learn.model)) and same(weights(learn.frskd.trained), teacher)
+    learn.fit(1, 1e-2)
+
+def test_save_and_load_are_the_learners_own_again(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1)
+    learn.remove_cb(FRSKDCallback)
+    assert not {'save','load','create_opt','parameters'}&set(learn.__dict__)
+    learn.save('x'); learn.load('x')
+    assert set(torch.load(learn.path/'models/x.pth', weights_only=False)['opt'])=={'state','hypers'}
+
+# -- Deploying ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def exported(tmp_path, digits):
+    "A plain and an FRSKD Learner on image files, trained and exported"
+    from frskd_fastai.data import digits_data
+    files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:16])
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, seed=0)
+    learns = {}
+    for k,cbs in ('plain',[]),('frskd',[FRSKDCallback()]):
+        set_seed(0)
+        learns[k] = vision_learner(dls, resnet18, pretrained=False, cbs=cbs, path=tmp_path)
+        with learns[k].no_bar(), learns[k].no_logging(): learns[k].fit(1, 1e-3)
+        learns[k].export(f'{k}.pkl')
+    return learns,files[0]
+
+def test_exported_file(exported, tmp_path):
+    "Within 1% of a plain Learner's size, without a module of this package; it loads and predicts where this is not installed"
+    learns,file = exported
+    sizes = {k:(tmp_path/f'{k}.pkl').stat().st_size for k in learns}
+    assert abs(sizes['frskd']/sizes['plain']-1)<.01
+    assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'frskd.pkl'))
+    with learns['frskd'].no_bar(): here = learns['frskd'].predict(file)[2]
+    out = process('''
+        BLOCK
+        import sys
+        from fastai.vision.all import *
+        learn = load_learner('frskd.pkl')
+        with learn.no_bar(): print(learn.predict(sys.argv[1])[2].tolist())
+    ''', file, cwd=tmp_path)
+    torch.testing.assert_close(tensor(eval(out.strip().split('\n')[-1])), here, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('how', ['torch.jit.trace','torch.export','ONNX'])
+def test_other_formats(how, exported):
+    "The trained student, with the callback still attached, has no trace of FRSKD, and its outputs are the same"
+    learn,x = exported[0]['frskd'],torch.randn(3,3,32,32)
+    model = learn.model.eval()
+    with torch.no_grad(): y = model(x)
+    if how=='torch.jit.trace':
+        f = io.BytesIO(); torch.jit.save(torch.jit.trace(model, x), f); f.seek(0)
+        z,text = torch.jit.load(f)(x),f.getvalue()
+    elif how=='torch.export':
+        ep = torch.export.export(model, (x,))
+        z,text = ep.module()(x),str(ep.graph).encode()
+        assert set(ep.state_dict)==set(model.state_dict())
+    else:
+        pytest.importorskip('onnx'); ort = pytest.importorskip('onnxruntime')
+        f = io.BytesIO(); torch.onnx.export(model, (x,), f, dynamo=False)
+        text,z = f.getvalue(),tensor(ort.InferenceSession(f.getvalue()).run(None, {ort.InferenceSession(f.getvalue()).get_inputs()[0].name:x.numpy()})[0])
+    torch.testing.assert_close(z, y, rtol=1e-3, atol=1e-4)
+    assert not any(w in text for w in (b'teacher',b'fusion',b'laterals'))
+    assert n_hooks(learn.model)==0

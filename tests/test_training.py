@@ -1,0 +1,319 @@
+"""Every training feature that fastai users already use, with FRSKD on: each cell trains on small real images and checks what would break; its docstring says what.
+
+`FRSKD_WRITE_TABLES=1 pytest tests/test_training.py` writes the table that the documentation shows (nbs/tutorials/training.csv)"""
+import csv, os
+from pathlib import Path
+import pytest, torch
+from fastai.vision.all import *
+from fastai.callback.hook import ActivationStats
+from fastai.callback.fp16 import MixedPrecision
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.data import digits_data
+from conftest import SmallNet, n_hooks, same, weights
+from test_method import Own
+
+DOCS = Path(__file__).parents[1]/'nbs/tutorials'
+CELLS = {}
+def cell(name):
+    "Registers a check of one feature; it gets `make`, which gives a seeded Learner, and `tmp_path`"
+    def _register(f):
+        assert f.__doc__ and name not in CELLS
+        CELLS[name] = f
+        return f
+    return _register
+
+@pytest.mark.parametrize('name', CELLS_NAMES:=['fit','fit_one_cycle','fit_flat_cos','fit_sgdr','fine_tune','lr_find','MixUp','CutMix','label smoothing','RandAugment','GradientAccumulation','GradientClip','ChannelsLast','BnFreeze',
+    'ShortEpochCallback','EarlyStoppingCallback','ReduceLROnPlateau','SaveModelCallback','CSVLogger','ActivationStats','Recorder(train_metrics=True)','weighted DataLoaders','several fits','a second FRSKDCallback','your own callback'])
+def test_feature(name, make, tmp_path):
+    def learner(**kw): return make(**{'cbs':FRSKDCallback(schedule='constant'), **kw})
+    CELLS[name](learner, tmp_path)
+
+def test_table():
+    "The documentation's table is these cells"
+    assert list(CELLS)==CELLS_NAMES
+    rows = [('feature','what is checked'),*((k,' '.join(f.__doc__.split())) for k,f in CELLS.items())]
+    file = DOCS/'training.csv'
+    if os.environ.get('FRSKD_WRITE_TABLES'):
+        with open(file, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
+    with open(file) as f: assert [tuple(o) for o in csv.reader(f)]==rows, 'write nbs/tutorials/training.csv anew with FRSKD_WRITE_TABLES=1'
+
+def trains(make, train, plain_too=True, **kw):
+    "`train(learn)` moves the self-teacher, and the student elsewhere than without FRSKD; nothing stays behind"
+    learn = make(**kw)
+    learn.create_opt()
+    cb,before = learn.frskd,weights(learn.frskd.teacher)
+    train(learn)
+    moved = [k for k,p in cb.teacher.named_parameters() if 'fusion' not in k and torch.equal(p, before[k])]
+    assert not moved, f'not moved: {moved[:3]}'
+    assert n_hooks(learn.model)==0 and '_do_epoch' not in learn.__dict__ and 'parameters' not in learn.__dict__
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    if plain_too:
+        other = make(**{**kw, 'cbs':[o for o in L(kw.get('cbs')) if not isinstance(o, FRSKDCallback)]})
+        train(other)
+        assert not same(weights(learn.model), weights(other.model))
+    return learn
+
+class Rates(Callback):
+    "The learning rates of first and last group at each step, and the group of the self-teacher's parameters"
+    run_valid = False
+    def __init__(self): self.lrs = []
+    def before_step(self):
+        self.lrs.append((self.opt.hypers[0]['lr'],self.opt.hypers[-1]['lr']))
+        ids = {id(p) for p in self.frskd.trained.parameters()}
+        assert ids<={id(p) for p in self.opt.param_lists[-1]}
+
+def schedule(make, train):
+    rates = Rates()
+    learn = trains(make, lambda l: train(l, [rates] if hasattr(l, 'frskd') else []))
+    assert len(set(rates.lrs))>1 or train.__name__=='constant'
+    return learn,rates
+
+@cell('fit')
+def _(make, tmp_path):
+    "The self-teacher trains with the last group's learning rate; the student trains otherwise than plainly"
+    def constant(l, cbs): l.fit(2, slice(1e-3, 1e-2), cbs=cbs)
+    _,rates = schedule(make, constant)
+    assert all(o==pytest.approx((1e-3,1e-2)) for o in rates.lrs)
+@cell('fit_one_cycle')
+def _(make, tmp_path):
+    "The self-teacher follows the schedule of the last group"
+    schedule(make, lambda l,cbs: l.fit_one_cycle(2, 1e-2, cbs=cbs))
+@cell('fit_flat_cos')
+def _(make, tmp_path):
+    "The self-teacher follows the schedule of the last group"
+    schedule(make, lambda l,cbs: l.fit_flat_cos(2, 1e-2, cbs=cbs))
+@cell('fit_sgdr')
+def _(make, tmp_path):
+    "The self-teacher follows the schedule of the last group"
+    schedule(make, lambda l,cbs: l.fit_sgdr(2, 1, 1e-2, cbs=cbs))
+@cell('fine_tune')
+def _(make, tmp_path):
+    "Frozen, the head and the self-teacher train and the body stays; unfrozen, all do"
+    seen = []
+    class Body(Callback):
+        def after_fit(self):
+            if not self.learn.lock.locked(): seen.append(weights(self.model.stages))
+    def train(l):
+        start = weights(l.model.stages)
+        l.fine_tune(1, 1e-2, cbs=Body())
+        convs = [k for k in start if k.endswith('0.weight')]
+        assert all(torch.equal(start[k], seen[-2][k]) for k in convs) and not any(torch.equal(start[k], seen[-1][k]) for k in convs)
+    trains(make, train)
+@cell('lr_find')
+def _(make, tmp_path):
+    "Student, self-teacher, trust and the optimizer's state are as before; a training afterwards is the same as without it"
+    a,b = make(cbs=FRSKDCallback()),None
+    a.fit(1, 1e-3)
+    state = deepcopy((a.model.state_dict(),a.frskd.trained.state_dict())),a.frskd.trust.loss.clone()
+    opt = [deepcopy({k:v for k,v in s.items()}) for *_,s,_ in a.opt.all_params()]
+    with a.no_bar(): a.lr_find(show_plot=False, num_it=8)
+    assert same(a.model.state_dict(), state[0][0]) and same(a.frskd.trained.state_dict(), state[0][1]) and torch.equal(a.frskd.trust.loss, state[1])
+    for s,(*_,t,_) in zip(opt, a.opt.all_params(), strict=True):
+        assert s.keys()==t.keys() and all(torch.equal(tensor(s[k]), tensor(t[k])) for k in s)
+    a.fit(1, 1e-3)
+@cell('MixUp')
+def _(make, tmp_path):
+    "Both networks' label losses are mixed (by hand, event by event, in tests/test_method.py); the loss function is put back"
+    learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=MixUp(1.)))
+    assert type(learn.loss_func) is CrossEntropyLossFlat
+@cell('CutMix')
+def _(make, tmp_path):
+    "As MixUp"
+    learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=CutMix(1.)))
+    assert type(learn.loss_func) is CrossEntropyLossFlat
+@cell('label smoothing')
+def _(make, tmp_path):
+    "The self-teacher's label loss is smoothed, too"
+    def train(l):
+        l.loss_func = LabelSmoothingCrossEntropyFlat()
+        l.fit(1, 1e-2)
+    learn = trains(make, train)
+    assert learn.frskd.losses['teacher']>0.4 # the least that smoothing by 0.1 over ten classes leaves
+
+class RandAugment(Transform):
+    split_idx,order = 0,20
+    def __init__(self):
+        from torchvision.transforms import v2
+        self.tfm = v2.RandAugment()
+    def encodes(self, x:TensorImage): return TensorImage(self.tfm((x.as_subclass(Tensor)*255).byte()).float()/255)
+@cell('RandAugment')
+def _(make, tmp_path):
+    "torchvision's RandAugment as a batch transform; the self-teacher is built without using up its random numbers"
+    files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: f.parent.name, item_tfms=Resize(32), batch_tfms=RandAugment(), bs=16, num_workers=0, seed=0)
+    seen = []
+    class Seen(Callback):
+        run_valid = False
+        def before_batch(self): seen.append(self.x.clone())
+    def train(l):
+        l.dls = dls
+        set_seed(0); dls.train.rng = random.Random(0)
+        l.fit(1, 1e-2, cbs=Seen())
+    trains(make, train)
+    n = len(seen)//2
+    assert n==4 and all(torch.equal(a, b) for a,b in zip(seen[:n], seen[n:]))
+
+class Bare(nn.Module):
+    "A student without BatchNorm"
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.Sequential(*(ConvLayer(i, o, stride=2, norm_type=None) for i,o in ((3,8),(8,16),(16,32))))
+        self.head = nn.Linear(32, 10)
+    def forward(self, x): return self.head(self.stages(x).mean((2,3)))
+@cell('GradientAccumulation')
+def _(make, tmp_path):
+    "Gradients accumulated over four quarters are those of the whole batch, for networks without BatchNorm; both networks'"
+    grads = []
+    for bs in 16,4:
+        set_seed(0)
+        learn = make(model=Bare(), splitter=trainable_params, cbs=FRSKDCallback(schedule='constant', teacher=Own))
+        dl = DataLoader(learn.dls.train.dataset[:16], bs=bs)
+        learn.dls = DataLoaders(dl, dl)
+        set_seed(0); learn.create_opt()
+        for i,p in enumerate(learn.frskd.trained.parameters()): torch.manual_seed(i); p.data.normal_(0, .1)
+        class Look(Callback):
+            order = 50
+            def before_step(self): grads.append([p.grad.clone() for p in [*self.model.parameters(), *self.frskd.trained.parameters()]]); raise CancelFitException
+        learn.fit(1, 1e-2, cbs=[GradientAccumulation(16),Look()])
+    for a,b in zip(*grads, strict=True): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+@cell('GradientClip')
+def _(make, tmp_path):
+    "The norm over both networks' gradients is the one asked for, and both keep their share in it"
+    seen = []
+    class Look(Callback):
+        run_valid = False
+        def __init__(self, order): self.order = order
+        def before_step(self): seen.append([torch.cat([p.grad.flatten() for p in ps if p.grad is not None]) for ps in (self.model.parameters(),self.frskd.trained.parameters())] if hasattr(self.learn, 'frskd') else None)
+    trains(make, lambda l: l.fit(1, 1e-2, cbs=[GradientClip(.1),Look(GradientClip.order-.5),Look(GradientClip.order+.5)]))
+    for before,after in zip(seen[:6:2], seen[1:6:2]):
+        assert torch.cat(before).norm()>.1
+        torch.testing.assert_close(torch.cat(after).norm(), tensor(.1), rtol=1e-3, atol=1e-5)
+        factor = .1/torch.cat(before).norm()
+        for b,a in zip(before, after): torch.testing.assert_close(a, b*factor, rtol=1e-3, atol=1e-7)
+@cell('ChannelsLast')
+def _(make, tmp_path):
+    "The maps stay in that memory format in student and self-teacher; weights after an epoch are those of the usual format, up to rounding"
+    formats = []
+    def train(l):
+        l.to_channelslast(use_amp=False)
+        if hasattr(l, 'frskd'): l.frskd.teacher.layers[0].up_nodes[0].register_forward_hook(lambda m,i,o: formats.append(o.is_contiguous(memory_format=torch.channels_last)))
+        l.fit(1, 1e-3)
+    a = trains(make, train, opt_func=SGD)
+    assert formats and all(formats)
+    b = make(opt_func=SGD); b.fit(1, 1e-3)
+    for p,q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p.contiguous(), q, rtol=1e-2, atol=1e-3)
+@cell('BnFreeze')
+def _(make, tmp_path):
+    "The student's frozen BatchNorm keeps its statistics; the self-teacher's is not frozen"
+    def train(l):
+        l.freeze()
+        stats = {k:v.clone() for k,v in l.model.stages.state_dict().items() if 'running' in k}
+        l.create_opt(); l.opt.freeze_to(-1)
+        for m in l.model.stages.modules():
+            if isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+        before = weights(l.frskd.teacher) if hasattr(l, 'frskd') else {}
+        l.fit(1, 1e-2, cbs=BnFreeze())
+        assert all(torch.equal(v, l.model.stages.state_dict()[k]) for k,v in stats.items())
+        assert all(not torch.equal(v, before[k]) for k,v in (l.frskd.teacher.state_dict().items() if before else ()) if 'running_mean' in k)
+    trains(make, train, train_bn=False, plain_too=False)
+@cell('ShortEpochCallback')
+def _(make, tmp_path):
+    "An epoch that is cut short leaves no hook and no maps; the next fit is a whole one"
+    learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=ShortEpochCallback(.5)), plain_too=False)
+    assert learn.frskd._taps is None
+    learn.fit(1, 1e-2)
+@cell('EarlyStoppingCallback')
+def _(make, tmp_path):
+    "It stops by the student's validation loss, and a stopped fit leaves nothing behind"
+    learn = trains(make, lambda l: l.fit(9, 1e-3, cbs=EarlyStoppingCallback(monitor='valid_loss', min_delta=9., patience=1)), plain_too=False)
+    assert learn.epoch==1
+@cell('ReduceLROnPlateau')
+def _(make, tmp_path):
+    "The self-teacher's rate is reduced with the student's"
+    learn = trains(make, lambda l: l.fit(3, 1e-2, cbs=ReduceLROnPlateau(monitor='valid_loss', min_delta=9., patience=1)), plain_too=False)
+    assert all(h['lr']<1e-2 for h in learn.opt.hypers)
+@cell('SaveModelCallback')
+def _(make, tmp_path):
+    "Its file is a plain model's and loads strictly; with the optimizer (`with_opt=True`) the best epoch's self-teacher comes back with the student"
+    learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=SaveModelCallback(fname='best')), plain_too=False)
+    state = torch.load(tmp_path/'models/best.pth', weights_only=True)
+    SmallNet().load_state_dict(state, strict=True)
+    seen = []
+    class Keep(Callback):
+        order = SaveModelCallback.order+1
+        def after_epoch(self): seen.append((self.recorder.values[-1][1],deepcopy(self.frskd.trained.state_dict())))
+    learn.fit(3, 1e-1, cbs=[SaveModelCallback(fname='best', with_opt=True),Keep()])
+    best = min(seen, key=lambda o: o[0])[1]
+    assert same(learn.frskd.trained.state_dict(), best)
+@cell('CSVLogger')
+def _(make, tmp_path):
+    "The columns of the loss parts are in the file"
+    learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=CSVLogger()), plain_too=False, cbs=FRSKDCallback(columns=True))
+    log = pd.read_csv(tmp_path/'history.csv')
+    assert len(log)==2 and log[['student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy']].notna().all().all()
+@cell('ActivationStats')
+def _(make, tmp_path):
+    "Its hooks and ours stand side by side, and both go"
+    stats = ActivationStats(modules=None)
+    learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=stats), plain_too=False)
+    assert len(stats.stats)==6 and n_hooks(learn.model)==0
+@cell('Recorder(train_metrics=True)')
+def _(make, tmp_path):
+    "Training metrics are the student's"
+    learn = make(); learn.recorder.train_metrics = True
+    hits = []
+    class Hits(Callback):
+        run_valid = False
+        def after_batch(self): hits.append((self.pred.argmax(1)==self.y).float().mean())
+    learn.fit(1, 1e-3, cbs=Hits())
+    i = learn.recorder.metric_names.index('train_accuracy')-1
+    assert abs(learn.recorder.values[-1][i]-torch.stack(hits).mean())<1e-6
+@cell('weighted DataLoaders')
+def _(make, tmp_path):
+    "fastai's weighted sampling draws the same batches as without FRSKD"
+    files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:20])
+    block = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, item_tfms=Resize(32), splitter=RandomSplitter(.2, seed=0))
+    seen = []
+    class Seen(Callback):
+        run_valid = False
+        def before_batch(self): seen.append(self.y.clone())
+    def train(l):
+        set_seed(0)
+        l.dls = block.weighted_dataloaders(files, wgts=np.linspace(.1, 1, 80), bs=16, num_workers=0)
+        set_seed(0)
+        l.fit(1, 1e-2, cbs=Seen())
+    trains(make, train)
+    assert len(seen)==8 and all(torch.equal(a, b) for a,b in zip(seen[:4], seen[4:]))
+@cell('several fits')
+def _(make, tmp_path):
+    "Two fits of one epoch are one fit of two: the self-teacher and its optimizer state go on"
+    def data(l):
+        "Batches in one fixed order"
+        dl = DataLoader(l.dls.train.dataset, bs=16)
+        l.dls = DataLoaders(dl, dl)
+        return l
+    ends = []
+    for fits in [2],[1,1]:
+        l = data(make(opt_func=SGD))
+        for n in fits: l.fit(n, 1e-2)
+        ends.append({**weights(l.model), **{f't.{k}':v for k,v in weights(l.frskd.trained).items()}})
+    assert same(*ends)
+@cell('a second FRSKDCallback')
+def _(make, tmp_path):
+    "Refused; the first goes on"
+    learn = make()
+    with pytest.raises(ValueError, match='already has an FRSKDCallback'): learn.add_cb(FRSKDCallback())
+    with pytest.raises(ValueError, match='already has an FRSKDCallback'): learn.fit(1, cbs=FRSKDCallback())
+    trains(lambda **kw: learn, lambda l: l.fit(1, 1e-2), plain_too=False)
+@cell('your own callback')
+def _(make, tmp_path):
+    "`learn.pred` is the student's prediction, `learn.loss` the whole loss after FRSKD's event and the student's before it"
+    seen = []
+    class Mine(Callback):
+        run_valid = False
+        def __init__(self, order): self.order = order
+        def after_loss(self): seen.append((self.learn.loss.item(),self.learn.pred.clone(),self.learn.loss_func(self.pred, self.y).item()))
+    learn = make(cbs=[FRSKDCallback(schedule='constant'),Mine(0),Mine(FRSKDCallback.order+1)])
+    learn.fit(1, 1e-3)
+    for a,b in zip(seen[::2], seen[1::2]):
+        assert a[0]==pytest.approx(a[2]) and b[0]>a[0]+.1 and torch.equal(a[1], b[1])
