@@ -1,5 +1,6 @@
 "Everything a user needs: `from frskd_fastai.all import *`"
 from .features import *
+from .levels import *
 from .teacher import *
 from .losses import *
 from .callback import *

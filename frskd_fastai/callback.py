@@ -7,12 +7,13 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #2d148bcd
+# %% ../nbs/03_callback.ipynb #958d1114
 import weakref
 from numbers import Integral
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
 from .features import *
+from .levels import *
 from .teacher import *
 from .losses import *
 from .companion import *
@@ -25,7 +26,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #1371fc7c
+# %% ../nbs/03_callback.ipynb #3736a969
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -157,23 +158,15 @@ class FRSKDCallback(Callback):
 
     def _load(self, load, file, *args, with_opt=True, **kwargs):
         saved = saved_with(self.learn, 'frskd', file) if with_opt else None
-        if saved is not None: self._check_saved(saved, file)
+        if saved is not None:
+            if self.learn.opt is None: self.learn.create_opt()
+            if self.trained is None: raise ValueError(f"FRSKD: {file} has a self-teacher, but there is no training batch here to build one for; load the student alone: `learn.load(file, with_opt=False)`")
+            check_saved(file, saved['trained'], self.trained.state_dict(), list(saved['levels']), list(self.level_names))
         load(file, *args, with_opt=with_opt, **kwargs)
         if saved is not None:
             self.trained.load_state_dict(saved['trained'])
             self.trust.loss = None if saved['trust'] is None else torch.tensor(saved['trust'], device=one_param(self.teacher).device)
         return self.learn
-
-    def _check_saved(self, saved, file):
-        "`ValueError` where the self-teacher in a checkpoint isn't like this one"
-        if self.learn.opt is None: self.learn.create_opt()
-        if self.trained is None: return
-        shapes = lambda state: {k:tuple(v.shape) for k,v in state.items()}
-        ours,theirs = shapes(self.trained.state_dict()),shapes(saved['trained'])
-        if list(saved['levels'])==list(self.level_names) and ours==theirs: return
-        differs = first(f"{k} is {theirs.get(k, 'not there')} in the file, {ours.get(k, 'not there')} here" for k in [*ours,*theirs] if ours.get(k)!=theirs.get(k))
-        raise ValueError(f"FRSKD: the self-teacher in {file} is another one than this: levels {list(saved['levels'])} in the file, {list(self.level_names)} here" + (f"; {differs}" if differs else '')
-                         + ". Give `FRSKDCallback` the options it was trained with, or load the student alone: `learn.load(file, with_opt=False)`")
 
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
