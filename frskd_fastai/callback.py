@@ -26,7 +26,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #3736a969
+# %% ../nbs/03_callback.ipynb #08034577
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -106,7 +106,7 @@ class FRSKDCallback(Callback):
         if self._preact: self._check_preact(levels, xb)
         if self.teacher is not None: self._leave()
         self.trained,self.teacher,self.found_levels,self.trust,self._model = trained,trained['teacher'],levels,Trust(),weakref.ref(model)
-        self._yb = yb
+        self._yb,self._hw = yb,tuple(xb[0].shape[-2:])
         return self
 
     @property
@@ -198,6 +198,8 @@ class FRSKDCallback(Callback):
         maps = self._pop_maps()
         if not len(learn.yb): return
         if len(maps[0][0])==1 and any(o.shape[-2:].numel()==1 for o in maps[0]): return # a single position, of which BatchNorm has no variance
+        if any(o.kind=='BNC' for o in self.found_levels) and learn.xb[0].shape[-2]*self._hw[1]!=learn.xb[0].shape[-1]*self._hw[0]:
+            raise ValueError(f"FRSKD: the tokens' grid is known for images of {self._hw} and what has the same proportions, not for {tuple(learn.xb[0].shape[-2:])}; train with images of one shape")
         factor = self.factor
         parts,logits = self._parts(maps, factor)
         weights = self._weights(factor)

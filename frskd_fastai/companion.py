@@ -42,7 +42,7 @@ def leave_opt(
     for state in (opt.state, getattr(getattr(opt, 'opt', None), 'state', {})):
         for p in leaving: state.pop(p, None)
 
-# %% ../nbs/02_companion.ipynb #9f79e3bb
+# %% ../nbs/02_companion.ipynb #9ce7d0a2
 class _OptState:
     "The optimizer as `learn.save` reads it, with one more entry in its state"
     def __init__(self, opt, key, value): store_attr()
@@ -83,7 +83,7 @@ def check_saved(
     theirs,ours = ({k:tuple(v.shape) for k,v in o.items()} for o in (theirs,ours))
     if their_levels==our_levels and theirs==ours: return
     differs = first(f"{k} is {theirs.get(k, 'not there')} in the file, {ours.get(k, 'not there')} here" for k in [*ours,*theirs] if ours.get(k)!=theirs.get(k))
-    raise ValueError(f"FRSKD: the self-teacher in {file} is another one than this: levels {their_levels} in the file, {our_levels} here" + (f"; {differs}" if differs else '')
+    raise ValueError(f"FRSKD: the self-teacher in {file} is another one than this: " + '; '.join(filter(None, (f"levels {their_levels} in the file, {our_levels} here" if their_levels!=our_levels else '', differs)))
                      + ". Give `FRSKDCallback` the options it was trained with, or load the student alone: `learn.load(file, with_opt=False)`")
 
 # %% ../nbs/02_companion.ipynb #ab138616

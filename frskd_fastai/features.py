@@ -149,12 +149,13 @@ class PreactTaps(Taps):
         super().clear()
         self._pre,self._last,self._x = {},None,None
 
-# %% ../nbs/00_features.ipynb #932d6203
+# %% ../nbs/00_features.ipynb #96534942
 def get_level(
     model:nn.Module, # The student
     name:str, # Dotted name, as in `model.named_modules()`
 )->nn.Module:
     "The module `name` of `model`, or a `ValueError` that lists near matches"
+    if not isinstance(name, str): raise ValueError(f"FRSKD: a level is named by a string, as in `learn.model.named_modules()`, got {name!r}")
     mods = dict(model.named_modules())
     if name and name in mods: return mods[name]
     near = difflib.get_close_matches(str(name), [o for o in mods if o], n=5, cutoff=0.4)

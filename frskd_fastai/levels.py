@@ -13,31 +13,32 @@ from numbers import Integral
 from fastai.basics import *
 from .features import *
 
-# %% ../nbs/01_levels.ipynb #976d7138
-def _read(name, o, hw, grids=()):
-    "The `Level` that `o`, the output of module `name`, can be for images of height and width `hw`, or None. `grids` are sizes of maps seen before: patches that tokens may stand for"
-    if not (isinstance(o, Tensor) and o.is_floating_point()): return None
+# %% ../nbs/01_levels.ipynb #aa0bca64
+def _read(name, o, bs, hw, grids=()):
+    "The `Level` that `o`, the output of module `name`, can be for `bs` images of height and width `hw`, or None. `grids` are sizes of maps seen before: patches that tokens may stand for"
+    if not (isinstance(o, Tensor) and o.is_floating_point() and o.ndim in (3,4) and len(o)==bs): return None
     fits = lambda h,w: abs(h*hw[1]-w*hw[0])<=max(hw) # the image's proportions, up to a pixel
     if o.ndim==4:
         _,c,h,w = o.shape
         if not fits(h, w) and fits(c, h): return Level(name, w, (c,h), 'BHWC')
         return Level(name, c, (h,w))
-    if o.ndim==3:
-        n,c = o.shape[1:]
-        grid = first(g for g in reversed(list(grids)) if 0<=n-g[0]*g[1]<=8 and g!=(1,1)) # class and register tokens come first
-        if grid: return Level(name, c, grid, 'BNC', n-grid[0]*grid[1])
+    n,c = o.shape[1:]
+    grid = first(g for g in reversed(list(grids)) if 0<=n-g[0]*g[1]<=8 and g!=(1,1)) # class and register tokens come first
+    if grid: return Level(name, c, grid, 'BNC', n-grid[0]*grid[1])
+    h = round(math.sqrt(n*hw[0]/hw[1])) # tokens that were pooled have a grid that no map had
+    if n>=4 and grids and h and n%h==0 and h*hw[1]==n//h*hw[0]: return Level(name, c, (h,n//h), 'BNC')
 
 def _is_global_pool(m, size): return size==(1,1) and bool(re.search('(Adaptive|Global|Select).*Pool', type(m).__name__))
 
 def _run(model, xb):
     "One recorded forward pass: the order in which modules finish, as dicts with the levels that input and output can be and the convolutions seen so far"
-    calls,convs,hooks,grids,hw = {},[0],[],{},tuple(xb[0].shape[-2:])
+    calls,convs,hooks,grids,bs,hw = {},[0],[],{},len(xb[0]),tuple(xb[0].shape[-2:])
     def _after(name, m, inp, out):
         if isinstance(m, nn.modules.conv._ConvNd): convs[0] += 1
         first_map = first(o for o in inp if isinstance(o, Tensor) and o.ndim in (3,4))
-        lv = _read(name, out, hw, grids)
+        lv = _read(name, out, bs, hw, grids)
         if lv is not None and out.ndim==4: grids[lv.size] = None
-        calls[name] = dict(order=len(calls), inp=_read(name, first_map, hw, grids), out=None if name in calls else lv, convs=convs[0]) # run twice, it has no single map
+        calls[name] = dict(order=len(calls), inp=_read(name, first_map, bs, hw, grids), out=None if name in calls else lv, convs=convs[0]) # run twice, it has no single map
     try:
         for n,m in model.named_modules(): hooks.append(m.register_forward_hook(partial(_after, n)))
         with unnoticed(model): pred = model(*xb)
@@ -45,7 +46,10 @@ def _run(model, xb):
         for h in hooks: h.remove()
     return calls,pred
 
-def _spread(os, n): return [os[round((i+1)*len(os)/n)-1] for i in range(min(n, len(os)))]
+def _spread(os, n):
+    "`n` of `os` at equal distances, the last one among them"
+    n = min(n, len(os))
+    return [os[-(-(i+1)*len(os)//n)-1] for i in range(n)]
 
 def _feature_info(model, calls, n):
     "The deepest `n` levels that a timm network in `model` names; none where it names none"
@@ -63,7 +67,7 @@ def _blocks(model, calls, n):
     found = []
     for name,m in model.named_modules():
         for _,kids in itertools.groupby(m.named_children(), key=lambda o: type(o[1])):
-            lvs = [calls.get(f'{name}.{k}' if name else k, {}).get('out') for k,_ in kids]
+            lvs = [calls.get(f'{name}.{k}' if name else k, {}).get('out') for k,m in kids if any(True for _ in m.parameters())]
             lvs = [o for o in lvs if o is not None and o.kind=='BNC']
             if len(lvs)>len(found) and len({o[1:] for o in lvs})==1: found = lvs
     return _spread(found, n)
@@ -71,7 +75,7 @@ def _blocks(model, calls, n):
 def _pieces(name, m, calls):
     "The modules below `m` that are taken as one piece, by name"
     c,kids = calls.get(name),list(m.named_children())
-    whole = c and c['out'] and (not kids or (c['inp'] and all(i<=2*o+1 for i,o in zip(c['inp'].size,c['out'].size))))
+    whole = c and c['out'] and (not kids or (c['inp'] and all(i<=2*o+1+(o>3) for i,o in zip(c['inp'].size,c['out'].size))))
     if whole: return [(name,m)]
     return [p for n,k in kids for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
@@ -81,7 +85,6 @@ def _search(model, calls, n):
     pieces = [(calls[name],name,m) for name,m in _pieces('', model, calls)]
     for c,name,m in sorted(pieces, key=lambda o: o[0]['order']):
         lv = c['out']
-        if lv.kind=='BNC': continue
         if _is_global_pool(m, lv.size): break
         last = found[-1][0] if found else None
         if   not found or (lv.size!=last.size and all(a<=b for a,b in zip(lv.size, last.size))): found.append((lv,c['convs']))
@@ -89,7 +92,7 @@ def _search(model, calls, n):
     body = [lv for lv,convs in found if convs>1]
     return (body if len(body)>1 else [lv for lv,convs in found if convs>0])[-n:]
 
-# %% ../nbs/01_levels.ipynb #4d5d0339
+# %% ../nbs/01_levels.ipynb #be0ed5f9
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
@@ -99,6 +102,7 @@ def find_levels(
     if not isinstance(levels, Integral):
         for n in levels: get_level(model, n)
         if len(set(levels))<len(levels): raise ValueError(f"FRSKD: a level is named twice: {list(levels)}")
+    if xb[0].ndim!=4: raise ValueError(f"FRSKD serves networks for images, B×C×H×W; these inputs are of shape {tuple(xb[0].shape)}")
     calls,pred = _run(model, xb)
     if isinstance(levels, Integral):
         found = _feature_info(model, calls, levels)
@@ -112,7 +116,7 @@ def find_levels(
         found = sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of one size keep the user's order
     if len(found)<2:
         got = ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in found) or 'none'
-        raise ValueError(f"FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution, in the model; found: {got}, for inputs of shape {tuple(xb[0].shape)}. "
+        raise ValueError(f"FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution, in the model; found: {got}, for inputs of shape {tuple(xb[0].shape)}; a map has one entry for each of the inputs. "
                          "Use larger images, or name the modules: `FRSKDCallback(levels=[...])`.")
     return L(found),pred
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.features import Taps
 from frskd_fastai.levels import _feature_info, _run, _search, find_levels, list_levels
 from conftest import SmallNet, n_hooks, weights
 
@@ -153,6 +154,38 @@ def test_levels_against_feature_info():
         with open(file, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
     else:
         with open(file) as f: assert [tuple(o) for o in csv.reader(f)]==rows, 'not what nbs/tutorials/levels.csv says; write it anew with FRSKD_WRITE_TABLES=1'
+
+@pytest.mark.parametrize('arch,sizes', [('levit_128s',[14,7,4]), ('twins_svt_small',[56,28,14,7]), ('coat_lite_tiny',[56,28,14,7]), ('pit_ti_224',[14,7])])
+def test_transformers_of_falling_resolution(arch, sizes):
+    "Without a `feature_info`: the last tokens of each resolution, to the network's end, not its patch embeddings"
+    m = pytest.importorskip('timm').create_model(arch, num_classes=10)
+    x = torch.randn(2,3,224,224)
+    found,pred = find_levels(m, x)
+    assert [o.size for o in found]==[(s,s) for s in sizes] and {o.kind for o in found}=={'BNC'}
+    with Taps(m, found) as taps:
+        loss = m(x)
+        reached = [p for p in m.parameters() if p.requires_grad]
+        maps = taps.pop()
+    assert [tuple(o.shape[-2:]) for o in maps]==[o.size for o in found]
+    grads = torch.autograd.grad(sum(o.float().pow(2).mean() for o in maps), reached, allow_unused=True)
+    assert sum(p.numel() for p,g in zip(reached, grads) if g is not None)>.8*sum(p.numel() for p in reached) # a loss on the levels reaches nearly all of the network
+
+@pytest.mark.parametrize('depth,blocks', [(2,[0,1]),(3,[0,1,2]),(5,[1,2,3,4]),(6,[1,2,4,5])])
+def test_short_transformers(depth, blocks, digits):
+    m = pytest.importorskip('timm').models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=depth, num_heads=2, num_classes=10)
+    del m.feature_info
+    found = check_cell(plain(loaders(images(digits, 32)), m))
+    assert list(found.attrgot('name'))==[f'blocks.{i}' for i in blocks]
+
+def test_tokens_of_images_turned(digits):
+    "The tokens' grid can't be told from their number when height and width change places"
+    m = pytest.importorskip('timm').create_model('vit_tiny_patch16_224', img_size=(32,64), patch_size=8, depth=4, num_classes=10, dynamic_img_size=True)
+    learn = Learner(loaders(images(digits, (32,64))), m, loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback(width=.25))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        learn.dls = loaders(images(digits, (64,32)))
+        with pytest.raises(ValueError, match='images of one shape'): learn.fit(1, 1e-3)
+    assert n_hooks(learn.model)==0
 
 # -- Any module in a plain Learner --------------------------------------------------------------------------
 def plain(dls, model):
