@@ -56,7 +56,7 @@ def check_out(
     there = [o for o in results if (out/o).exists()]
     if there and not force: raise UsageError(f"--out {out} already holds results ({there[0]}); name another folder, or overwrite them with --force")
 
-# %% ../nbs/10_train.ipynb #a2d7ecee
+# %% ../nbs/10_train.ipynb #e0de659f
 class History(Callback):
     "Keeps each epoch's row of the progress table, over all fits"
     order = Recorder.order+1
@@ -117,7 +117,7 @@ def _summary(args, learn, history, lr, seconds):
         f"{args.epochs} epoch{'s'*(args.epochs>1)}, batch size {args.bs}, learning rate {lr:.2g}, seed {args.seed}. Levels: {', '.join(learn.frskd.level_names)}.", '',
         '| run | accuracy | validation loss | training time |', '|---|---|---|---|']
     frskd = learn.frskd
-    lines[-3:-3] = [f"FRSKD: α {frskd.alpha:g}, β {frskd.beta:g}, temperature {frskd.temperature:g}, self-teacher of width {frskd.width:g}, schedule {frskd.schedule}."
+    lines[-2:-2] = [f"FRSKD: α {frskd.alpha:g}, β {frskd.beta:g}, temperature {frskd.temperature:g}, self-teacher of width {frskd.width:g}, schedule {frskd.schedule}."
                     + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after half and three quarters of the epochs." if args.recipe else ''), '']
     for run,d in history.groupby('run', sort=False):
         lines.append(f"| {run} | {d.accuracy.iloc[-1]:.2%} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
