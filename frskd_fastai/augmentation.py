@@ -7,10 +7,9 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/augmentation.html.md"""
 # %% auto #0
 __all__ = ['rotations', 'joint_labels', 'aggregate_rotations', 'FRSKDSLACallback']
 
-# %% ../nbs/05_augmentation.ipynb #0609728e
+# %% ../nbs/05_augmentation.ipynb #961ab112
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
-from .features import *
 from .losses import *
 from .callback import *
 
@@ -33,7 +32,7 @@ def aggregate_rotations(
     "Logits of each image: the mean over its rotations r of their joint logits at 4·class + r"
     return logits.view(len(logits)//4, 4, -1, 4).diagonal(dim1=1, dim2=3).mean(-1)
 
-# %% ../nbs/05_augmentation.ipynb #b6d31b03
+# %% ../nbs/05_augmentation.ipynb #9d3efaf1
 class FRSKDSLACallback(FRSKDCallback):
     "`FRSKDCallback` with self-supervised label augmentation ([arXiv 1910.05872](https://arxiv.org/abs/1910.05872)); single-label classification of square images"
     name = 'frskd' # as `learn.frskd`, like the class it extends
@@ -55,7 +54,7 @@ class FRSKDSLACallback(FRSKDCallback):
         return trained
 
     def _parts(self, maps, factor):
-        learn,parts = self.learn,{}
+        learn = self.learn
         refined,teacher = self._teach(maps, factor)
         learn.model(rotations(learn.xb[0]))
         rotated = self._pop_maps()
@@ -69,9 +68,8 @@ class FRSKDSLACallback(FRSKDCallback):
             aggregation = aggregation + soft_label_loss(logits[who], aggregated[who], self.temperature)
         both = [torch.cat([logits[o].float(), aggregated[o]]) for o in ('student','teacher')]
         cat = lambda a,b: [torch.cat(o) for o in zip(a, b)]
-        parts = {'student':learn.loss_grad, 'teacher':learn.loss_func(teacher, *learn.yb), 'joint':joint, 'aggregation':aggregation,
-                 **self._distil(*both, (None,cat(maps[1], rotated[1])), cat(refined, refined_rotated))}
-        return parts,teacher
+        return {'student':learn.loss_grad, 'teacher':learn.loss_func(teacher, *learn.yb), 'joint':joint, 'aggregation':aggregation,
+                **self._distil(*both, (None,cat(maps[1], rotated[1])), cat(refined, refined_rotated))},teacher
 
     def _joint_loss(self, logits):
         "Cross-entropy on the joint labels; under MixUp or CutMix, which mix two labels, on both"

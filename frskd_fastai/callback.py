@@ -26,7 +26,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #08034577
+# %% ../nbs/03_callback.ipynb #70b81c3b
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
@@ -120,8 +120,7 @@ class FRSKDCallback(Callback):
         except TypeError as e: raise ValueError(f"FRSKD: teacher={make!r} is no function from the levels' channels and the number of logits to a self-teacher: {e}") from e
         if not isinstance(teacher, nn.Module): raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
         trained = nn.ModuleDict({'teacher':teacher}).to(pred.device)
-        preact = self.beta>0 and (self.feature_loss=='overhaul' or getattr(self.feature_loss, 'preact', False))
-        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, preact)
+        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, self._preact)
         self._feature_loss = loss = self.feature_loss
         if not self.beta: return trained
         if   loss=='attention': self._feature_loss = attention_loss
@@ -133,7 +132,7 @@ class FRSKDCallback(Callback):
         return trained
 
     @property
-    def _preact(self): return self.beta>0 and getattr(self._feature_loss, 'preact', False)
+    def _preact(self): return self.beta>0 and (self.feature_loss=='overhaul' or getattr(self.feature_loss, 'preact', False))
 
     def _check_preact(self, levels, xb):
         with PreactTaps(self.learn.model, levels) as taps, unnoticed(self.learn.model):
@@ -180,7 +179,7 @@ class FRSKDCallback(Callback):
         self.multi_label = is_multi_label(learn.loss_func, self._yb) # now: later MixUp swaps the loss function
         self.trained.to(one_param(learn.model).device)
         if self.columns and not hasattr(learn, 'lr_finder'): self._add_columns()
-        self._watch_epochs()
+        self._watch = Override(learn, '_do_epoch', self._watched)
 
     def before_train(self):
         self._cleanup_taps()
@@ -252,17 +251,13 @@ class FRSKDCallback(Callback):
         self._cleanup()
 
     # -- Leaving nothing behind --------------------------------------------------------------
-    def _watch_epochs(self):
+    def _watched(self, epoch):
         "fastai calls no event when a fit ends by an exception or Ctrl-C: see to it that nothing stays behind then either"
-        learn,epoch = self.learn,self.learn._do_epoch
-        def watched():
-            try: epoch()
-            except (CancelEpochException,CancelFitException): raise # `after_fit` will follow
-            except BaseException:
-                self._cleanup()
-                raise
-        self._watch = watched
-        learn._do_epoch = watched
+        try: epoch()
+        except (CancelEpochException,CancelFitException): raise # `after_fit` will follow
+        except BaseException:
+            self._cleanup()
+            raise
 
     def _cleanup_taps(self):
         if self._taps is not None: self._taps.remove()
@@ -272,7 +267,7 @@ class FRSKDCallback(Callback):
     def _cleanup(self):
         self._cleanup_taps()
         learn = self.learn
-        if self._watch is not None and learn.__dict__.get('_do_epoch') is self._watch: del learn.__dict__['_do_epoch']
+        if self._watch is not None and learn.__dict__.get('_do_epoch') is self._watch: self._watch.remove()
         if self._columns: learn.metrics = L(m for m in learn.metrics if m not in self._columns)
         self._watch,self._columns = None,[]
 

@@ -149,7 +149,7 @@ class PreactTaps(Taps):
         super().clear()
         self._pre,self._last,self._x = {},None,None
 
-# %% ../nbs/00_features.ipynb #96534942
+# %% ../nbs/00_features.ipynb #5421fce5
 def get_level(
     model:nn.Module, # The student
     name:str, # Dotted name, as in `model.named_modules()`
@@ -158,8 +158,8 @@ def get_level(
     if not isinstance(name, str): raise ValueError(f"FRSKD: a level is named by a string, as in `learn.model.named_modules()`, got {name!r}")
     mods = dict(model.named_modules())
     if name and name in mods: return mods[name]
-    near = difflib.get_close_matches(str(name), [o for o in mods if o], n=5, cutoff=0.4)
-    ends = [o for o in mods if o.split('.')[-1]==str(name)]
+    near = difflib.get_close_matches(name, [o for o in mods if o], n=5, cutoff=0.4)
+    ends = [o for o in mods if o.split('.')[-1]==name]
     hint = L(ends+near).unique()[:5]
     raise ValueError(f"FRSKD: the model has no module named {name!r}." + (f" Did you mean {', '.join(map(repr,hint))}?" if hint else '')
                      + " `[n for n,_ in learn.model.named_modules()]` lists all names.")

@@ -43,18 +43,19 @@ def cub200(d):
         names.append(f'{k} 00{c}.Bird/a_{i}.jpg'); is_train.append(f"{k} {int(part=='train')}")
     text(d/'images.txt', names); text(d/'train_test_split.txt', is_train)
     return ['000.Bird','001.Bird']
-def dogs(d):
+def listed(d, name):
+    "Images below `d`, named by `name(c, i)`, and the names of each part"
     lists = {'train':[],'test':[]}
     for c,i,part in SPLIT:
-        digit(d/f'Images/n0{c}-Dog/n0{c}_{i}.jpg', c, i)
-        lists[part].append(f'n0{c}-Dog/n0{c}_{i}.jpg')
+        digit(d/name(c, i), c, i)
+        lists[part].append(name(c, i))
+    return lists
+def dogs(d):
+    lists = listed(d/'Images', lambda c,i: f'n0{c}-Dog/n0{c}_{i}.jpg')
     for part,names in lists.items(): savemat(d/f'{part}_list.mat', {'file_list':np.array(names, dtype=object)[:,None]})
     return ['n00-Dog','n01-Dog']
 def mit67(d):
-    lists = {'train':[],'test':[]}
-    for c,i,part in SPLIT:
-        digit(d/f'Images/room{c}/r_{i}.jpg', c, i)
-        lists[part].append(f'room{c}/r_{i}.jpg')
+    lists = listed(d/'Images', lambda c,i: f'room{c}/r_{i}.jpg')
     for part,names in lists.items(): text(d/f'{part.title()}Images.txt', names)
     return ['room0','room1']
 def stanford40(d):
