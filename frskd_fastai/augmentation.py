@@ -32,7 +32,7 @@ def aggregate_rotations(
     "Logits of each image: the mean over its rotations r of their joint logits at 4·class + r"
     return logits.view(len(logits)//4, 4, -1, 4).diagonal(dim1=1, dim2=3).mean(-1)
 
-# %% ../nbs/05_augmentation.ipynb #9d3efaf1
+# %% ../nbs/05_augmentation.ipynb #b1d9856b
 class FRSKDSLACallback(FRSKDCallback):
     "`FRSKDCallback` with self-supervised label augmentation ([arXiv 1910.05872](https://arxiv.org/abs/1910.05872)); single-label classification of square images"
     name = 'frskd' # as `learn.frskd`, like the class it extends
@@ -56,7 +56,7 @@ class FRSKDSLACallback(FRSKDCallback):
     def _parts(self, maps, factor):
         learn = self.learn
         refined,teacher = self._teach(maps, factor)
-        learn.model(rotations(learn.xb[0]))
+        self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
         rotated = self._pop_maps()
         refined_rotated,_ = self._teach(rotated, factor)
         logits,aggregated = {'student':learn.pred, 'teacher':teacher},{}

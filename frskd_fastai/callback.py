@@ -7,15 +7,18 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #958d1114
+# %% ../nbs/03_callback.ipynb #10f480ec
 import weakref
 from numbers import Integral
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
+from fastai.fp16_utils import convert_network
+from torch.nn.parallel import DistributedDataParallel
 from .features import *
 from .levels import *
 from .teacher import *
 from .losses import *
+from .columns import *
 from .companion import *
 
 # %% ../nbs/03_callback.ipynb #80aa1a5d
@@ -26,10 +29,10 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #70b81c3b
+# %% ../nbs/03_callback.ipynb #ee8bd51c
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
-    order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast
+    order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
     def __init__(self,
         alpha:float=2., # α, weight of the soft-label loss (paper section 3.2); 0 leaves it out
         beta:float|None=None, # β, weight of the feature loss (paper section 3.2); 0 leaves it out. Default: 100 (the paper's) for attention, see `default_beta` for the others
@@ -57,8 +60,8 @@ class FRSKDCallback(Callback):
         store_attr(but='teacher')
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label = None,{},L(),Trust(),False
-        self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self.trained = None
-        self._columns,self._overrides = [],[]
+        self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self.trained = None
+        self._overrides,self._half = [],False
 
     @classmethod
     def paper(cls, **kwargs):
@@ -91,13 +94,18 @@ class FRSKDCallback(Callback):
         self._overrides = []
         self.__dict__['_learn'] = None
 
+    @property
+    def student(self):
+        "The Learner's model, out of its wrapper for several devices"
+        return get_model(self.learn.model)
+
     # -- The self-teacher and the optimizer --------------------------------------------------
     def build(self):
         "Find the levels and build the self-teacher, unless it is there for this model. `ValueError` where the model or the data can't serve"
-        if self.teacher is not None and self._model is not None and self._model() is self.learn.model: return self
+        if self.teacher is not None and self._model is not None and self._model() is self.student: return self
         b = sample_batch(self.learn)
         if b is None: return self
-        (xb,yb),model = b,self.learn.model
+        (xb,yb),model = b,self.student
         check_loss(self.learn.loss_func)
         check_targets(yb)
         levels,pred = find_levels(model, *xb, levels=self.levels)
@@ -113,13 +121,13 @@ class FRSKDCallback(Callback):
     def level_names(self): return self.found_levels.attrgot('name')
 
     def _make(self, levels, xb, yb, pred):
-        "All that trains beside the student, a `ModuleDict`: the self-teacher and, if it has parameters, the feature loss"
+        "All that trains beside the student, a `Companion`: the self-teacher and, if it has parameters, the feature loss"
         channels,n_out = list(levels.attrgot('channels')),pred.shape[1]
         make = self.own_teacher or partial(SelfTeacher, width=self.width, depth=self.depth)
         try: teacher = make if isinstance(make, nn.Module) else make(channels, n_out)
         except TypeError as e: raise ValueError(f"FRSKD: teacher={make!r} is no function from the levels' channels and the number of logits to a self-teacher: {e}") from e
         if not isinstance(teacher, nn.Module): raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
-        trained = nn.ModuleDict({'teacher':teacher}).to(pred.device)
+        trained = Companion({'teacher':teacher}).to(pred.device)
         self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, self._preact)
         self._feature_loss = loss = self.feature_loss
         if not self.beta: return trained
@@ -135,8 +143,8 @@ class FRSKDCallback(Callback):
     def _preact(self): return self.beta>0 and (self.feature_loss=='overhaul' or getattr(self.feature_loss, 'preact', False))
 
     def _check_preact(self, levels, xb):
-        with PreactTaps(self.learn.model, levels) as taps, unnoticed(self.learn.model):
-            self.learn.model(*xb)
+        with PreactTaps(self.student, levels) as taps, unnoticed(self.student):
+            self.student(*xb)
             for lv,o in zip(levels, taps.pop()[1]):
                 if (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={self.feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
 
@@ -156,6 +164,7 @@ class FRSKDCallback(Callback):
         return save_with(save, self.learn, 'frskd', dict(levels=list(self.level_names), trust=None if self.trust.loss is None else self.trust.loss.item(), trained=self.trained.state_dict()), *args, **kwargs)
 
     def _load(self, load, file, *args, with_opt=True, **kwargs):
+        distrib_barrier() # rank 0 may still be writing it
         saved = saved_with(self.learn, 'frskd', file) if with_opt else None
         if saved is not None:
             if self.learn.opt is None: self.learn.create_opt()
@@ -173,19 +182,22 @@ class FRSKDCallback(Callback):
         if learn.lock.locked(): return # validation or prediction, perhaps by another callback in the middle of a fit
         self._cleanup() # what an interrupted fit may have left
         if learn.opt is None: return
+        check_parallel(learn)
         self._join()
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
         check_loss(learn.loss_func)
         self.multi_label = is_multi_label(learn.loss_func, self._yb) # now: later MixUp swaps the loss function
-        self.trained.to(one_param(learn.model).device)
-        if self.columns and not hasattr(learn, 'lr_finder'): self._add_columns()
+        self._half = any(p.dtype==torch.float16 for p in self.student.parameters()) # by `to_non_native_fp16`
+        if self._half: convert_network(self.trained, torch.float16)
+        if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
         self._watch = Override(learn, '_do_epoch', self._watched)
 
     def before_train(self):
         self._cleanup_taps()
+        if self._wrapped is None: self._wrapped = like_model(self.learn, self.trained) # now: by now `DistributedTrainer` has wrapped the model
         self.trained.train()
-        self._sums,self._count = {},0
-        self._taps = (PreactTaps if self._preact else Taps)(self.learn.model, self.found_levels)
+        if self._columns: self._columns.reset()
+        self._taps = (PreactTaps if self._preact else Taps)(self.student, self.found_levels)
         self._all_params = Override(self.learn, 'parameters', lambda params,*args: itertools.chain(params(*args), self.trained.parameters())) # what `GradientClip` clips
 
     def before_batch(self):
@@ -196,17 +208,22 @@ class FRSKDCallback(Callback):
         if self._taps is None or not learn.training: return
         maps = self._pop_maps()
         if not len(learn.yb): return
-        if len(maps[0][0])==1 and any(o.shape[-2:].numel()==1 for o in maps[0]): return # a single position, of which BatchNorm has no variance
         if any(o.kind=='BNC' for o in self.found_levels) and learn.xb[0].shape[-2]*self._hw[1]!=learn.xb[0].shape[-1]*self._hw[0]:
             raise ValueError(f"FRSKD: the tokens' grid is known for images of {self._hw} and what has the same proportions, not for {tuple(learn.xb[0].shape[-2:])}; train with images of one shape")
         factor = self.factor
-        parts,logits = self._parts(maps, factor)
+        single = len(maps[0][0])==1 and any(o.shape[-2:].numel()==1 for o in maps[0]) # no variance: BatchNorm takes its running statistics
+        if single and not self._synced: self.trained.eval()
+        with model_autocast(learn): parts,logits = self._wrapped(partial(self._parts, maps, factor))
+        if single: self.trained.train()
         weights = self._weights(factor)
         learn.loss_grad = sum(weights.get(k, 1.)*v for k,v in parts.items())
         learn.loss = learn.loss_grad.clone()
-        self.trust.update(parts['teacher'])
         self.losses = {k:v.detach() for k,v in parts.items()}
-        if self._columns: self._accumulate(logits.detach())
+        if self.schedule=='trust': self.trust.update(maybe_gather(self.losses['teacher']) if self._distributed else self.losses['teacher']) # the mean over all processes
+        if self._columns: self._columns.add({**{f'{k}_loss':v for k,v in self.losses.items()}, **self._accuracy(logits.detach())}, len(logits))
+
+    def before_backward(self):
+        if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
 
     def _parts(self, maps, factor):
         "The parts of the loss, by name and unweighted, and the self-teacher's logits"
@@ -232,7 +249,10 @@ class FRSKDCallback(Callback):
         "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
         parts = {}
         if self.alpha: parts['soft_label'] = soft_label_loss(student, teacher, self.temperature, self.multi_label)
-        if self.beta:  parts['feature']    = self._feature_loss(maps[1], [o.detach() for o in refined])
+        if self.beta:
+            maps,refined = maps[1],[o.detach() for o in refined]
+            if callable(self.feature_loss): maps,refined = to_float((maps,refined)) # ours see to it by themselves
+            parts['feature'] = self._feature_loss(maps, refined)
         return parts
 
     @property
@@ -244,10 +264,19 @@ class FRSKDCallback(Callback):
         if not (isinstance(factor, (Real,Tensor)) and 0<=factor<=1): raise ValueError(f"FRSKD: schedule must return a number from 0 to 1, got {factor!r}")
         return float(factor)
 
-    def after_train(self): self._cleanup_taps()
+    @property
+    def _distributed(self): return isinstance(self._wrapped, DistributedDataParallel)
+
+    @property
+    def _synced(self): return self._distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
+
+    def after_train(self):
+        if self._columns and self._distributed: self._columns.gather()
+        self._cleanup_taps()
 
     def after_fit(self):
         if self.learn.lock.locked(): return
+        if self._distributed: same_buffers(nn.ModuleList([self.student, self.trained]))
         self._cleanup()
 
     # -- Leaving nothing behind --------------------------------------------------------------
@@ -257,6 +286,7 @@ class FRSKDCallback(Callback):
         except (CancelEpochException,CancelFitException): raise # `after_fit` will follow
         except BaseException:
             self._cleanup()
+            unwrap_model(self.learn)
             raise
 
     def _cleanup_taps(self):
@@ -268,26 +298,20 @@ class FRSKDCallback(Callback):
         self._cleanup_taps()
         learn = self.learn
         if self._watch is not None and learn.__dict__.get('_do_epoch') is self._watch: self._watch.remove()
-        if self._columns: learn.metrics = L(m for m in learn.metrics if m not in self._columns)
-        self._watch,self._columns = None,[]
+        if self._columns: self._columns.remove()
+        if self._half: self.trained.float()
+        self._watch=self._columns=self._wrapped = None
+        self._half = False
 
     # -- The progress table ------------------------------------------------------------------
     @property
     def _part_names(self): return ['student','teacher'] + ['soft_label']*bool(self.alpha) + ['feature']*bool(self.beta)
 
-    def _add_columns(self):
-        self._columns = [ValueMetric(partial(self._mean, n), f'{n}_loss') for n in self._part_names] + [ValueMetric(partial(self._mean, 'accuracy'), 'teacher_accuracy')]
-        self.learn.metrics = self.learn.metrics + self._columns
-
-    def _accumulate(self, logits):
-        bs,y = len(logits),self.learn.yb[0]
-        now = dict(self.losses)
-        if self.multi_label: now['accuracy'] = ((logits>0)==(y.view_as(logits)>0.5)).float().mean()
-        elif y.shape==logits.shape[:1] and not y.is_floating_point(): now['accuracy'] = (logits.argmax(1)==y).float().mean()
-        for k,v in now.items(): self._sums[k] = self._sums.get(k, 0) + v*bs # stays on the device
-        self._count += bs
-
-    def _mean(self, name): return self._sums[name]/self._count if name in self._sums else None
+    def _accuracy(self, logits):
+        y = self.learn.yb[0]
+        if self.multi_label: return {'teacher_accuracy':((logits>0)==(y.view_as(logits)>0.5)).float().mean()}
+        if y.shape==logits.shape[:1] and not y.is_floating_point(): return {'teacher_accuracy':(logits.argmax(1)==y).float().mean()}
+        return {}
 
     # A pickled Learner (`learn.export()`) is for inference: FRSKD is not in it, and it loads without this package
     def __reduce__(self): return Callback, (), {'learn':self.learn}

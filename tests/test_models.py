@@ -8,7 +8,7 @@ from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.features import Taps
 from frskd_fastai.levels import _feature_info, _run, _search, find_levels, list_levels
-from conftest import SmallNet, n_hooks, weights
+from conftest import same, SmallNet, n_hooks, weights
 
 DOCS = Path(__file__).parents[1]/'nbs/tutorials'
 
@@ -223,18 +223,20 @@ def test_progressive_resizing(digits, tmp_path):
                 assert all(0<(p-before[k]).abs().max()<.1 for k,p in teacher.named_parameters() if 'fusion' not in k)
 
 def test_a_last_batch_of_one(digits):
-    "Plain networks train on it; where BatchNorm of the self-teacher can't, on a map of one position, the student trains alone"
+    "Plain networks train on it; where the self-teacher's BatchNorm finds no variance, on a map of one position, it takes its running statistics"
     class NoNorm(nn.Sequential):
         def __init__(self): super().__init__(*(ConvLayer(i, o, stride=2, norm_type=None) for i,o in ((3,8),(8,8),(8,16))), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(16, 10))
     torch.manual_seed(0)
-    for size,own in (32,True),(8,False):
+    for size,statistics in (32,True),(8,False):
         seen = []
         class See(Callback):
             order,run_valid = FRSKDCallback.order+1,False
-            def after_loss(self): seen.append((len(self.x),float(self.learn.loss_grad-self.loss_func(self.pred, self.y))))
+            def after_loss(self): seen.append((len(self.x),float(self.learn.loss_grad-self.loss_func(self.pred, self.y)),weights(self.learn.frskd.teacher)))
         learn = Learner(loaders(images(digits, size, n=9), drop_last=False), NoNorm(), loss_func=CrossEntropyLossFlat(), cbs=[FRSKDCallback(),See()])
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        assert [o[0] for o in seen]==[4,4,1] and (seen[-1][1]>1e-3)==own and seen[0][1]>1e-3
+        assert [o[0] for o in seen]==[4,4,1] and all(o[1]>1e-3 for o in seen)
+        stats = [{k:v for k,v in o[2].items() if 'running' in k} for o in seen]
+        assert not same(*stats[:2]) and same(*stats[1:])!=statistics and all(m.training for m in learn.frskd.teacher.modules())
 
 class TwoInputs(SmallNet):
     def forward(self, a, b): return super().forward(a+b.flip(3))

@@ -1,0 +1,308 @@
+"""One of several processes that train together on the CPU: `python ranks.py RANK WORLD PORT FOLDER` runs the scenarios that it is told on its input, one a line, and keeps what they return in FOLDER.
+
+`Ranks` starts and tells them. It is used by tests/test_distributed.py, which also calls some of the scenarios in its own process"""
+import faulthandler, json, os, queue, signal, socket, subprocess, sys, threading, traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+# -- The side of the tests --------------------------------------------------------------------------------
+class Ranks:
+    "`n` processes; a context manager. `run` has a scenario run on all of them, and kills them when that takes too long"
+    def __init__(self, folder, n=2, env=None): self.folder,self.n,self.env,self.procs = Path(folder),n,env or {},[]
+
+    def start(self):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        here = Path(__file__).parent
+        env = {**os.environ, 'PYTHONPATH':f'{here.parent}:{here}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'GLOO_SOCKET_IFNAME':'lo', **self.env}
+        self.folder.mkdir(exist_ok=True)
+        self.logs = [open(self.folder/f'log-{r}', 'w') for r in range(self.n)]
+        self.procs = [subprocess.Popen([sys.executable, __file__, str(r), str(self.n), str(port), str(self.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+                      for r,log in enumerate(self.logs)]
+        self.said = queue.Queue()
+        for r,p in enumerate(self.procs): threading.Thread(target=self._listen, args=(r,p), daemon=True).start()
+
+    def _listen(self, r, p):
+        for line in p.stdout: self.said.put((r,line))
+        self.said.put((r,None))
+
+    def run(self, name, limit=60, ranks=None, **kw):
+        "What scenario `name` returns on each rank, and what each prints"
+        import torch
+        if not self.procs: self.start()
+        ranks = set(range(self.n)) if ranks is None else set(ranks) # those that are expected to end it
+        for p in self.procs:
+            p.stdin.write(json.dumps([name,kw])+'\n')
+            p.stdin.flush()
+        printed,done = ['']*self.n,set()
+        while not ranks<=done:
+            try: r,line = self.said.get(timeout=limit)
+            except queue.Empty: self.fail(f'{name} took more than {limit} s without a word')
+            if line is None and r in ranks: self.fail(f'{name}: rank {r} ended')
+            if line=='=== done\n': done.add(r)
+            elif line is not None: printed[r] += line
+        res = {r:torch.load(self.folder/f'{name}-{r}.pth', weights_only=False) for r in sorted(ranks)}
+        for r,o in res.items(): assert 'error' not in o, f"{name} on rank {r}: {o['error']}"
+        return [{**o, 'printed':printed[r].strip()} for r,o in res.items()]
+
+    def fail(self, why):
+        for p in self.procs:
+            if p.poll() is None: p.send_signal(signal.SIGABRT) # faulthandler writes where it is
+        self.stop()
+        raise AssertionError(why+'\n'+'\n'.join(f'-- rank {r}: {(self.folder/f"log-{r}").read_text()[:3000]}' for r in range(self.n)))
+
+    def stop(self):
+        for p in self.procs:
+            try: p.wait(timeout=2)
+            except subprocess.TimeoutExpired: p.kill(); p.wait()
+            for f in p.stdin,p.stdout:
+                try: f.close()
+                except BrokenPipeError: pass
+        for o in self.logs: o.close()
+        self.procs = []
+
+    def __enter__(self): return self
+    def __exit__(self, *args):
+        for p in self.procs: p.kill()
+        if self.procs: self.stop()
+
+# -- The side of the processes ----------------------------------------------------------------------------
+if __name__=='__main__' and sys.argv[1]!='script':
+    rank,world,port,folder = sys.argv[1:]
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ.setdefault('ACCELERATE_USE_CPU', '1')
+    faulthandler.enable()
+
+import torch
+from fastai.vision.all import *
+from fastai.distributed import *
+from fastai.callback.fp16 import MixedPrecision
+from torch.nn.parallel import DistributedDataParallel
+from frskd_fastai.all import *
+from conftest import SmallNet, n_hooks, split, weights
+from sklearn.datasets import load_digits
+
+def on_cpu():
+    "fastai broadcasts indices through CUDA; without, the list is a tensor as it is"
+    def _broadcast(self, t, rank):
+        t = LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = _broadcast
+
+def data(n=64, bs=8, n_valid=20, shuffle=False, drop_last=False):
+    d = load_digits()
+    x = F.interpolate(torch.from_numpy(d.images[:n+n_valid]).float()[:,None]/16, size=32).expand(-1,3,-1,-1).contiguous()
+    items = list(zip(x, torch.from_numpy(d.target)))
+    return DataLoaders(DataLoader(items[:n], bs=bs, shuffle=shuffle, drop_last=drop_last), DataLoader(items[n:], bs=bs))
+
+def learner(dls=None, path='.', frskd=None, sla=False, seed=None, cbs=None, **kw):
+    "A Learner; each rank has other initial weights, unless there is a `seed`"
+    set_seed(rank_distrib() if seed is None else seed)
+    learn = Learner(dls or data(), kw.pop('model', None) or SmallNet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path,
+                    cbs=[(FRSKDSLACallback if sla else FRSKDCallback)(**(frskd or {})), *L(cbs)], **{'splitter':split, **kw})
+    return learn
+
+class Together(Callback):
+    "At each step: are gradients and parameters of both networks the same on all ranks?"
+    order,run_valid = 99,False
+    def __init__(self): self.same = []
+    def all(self): return [*self.learn.model.parameters(), *self.frskd.trained.parameters()]
+    def look(self, ts):
+        mine = torch.cat([t.detach().flatten().float() for t in ts])
+        both = [torch.empty_like(mine) for _ in range(num_distrib())]
+        torch.distributed.all_gather(both, mine)
+        return all(torch.equal(both[0], o) for o in both) and bool(mine.isfinite().all())
+    def after_backward(self): self.grads = self.look([p.grad for p in self.all() if p.grad is not None])
+    def after_step(self): self.same.append((self.grads,self.look(self.all())))
+
+class BF16(MixedPrecision):
+    "fastai's `MixedPrecision` autocasts CUDA only; this does the CPU, at the same events and order"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),L()
+
+class CutOnRank1(Callback):
+    "Fewer samples on rank 1"
+    run_valid = False
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        if rank_distrib(): self.learn.xb,self.learn.yb = [o[:self.n] for o in self.xb],[o[:self.n] for o in self.yb]
+
+class Stop(Callback):
+    "Raises what stops a fit, in batch `n`"
+    run_valid = False
+    def __init__(self, n, what=CancelFitException, event='after_loss'): self.n,self.what,self.event = n,what,event
+    def __call__(self, event):
+        if event==self.event and self.learn.training and self.learn.train_iter>=self.n: raise self.what
+
+def end(learn, together=None):
+    "How things are after a fit"
+    cb = learn.frskd
+    return dict(model=weights(learn.model), trained=weights(cb.trained), trust=cb.trust.loss, hooks=n_hooks(learn.model), kind=type(learn.model).__name__, loaders=[type(o).__name__ for o in learn.dls],
+                left=[k for k in ('_taps','_wrapped','_all_params','_watch','_columns') if getattr(cb, k) is not None]+[k for k in ('_do_epoch','parameters') if k in learn.__dict__], same=together and together.same)
+
+SCENARIOS = {}
+def scenario(f):
+    SCENARIOS[f.__name__] = f
+    return f
+
+def ctx(learn, **kw):
+    if num_distrib()<=1: return nullcontext()
+    return learn.distrib_ctx(**kw) if 'RANKS_GPU' in os.environ else learn.distrib_ctx(sync_bn=False, cpu=True, **kw)
+
+@scenario
+def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
+    "A training, by `how`; `look` at the type of what the self-teacher's `look` returns; its wrapper left away, if `unwrapped`"
+    together,dtypes = Together(),set()
+    learn = learner(data(n, bs, shuffle=True), **kw)
+    learn.create_opt()
+    if look: getattr(learn.frskd.teacher, look).register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
+    if unwrapped:
+        class Unwrap(Callback):
+            order,run_valid = FRSKDCallback.order+.5,False
+            def before_train(self): self.frskd._wrapped = self.frskd.trained
+        learn.add_cb(Unwrap())
+    with ctx(learn):
+        if how=='fit': learn.fit(2, 1e-2, cbs=together)
+        elif how=='fine_tune':
+            learn.fine_tune(1, 1e-2, cbs=together)
+            learn.validate()
+        elif how=='accumulation': learn.fit(1, 1e-2, cbs=[GradientAccumulation(32),together])
+        elif how=='amp': learn.add_cb(BF16()); learn.fit(2, 1e-2, cbs=together)
+        elif how=='cut': learn.fit(1, 1e-2, cbs=[CutOnRank1(5),together])
+        elif how=='single': learn.fit(1, 1e-2, cbs=[CutOnRank1(1),together])
+        elif how=='cancel': learn.fit(3, 1e-2, cbs=[Stop(3),together])
+        elif how=='cancel epoch': learn.fit(2, 1e-2, cbs=[Stop(3, CancelEpochException),together])
+        elif how=='cancel batch': learn.fit(1, 1e-2, cbs=[Stop(3, CancelBatchException, 'before_backward'),together])
+        elif how=='stop early': learn.fit(5, 1e-2, cbs=[EarlyStoppingCallback(min_delta=9.),together])
+        elif how in ('clip','sync_bn'): learn.fit(1, 1e-2, cbs=[GradientClip(.1),together])
+        else: raise KeyError(how)
+    return {**end(learn, together), 'losses':learn.frskd.losses, 'dtypes':dtypes}
+
+@scenario
+def steps(world_bs=16, n=48, epochs=1, cbs=None, **kw):
+    "A few steps on batches of `world_bs`, BatchNorm in evaluation mode: what several processes do must be what one does"
+    class NoStatistics(Callback):
+        order,run_valid = 99,False
+        def before_train(self):
+            self.learn.model.eval()
+            self.frskd.trained.eval()
+    n_proc = max(num_distrib(), 1)
+    dls = data(n, world_bs//n_proc)
+    if n_proc==1: # the samples of a step of several processes
+        items,half,bs = dls.train.dataset,n//2,world_bs//2
+        order = [o for i in range(0, half, bs) for r in range(2) for o in range(r*half+i, r*half+min(i+bs, half))]
+        dls = DataLoaders(DataLoader([items[i] for i in order], bs=world_bs), dls.valid)
+    parts = []
+    class Parts(Callback):
+        order,run_valid = FRSKDCallback.order+1,False
+        def after_loss(self): parts.append({k:v.clone() for k,v in self.frskd.losses.items()})
+    learn = learner(dls, seed=0, opt_func=SGD, **kw)
+    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(epochs, .3, cbs=[NoStatistics(),Parts(),*([GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else [])])
+    return {**end(learn), 'losses':parts}
+
+@scenario
+def prints(path):
+    "A fit with all that prints and writes, in a folder for each rank"
+    path = Path(path)/str(rank_distrib()); path.mkdir()
+    learn = learner(path=path, frskd=dict(columns=True))
+    with ctx(learn):
+        learn.fit(1, 1e-2)
+        learn.save('mid')
+    rows = learn.recorder.values
+    return dict(files=sorted(str(o.relative_to(path)) for o in path.rglob('*') if o.is_file()), names=list(learn.recorder.metric_names), values=[float(o) for o in rows[-1]])
+
+@scenario
+def saves(path, file):
+    "Trains, saves, trains on, and loads what it has saved"
+    learn = learner(path=path)
+    with ctx(learn), learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-2)
+        learn.save(file)
+        saved = end(learn)
+        class SaveInFit(Callback):
+            def after_epoch(self): self.learn.save(f'{file}-in-fit')
+        learn.fit(1, 1e-2, cbs=SaveInFit())
+        trained_on = end(learn)
+        if rank_distrib()==0: time.sleep(.5) # the others are at `load` before the file is there
+        learn.save(f'{file}-late')
+        learn.load(f'{file}-late')
+        learn.load(file)
+    return dict(saved=saved, trained_on=trained_on, loaded=end(learn))
+
+@scenario
+def loads(path, file):
+    "Loads what others have saved, and trains on"
+    learn = learner(path=path, seed=5)
+    with ctx(learn), learn.no_bar(), learn.no_logging():
+        learn.load(file)
+        loaded = end(learn)
+        together = Together()
+        learn.fit(1, 1e-2, cbs=together if num_distrib()>1 else None)
+    return dict(loaded=loaded, ended=end(learn, together))
+
+@scenario
+def best():
+    "SaveModelCallback, which loads at the end what rank 0 has saved"
+    learn = learner(path=sys.argv[4])
+    together = Together()
+    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(3, 3e-2, cbs=[SaveModelCallback(fname='best', with_opt=True),together])
+    return end(learn, together)
+
+@scenario
+def lr_find():
+    "Refused, in time; the Learner goes on"
+    learn = learner()
+    learn.create_opt()
+    before = end(learn)
+    with ctx(learn), learn.no_bar(), learn.no_logging():
+        try: learn.lr_find(show_plot=False)
+        except ValueError as e: said = str(e)
+        after = end(learn)
+        together = Together()
+        learn.fit(1, 1e-2, cbs=together)
+    return dict(said=said, before=before, after=after, ended=end(learn, together))
+
+@scenario
+def own_wrapper():
+    "A model that the user has wrapped, without `distrib_ctx`"
+    torch.distributed.is_initialized() or torch.distributed.init_process_group('gloo')
+    learn = learner(model=DistributedDataParallel(SmallNet()), splitter=trainable_params)
+    together = Together()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=together)
+    return {**end(learn, together), 'levels':list(learn.frskd.level_names)}
+
+@scenario
+def one_fails(how, seconds=8):
+    "Rank 1 leaves the fit by an exception and its process ends, or it hangs"
+    from accelerate.utils import InitProcessGroupKwargs
+    from datetime import timedelta
+    class Fail(Callback):
+        order,run_valid = 99,False
+        def after_loss(self):
+            if self.train_iter>=2 and rank_distrib(): raise ArithmeticError('on rank 1') if how=='exception' else (time.sleep(99) or KeyError)
+    learn = learner()
+    with learn.no_bar(), learn.no_logging(), ctx(learn, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))]):
+        t0 = time.time()
+        try: learn.fit(1, 1e-2, cbs=Fail())
+        except ArithmeticError:
+            res = end(learn)
+            torch.save(res, Path(sys.argv[4])/'left-1.pth')
+            os._exit(1) # as the end of a script by an exception: the connections close
+        except BaseException as e: res = {**end(learn), 'said':f'{type(e).__name__}: {e}', 'seconds':time.time()-t0}
+    return res
+
+if __name__=='__main__' and sys.argv[1]=='script': # started by a launcher: what a user's script does
+    on_cpu()
+    learn,together = learner(),Together()
+    with ctx(learn): learn.fine_tune(1, cbs=together)
+    torch.save(end(learn, together), f'{sys.argv[2]}/script-{rank_distrib()}.pth')
+elif __name__=='__main__':
+    if 'RANKS_GPU' in os.environ: torch.cuda.set_device(int(rank))
+    else: on_cpu()
+    for line in sys.stdin:
+        name,kw = json.loads(line)
+        try: res = SCENARIOS[name](**kw) or {}
+        except BaseException: res = dict(error=traceback.format_exc())
+        torch.save(res, Path(folder)/f'{name}-{rank}.pth')
+        print('\n=== done', flush=True) # a progress bar ends without a new line

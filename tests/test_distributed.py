@@ -1,0 +1,239 @@
+"""Several processes, on the CPU: two train together by gloo, started once for all tests but the last ones, which start their own by the launchers that users have. Every test has a time limit"""
+import os, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest, torch
+from fastai.vision.all import *
+from fastai.distributed import ParallelTrainer
+from torch.nn.parallel import DataParallel
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.train import results
+from conftest import SmallNet, n_hooks, same, weights
+import ranks
+from ranks import Ranks
+
+HERE = Path(__file__).parent
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    with Ranks(tmp_path_factory.mktemp('ranks')) as r: yield r
+
+def check_ended(*ranks):
+    "After a fit: both networks the same on all ranks, weights and statistics; nothing left behind"
+    for o in ranks:
+        assert same(o['model'], ranks[0]['model']) and same(o['trained'], ranks[0]['trained'])
+        assert o['trust'] is None or torch.equal(o['trust'], ranks[0]['trust'])
+        assert o['hooks']==0 and o['left']==[] and o['kind']=='SmallNet' and o['loaders']==['DataLoader']*2
+        assert all(v.isfinite().all() for k in ('model','trained') for v in o[k].values())
+
+WAYS = {'fit':8, 'fine_tune':8, 'accumulation':1, 'amp':8, 'clip':4, 'cut':4, 'single':4, 'cancel':3, 'cancel epoch':3, 'cancel batch':3, 'stop early':8}
+@pytest.mark.parametrize('how', WAYS)
+def test_both_networks_stay_together(how, pair):
+    "Gradients and parameters are equal after every step, buffers at the end; with freezing, accumulation, autocast, a smaller batch on one rank, and fits that are cancelled"
+    both = pair.run('trains', how=how)
+    check_ended(*both)
+    for o in both: assert o['same']==[(True,True)]*WAYS[how]
+
+@pytest.mark.parametrize('kw', [dict(n=21, bs=8),dict(n=35, bs=16),dict(frskd=dict(feature_loss='hint')),dict(frskd=dict(feature_loss='overhaul')),dict(sla=True),dict(sla=True, frskd=dict(feature_loss='hint')),dict(frskd=dict(alpha=0, beta=0)),dict(frskd=dict(columns=True, width=.25))],
+                         ids=lambda o: ','.join(f'{k}={v}' for k,v in o.items()))
+def test_all_of_the_method(kw, pair):
+    "Last batches that are smaller, on both ranks; every feature loss, label augmentation, no distillation: each parameter has its gradient, with `find_unused_parameters` off"
+    both = pair.run('trains', how='fit', **kw)
+    check_ended(*both)
+    for o in both: assert o['same'] and all(all(s) for s in o['same'])
+
+def test_unwrapped_they_would_drift_apart(pair, monkeypatch):
+    "The check above can fail: a self-teacher without its wrapper isn't the same on both ranks"
+    both = pair.run('trains', how='fit', unwrapped=True)
+    assert not same(both[0]['trained'], both[1]['trained']) and not any(all(s) for s in both[0]['same'])
+
+@pytest.mark.parametrize('kw', [dict(),dict(frskd=dict(schedule='constant')),dict(frskd=dict(schedule='constant', feature_loss='hint')),dict(frskd=dict(schedule='constant', feature_loss='overhaul')),dict(sla=True),dict(cbs='accumulate')],
+                         ids=lambda o: ','.join(f'{k}={v}' for k,v in o.items()) or 'default')
+def test_two_processes_step_as_one(kw, pair):
+    "Three steps on 2 × 8 images are three steps on 16, up to float32, trust among it; with BatchNorm in evaluation mode"
+    one = ranks.steps(**kw)
+    both = pair.run('steps', **kw)
+    start = ranks.learner(seed=0, **{k:v for k,v in kw.items() if k!='cbs'})
+    start.create_opt()
+    for k,first in ('model',start.model),('trained',start.frskd.trained):
+        for n,v in one[k].items():
+            assert torch.equal(both[0][k][n], both[1][k][n])
+            if 'num_batches' not in n: torch.testing.assert_close(both[0][k][n], v, rtol=1e-3, atol=1e-5)
+        moved = [n for n,p in first.named_parameters() if not torch.equal(p, one[k][n])]
+        assert len(moved)>.75*len(list(first.parameters()))
+    if 'cbs' not in kw:
+        for a,b,c in zip(one['losses'], both[0]['losses'], both[1]['losses'], strict=True):
+            for k,v in a.items(): torch.testing.assert_close(((b[k]+c[k])/2).as_subclass(Tensor), v.as_subclass(Tensor), rtol=1e-4, atol=1e-5)
+    if one['trust'] is not None: torch.testing.assert_close(both[0]['trust'], one['trust'])
+
+def test_rank_0_alone_prints_and_writes(pair, tmp_path):
+    a,b = pair.run('prints', path=str(tmp_path))
+    assert 'teacher_accuracy' in a['printed'] and b['printed']==''
+    assert a['files']==['models/mid.pth'] and b['files']==[]
+    assert a['values']==b['values'] and len(a['values'])==len(a['names'])-2 # the columns are means over both
+
+def test_checkpoints_move_between_one_process_and_several(pair, tmp_path):
+    "Both ways; the file is what one process writes, in the middle of a fit, too"
+    path = str(tmp_path)
+    a,b = pair.run('saves', path=path, file='two')
+    one = ranks.saves(path=path, file='one')
+    for f in '','-in-fit':
+        x,y = (torch.load(tmp_path/f'models/{o}{f}.pth', weights_only=False) for o in ('one','two'))
+        assert list(x['model'])==list(y['model']) and x['opt'].keys()==y['opt'].keys() and list(x['opt']['frskd']['trained'])==list(y['opt']['frskd']['trained'])
+        assert [o.keys() for o in x['opt']['state']]==[o.keys() for o in y['opt']['state']]
+    for k in 'model','trained':
+        assert same(a['saved'][k], a['loaded'][k]) and same(a['saved'][k], b['loaded'][k]) and not same(a['trained_on'][k], a['loaded'][k])
+    here = ranks.loads(path=path, file='two')
+    there = pair.run('loads', path=path, file='one')
+    for k in 'model','trained':
+        assert same(here['loaded'][k], a['saved'][k]) and not same(here['ended'][k], here['loaded'][k])
+        assert all(same(o['loaded'][k], one['saved'][k]) for o in there)
+    for o in (here['loaded'],*(o['loaded'] for o in there)): assert o['trust'] is not None
+    check_ended(*(o['ended'] for o in there))
+    assert all(all(s) for s in there[0]['ended']['same'])
+
+def test_the_best_model_comes_back(pair):
+    both = pair.run('best')
+    check_ended(*both)
+    assert len(both[0]['same'])==12
+
+def test_lr_find_is_refused_in_time(pair):
+    both = pair.run('lr_find')
+    for o in both:
+        assert 'only rank 0 saves the model' in o['said'] and 'in a single process' in o['said']
+        assert all(same(o['before'][k], o['after'][k]) for k in ('model','trained'))
+    check_ended(*(o['ended'] for o in both))
+
+def test_a_model_wrapped_by_hand(pair):
+    both = pair.run('own_wrapper')
+    assert both[0]['levels']==['stages.0','stages.1','stages.2'] and both[0]['kind']=='DistributedDataParallel'
+    assert all(same(both[0][k], both[1][k]) for k in ('model','trained')) and all(all(s) for s in both[0]['same'])
+
+def test_mixed_precision_of_the_launcher(tmp_path):
+    "`accelerate launch --mixed_precision bf16` has the student run in accelerate's autocast; so does the self-teacher"
+    with Ranks(tmp_path, env=dict(ACCELERATE_MIXED_PRECISION='bf16')) as r: both = r.run('trains', how='fit', look='head')
+    check_ended(*both)
+    assert both[0]['dtypes']=={torch.bfloat16} and all(v.dtype==torch.float32 for v in both[0]['losses'].values())
+
+@pytest.mark.parametrize('how', ['exception','hang'])
+def test_a_rank_that_fails_leaves_no_other_waiting(how, tmp_path):
+    "Its process ends: the others get an error at once. It hangs: they do at the time limit of the process group. Hooks and wrappers are gone on all"
+    with Ranks(tmp_path) as r:
+        o, = r.run('one_fails', how=how, seconds=6, ranks=[0])
+        left = [o]
+        if how=='exception':
+            assert r.procs[1].wait(timeout=20)==1
+            left.append(torch.load(tmp_path/'left-1.pth', weights_only=False))
+    assert 'RuntimeError' in o['said'] and o['seconds']<(5 if how=='exception' else 30)
+    for o in left: assert o['hooks']==0 and o['left']==[] and o['kind']=='SmallNet' and o['loaders']==['DataLoader']*2
+
+# -- Without several processes ----------------------------------------------------------------------------
+@pytest.mark.parametrize('by_hand', [False,True])
+def test_data_parallel_is_refused(by_hand, make, monkeypatch):
+    "At the start of fit, on more than one device; the Learner is as it was"
+    learn = make(cbs=FRSKDCallback())
+    class TwoDevices(DataParallel):
+        def __init__(self, module, device_ids=None): super().__init__(module); self.device_ids = [0,1]
+    monkeypatch.setattr('fastai.distributed.DataParallel', TwoDevices)
+    model = learn.model
+    if by_hand: learn.model,learn.splitter = TwoDevices(model),trainable_params
+    else: learn.to_parallel()
+    learn.create_opt()
+    before = weights(model)
+    with pytest.raises(ValueError, match='(?s)DataParallel.*distrib_ctx.*accelerate launch'): learn.fit(1)
+    assert same(weights(model), before) and n_hooks(model)==0 and '_do_epoch' not in learn.__dict__
+    assert isinstance(learn.model, TwoDevices)==by_hand
+    if not by_hand: learn.detach_parallel()
+    else: learn.model = model
+    learn.fit(1)
+    assert not same(weights(model), before)
+
+def test_data_parallel_on_one_device(make):
+    "It is a plain wrapper then"
+    learn = make(cbs=FRSKDCallback())
+    with learn.parallel_ctx(): learn.fit(1, 1e-2)
+    assert learn.frskd.level_names==['stages.0','stages.1','stages.2'] and isinstance(learn.model, SmallNet) and n_hooks(learn.model)==0
+
+@pytest.mark.parametrize('kw', [dict(),dict(feature_loss='overhaul'),dict(feature_loss='hint')], ids=str)
+def test_synchronised_batchnorm_takes_the_place(kw, make):
+    "What `sync_bn=True` does to both networks keeps their parameters, so the optimizer goes on with them, and a checkpoint fits. (Synchronised steps need GPUs.)"
+    learn = make(cbs=FRSKDCallback(**kw))
+    learn.fit(1, 1e-2)
+    cb = learn.frskd
+    learn.save('before')
+    params = [*learn.model.parameters(), *cb.trained.parameters()]
+    for m in learn.model,cb.trained: nn.SyncBatchNorm.convert_sync_batchnorm(m)
+    assert any(isinstance(m, nn.SyncBatchNorm) for m in cb.teacher.modules()) and not any(isinstance(m, nn.BatchNorm2d) for m in cb.teacher.modules())
+    assert {id(p) for p in params}=={id(p) for p in [*learn.model.parameters(), *cb.trained.parameters()]}=={id(p) for pg in learn.opt.param_lists for p in pg}
+    before = weights(cb.trained)
+    learn.fit(1, 1e-2)
+    assert n_hooks(learn.model)==0 and all(not torch.equal(p, before[k]) for k,p in cb.trained.named_parameters() if 'fusion' not in k)
+    learn.load('before')
+    assert same(weights(cb.trained), before)
+
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs: BatchNorm is synchronised on GPUs only')
+def test_synchronised_batchnorm(tmp_path):
+    "On two GPUs, both networks stay together with synchronised BatchNorm"
+    with Ranks(tmp_path, env=dict(ACCELERATE_USE_CPU='0', RANKS_GPU='1')) as r: both = r.run('trains', how='sync_bn')
+    check_ended(*both)
+    assert all(all(s) for s in both[0]['same'])
+
+# -- The launchers ----------------------------------------------------------------------------------------
+def launch(*args, limit=150, **env):
+    "Run a command in a process group of its own, which is killed after `limit` seconds"
+    env = {**os.environ, 'PYTHONPATH':f'{HERE.parent}:{HERE}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'GLOO_SOCKET_IFNAME':'lo', 'ACCELERATE_USE_CPU':'1', **env}
+    p = subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    try: out,err = p.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(p.pid, 9)
+        out,err = p.communicate()
+        pytest.fail(f'more than {limit} s\n{out[-2000:]}\n{err[-2000:]}')
+    return p.returncode,out,err
+
+ACCELERATE = '-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','0'
+TORCHRUN = '-m','torch.distributed.run','--standalone','--nproc-per-node','2'
+
+def test_frskd_train_under_accelerate(tmp_path):
+    "The same command, one folder of results; the learning rate is found by the first process; rank 0 alone prints"
+    out = tmp_path/'out'
+    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', '--epochs', 1, '--size', 32, '--bs', 64, '--compare', '--out', out)
+    assert code==0, err[-3000:]
+    assert sorted(o.name for o in out.iterdir())==sorted(results)
+    h = pd.read_csv(out/'history.csv')
+    assert h.run.tolist()==['plain','frskd'] and h.teacher_accuracy.notna().tolist()==[False,True]
+    assert printed.count('# frskd-train')==1 and printed.count('learning rate:')==1
+    text = (out/'summary.md').read_text()
+    assert 'batch size 64, 32 on each of 2 processes' in text and f'{h.accuracy.iloc[1]:.2%}' in text
+    learn = load_learner(out/'student.pkl')
+    with learn.no_bar(): assert learn.predict(first(get_image_files(ranks.digits_data()/'valid')))[0] in list('0123456789')
+
+def test_frskd_train_under_torchrun_tells_bad_input_once(tmp_path):
+    code,printed,err = launch(*TORCHRUN, HERE/'train_on_cpu.py', '--bs', 33, '--out', tmp_path/'out')
+    assert code!=0 and err.count('frskd-train: ')==1 and '--bs 33 is the batch of all 2 processes' in err and not (tmp_path/'out').exists()
+
+def test_torchrun_and_fine_tune(tmp_path):
+    "A user's script"
+    code,printed,err = launch(*TORCHRUN, HERE/'ranks.py', 'script', tmp_path)
+    assert code==0, err[-3000:]
+    both = [torch.load(tmp_path/f'script-{r}.pth', weights_only=False) for r in range(2)]
+    check_ended(*both)
+    assert both[0]['same'] and all(all(s) for s in both[0]['same'])
+
+def test_notebook_launcher(tmp_path):
+    "`notebook_launcher` forks processes that run a function, `distrib_ctx(in_notebook=True)` there; on a machine without a GPU `debug_launcher` does the same"
+    code,printed,err = launch('-c', f'''
+import sys; sys.argv = ['', '']
+from accelerate import debug_launcher
+import os, ranks, torch
+def train():
+    os.environ['RANK'] = os.environ['LOCAL_RANK'] = str(torch.distributed.get_rank()) # which `notebook_launcher` sets
+    ranks.on_cpu()
+    learn = ranks.learner()
+    together = ranks.Together()
+    with learn.distrib_ctx(in_notebook=True, sync_bn=False, cpu=True): learn.fine_tune(1, cbs=together)
+    torch.save(ranks.end(learn, together), r'{tmp_path}/'+f'{{ranks.rank_distrib()}}.pth')
+debug_launcher(train, num_processes=2)
+''')
+    assert code==0, err[-3000:]
+    both = [torch.load(tmp_path/f'{r}.pth', weights_only=False) for r in range(2)]
+    check_ended(*both)
+    assert both[0]['same'] and all(all(s) for s in both[0]['same']) and printed.count('Training Learner...')==1

@@ -1,0 +1,212 @@
+"""Mixed precision. fastai's `MixedPrecision` autocasts CUDA only: on the CPU its place and order are taken by the same callback with torch's autocast for the CPU, with real bfloat16 and float16, and a real gradient scaler. With a GPU, fastai's own runs too"""
+from types import SimpleNamespace
+import pytest, torch
+from fastai.vision.all import *
+from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision
+from fastai.callback.mixup import MixHandler
+from fastai.distributed import DistributedTrainer
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.augmentation import FRSKDSLACallback
+from frskd_fastai.losses import attention_loss, attention_map, HintLoss
+from conftest import SmallNet, n_hooks, same, weights
+
+class CPUMixedPrecision(MixedPrecision):
+    "`MixedPrecision` on the CPU"
+    def __init__(self, dtype=torch.bfloat16, **kwargs): self.dtype,self.kwargs = dtype,kwargs
+    def before_fit(self):
+        scaler = torch.amp.GradScaler('cpu', enabled=self.dtype==torch.float16, **self.kwargs)
+        self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=self.dtype),scaler,L()
+
+def test_order():
+    "Relative to fastai's callbacks, for the reasons that the notebook gives"
+    order = FRSKDCallback.order
+    assert MixHandler.order < order < GradientAccumulation.order < MixedPrecision.order < GradientClip.order
+    assert order < NonNativeMixedPrecision.order and ModelToHalf.order < order < DistributedTrainer.order
+
+class First(Callback):
+    "What the first training batch gives"
+    order,run_valid = FRSKDCallback.order+.5,False
+    def after_loss(self):
+        if self.train_iter: return
+        cb = self.frskd
+        self.losses = {k:v.clone() for k,v in cb.losses.items()}
+        self.total,self.dtypes = self.learn.loss_grad.detach().clone(),self.seen
+    def before_train(self):
+        self.seen = {}
+        self.hooks = [m.register_forward_hook(partial(self.look, n)) for n,m in dict(conv=self.model.stages[1][0], teacher=self.frskd.teacher, lateral=self.frskd.teacher.layers[0].laterals[0][0], head=self.frskd.teacher.head).items()]
+    def look(self, name, m, i, o): self.seen.setdefault(name, (o[0][0] if name=='teacher' else o).dtype)
+    def after_train(self):
+        for h in self.hooks: h.remove()
+
+KINDS = {'attention':dict(), 'hint':dict(feature_loss='hint'), 'overhaul':dict(feature_loss='overhaul'), 'SLA':dict(), 'SLA, hint':dict(feature_loss='hint')}
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16], ids=['bf16','fp16'])
+def test_autocast(kind, dtype, make):
+    "Student and self-teacher run in it; losses in float32, and near those without it; weights, gradients and BatchNorm's statistics in float32"
+    seen = {}
+    for cbs in [],[CPUMixedPrecision(dtype)]:
+        cb = (FRSKDSLACallback if 'SLA' in kind else FRSKDCallback)(schedule='constant', **KINDS[kind])
+        look,grads = First(),[]
+        class Grads(Callback):
+            order,run_valid = 99,False
+            def before_step(self): grads.extend(p.grad for p in [*self.model.parameters(), *self.frskd.trained.parameters()])
+        learn = make(cbs=[cb,look,Grads(),*cbs])
+        learn.fit(1, 1e-2)
+        seen[bool(cbs)] = look
+        assert all(p.dtype==torch.float32 for p in [*learn.model.parameters(), *cb.trained.parameters()])
+        assert all(b.dtype in (torch.float32,torch.int64) for b in [*learn.model.buffers(), *cb.trained.buffers()])
+        assert grads and all(g.dtype==torch.float32 and g.isfinite().all() for g in grads)
+        assert n_hooks(learn.model)==0
+    full,half = seen[False],seen[True]
+    want = {'conv':dtype, 'lateral':dtype, 'head':dtype}
+    assert {k:half.dtypes[k] for k in want}==want and set(full.dtypes.values())=={torch.float32}
+    assert all(v.dtype==torch.float32 for v in half.losses.values()) and half.total.dtype==torch.float32
+    for k,v in full.losses.items(): torch.testing.assert_close(half.losses[k].as_subclass(Tensor), v.as_subclass(Tensor), rtol=.05, atol=2e-2, msg=lambda m: f'{k}: {m}')
+
+def test_own_loss_and_teacher_in_float32(make):
+    "A feature loss of one's own gets float32 maps, and the logits of a self-teacher of one's own are float32 before the losses"
+    seen = []
+    def loss(student, refined):
+        seen.append({o.dtype for o in (*student,*refined)})
+        return attention_loss(student, refined)
+    learn = make(cbs=[FRSKDCallback(feature_loss=loss, beta=100.),CPUMixedPrecision()])
+    learn.loss_func = lambda p,y: (seen.append({p.dtype}),F.cross_entropy(p, y))[1]
+    learn.fit(1, 1e-2)
+    assert len(seen)>12 and all(o=={torch.float32} for o in seen)
+
+@pytest.mark.parametrize('value', [300.,6e4])
+@pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16])
+def test_attention_of_large_half_features(value, dtype):
+    "The square of 300 is no float16"
+    assert value!=300 or dtype!=torch.float16 or torch.tensor(value, dtype=dtype).pow(2).isinf()
+    torch.manual_seed(0)
+    x = (torch.rand(2,8,7,7)*value).to(dtype).requires_grad_()
+    t = (torch.rand(2,16,7,7)*value).to(dtype)
+    with torch.autocast('cpu', dtype=dtype): loss = attention_loss([x], [t])
+    (loss*2**24).backward() # as a scaler would
+    exact = attention_loss([x.detach().double()], [t.double()])
+    assert loss.dtype==torch.float32 and abs(loss/exact-1)<1e-3 and x.grad.isfinite().all() and x.grad.abs().max()>0
+    assert (attention_map(x).norm(dim=1)-1).abs().max()<1e-5
+
+def test_attention_of_small_half_features():
+    "Neither do small ones vanish: 1e-5 squared is 0 in float16"
+    x = torch.full((1,4,2,2), 1e-4, dtype=torch.float16); x[...,0] *= 2
+    torch.testing.assert_close(attention_map(x), attention_map(x.double()).float(), rtol=1e-3, atol=1e-6)
+
+class Steps(Callback):
+    "Both networks after each batch, and the scale"
+    order,run_valid = 99,False
+    def __init__(self): self.states,self.scales = [],[]
+    def after_batch(self):
+        self.states.append(([p.detach().clone() for p in self.model.parameters()],[p.detach().clone() for p in self.frskd.trained.parameters()]))
+        self.scales.append(self.learn.scaler.get_scale())
+
+@pytest.mark.parametrize('where', ['scale','student','teacher'])
+def test_overflow_skips_the_step_of_both(where, make):
+    "One scaler, one loss: an infinite gradient in either network leaves both as they are, and training goes on with a smaller scale"
+    steps = Steps()
+    class Spoil(Callback):
+        order,run_valid = 99,False
+        def after_backward(self):
+            if self.train_iter in (2,3): one_param(self.model if where=='student' else self.frskd.teacher).grad.fill_(math.inf)
+    learn = make(cbs=[FRSKDCallback(),CPUMixedPrecision(torch.float16, init_scale=2.**(40 if where=='scale' else 4)),steps,*([] if where=='scale' else [Spoil()])])
+    learn.fit(5, 1e-2)
+    moved = [[not all(torch.equal(p, q) for p,q in zip(a, b)) for a,b in zip(*o)] for o in zip(steps.states, steps.states[1:])]
+    assert all(a==b for a,b in moved) # both, or none
+    moved = [a for a,_ in moved]
+    skipped = [b<a for a,b in zip(steps.scales, steps.scales[1:])]
+    assert skipped==[not o for o in moved] and (skipped[0] if where=='scale' else skipped[1:3]==[True,True] and sum(skipped)==2)
+    assert moved[-5:]==[True]*5
+    assert all(p.isfinite().all() for o in steps.states[-1] for p in o)
+    assert all(b.isfinite().all() for b in learn.frskd.trained.buffers())
+
+def test_overflow_in_the_forward_pass(make):
+    "An infinite activation makes the loss nan: the step is skipped, and trust isn't spoilt"
+    steps = Steps()
+    class Huge(Callback):
+        order,run_valid = -5,False
+        def before_batch(self):
+            if self.train_iter==2: self.learn.xb = (self.x*1e30,)
+    learn = make(cbs=[FRSKDCallback(),CPUMixedPrecision(torch.float16, init_scale=2.**4),steps,Huge()])
+    learn.fit(1, 1e-2)
+    assert all(torch.equal(p, q) for a,b in zip(steps.states[1], steps.states[2]) for p,q in zip(a, b)) and steps.scales[2]<steps.scales[1]
+    assert not all(torch.equal(p, q) for p,q in zip(steps.states[2][1], steps.states[3][1]))
+    assert learn.frskd.trust.loss.isfinite()
+
+def test_clipping_comes_after_unscaling(make):
+    "The norm over both networks, of the gradients as they are without a scale; `GradientClip` unscales nothing by itself, so the scaler does before"
+    norms = []
+    class Norm(Callback):
+        order,run_valid = GradientClip.order+1,False
+        def before_step(self): norms.append(torch.cat([p.grad.flatten() for p in [*self.model.parameters(), *self.frskd.trained.parameters()]]).norm().item())
+    learn = make(cbs=[FRSKDCallback(),CPUMixedPrecision(torch.float16, init_scale=2.**8),GradientClip(.1),Norm()])
+    learn.fit(1, 1e-2)
+    assert norms and all(n==pytest.approx(.1, rel=1e-3) for n in norms)
+
+@pytest.mark.parametrize('dynamic', [True,False])
+def test_non_native(dynamic, make):
+    "`to_non_native_fp16`: the self-teacher is half in the fit, its float32 copy is what the optimizer moves; gradients don't outlive their step, nor an overflow"
+    cb,seen = FRSKDCallback(),[]
+    native = NonNativeMixedPrecision(dynamic=dynamic, loss_scale=128, max_loss_scale=2.**8)
+    class Look(Callback):
+        order,run_valid = 99,False
+        def before_backward(self): seen.append(dict(before=[p.grad is None or not p.grad.any() for p in (*self.model.parameters(), *cb.trained.parameters())], dtype=cb.teacher.head.weight.dtype, bn=cb.teacher.norms[0].running_mean.dtype, losses={v.dtype for v in cb.losses.values()}))
+        def after_backward(self):
+            if dynamic and self.train_iter==2: cb.teacher.head.weight.grad.fill_(math.inf)
+        def before_step(self): seen[-1]['stepped'] = True
+    learn = make(cbs=[cb,ModelToHalf(),native,Look()])
+    native.dls = SimpleNamespace(device=SimpleNamespace(type='cuda')) # it insists on a GPU
+    learn.create_opt()
+    before = weights(cb.teacher)
+    learn.fit(3, 1e-2)
+    assert len(seen)==18 and all(all(o['before']) and o['dtype']==torch.float16 and o['bn']==torch.float32 and o['losses']=={torch.float32} for o in seen)
+    assert sum('stepped' not in o for o in seen)==dynamic
+    assert {p.dtype for p in [*learn.model.parameters(), *cb.trained.parameters()]}=={torch.float32}
+    assert all(p.isfinite().all() and ('fusion' in k or not torch.equal(p, before[k])) for k,p in cb.teacher.named_parameters())
+    learn.remove_cbs([ModelToHalf,NonNativeMixedPrecision])
+    state = weights(cb.teacher)
+    learn.fit(1, 1e-2) # in float32 again
+    assert not same(state, weights(cb.teacher)) and {p for pg in learn.opt.param_lists for p in pg}=={*learn.model.parameters(), *cb.trained.parameters()}
+
+def test_non_native_accumulates(make):
+    "With `GradientAccumulation` a step has the gradients of all its batches, in both networks"
+    grads = {}
+    for n in 16,32:
+        cb = FRSKDCallback(schedule='constant')
+        native = NonNativeMixedPrecision(dynamic=False, loss_scale=1)
+        kept = []
+        class Keep(Callback):
+            order,run_valid = GradientAccumulation.order-1,False
+            def before_step(self): kept.append([p.grad.clone() for p in (self.model.head[-1].weight,cb.teacher.head.weight)])
+        learn = make(cbs=[cb,ModelToHalf(),native,GradientAccumulation(n),Keep()])
+        native.dls = SimpleNamespace(device=SimpleNamespace(type='cuda'))
+        learn.fit(1, 0.)
+        grads[n] = kept
+    for i in 0,1:
+        one,two = grads[16],grads[32] # weights and batches are the same, at a learning rate of 0
+        torch.testing.assert_close(two[1][i].float(), (one[0][i].float()+one[1][i].float())/2, rtol=.05, atol=2e-3)
+
+# -- With a GPU -------------------------------------------------------------------------------------------
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU: fastai\'s MixedPrecision autocasts nothing else')
+
+@gpu
+@pytest.mark.parametrize('kind', ['to_fp16','to_bf16','to_non_native_fp16'])
+def test_on_a_gpu(kind, make, digits):
+    "fastai's own mixed precision: both networks learn, in float32 weights, and the losses are near those of float32"
+    if kind=='to_bf16' and not torch.cuda.is_bf16_supported(): pytest.skip('needs a GPU with bfloat16')
+    device,ends = torch.device('cuda'),{}
+    data = [(x,y) for x,y in zip(*digits)]
+    for how in 'float32',kind:
+        learn = make(cbs=FRSKDCallback(schedule='constant'))
+        learn.dls = DataLoaders(DataLoader(data[:96], bs=16, device=device), DataLoader(data[96:160], bs=32, device=device))
+        learn.model.to(device)
+        first = []
+        class Keep(Callback):
+            order,run_valid = FRSKDCallback.order+.5,False
+            def after_loss(self): first.append({k:v.float().item() for k,v in self.frskd.losses.items()})
+        if how!='float32': getattr(learn, kind)()
+        learn.fit(3, 1e-3, cbs=Keep())
+        ends[how] = first
+        assert all(p.dtype==torch.float32 and p.isfinite().all() and p.device.type=='cuda' for p in [*learn.model.parameters(), *learn.frskd.trained.parameters()])
+        assert first[-1]['student']<first[0]['student'] and n_hooks(learn.model)==0
+    for k,v in ends['float32'][0].items(): assert ends[kind][0][k]==pytest.approx(v, rel=.05, abs=.02)
