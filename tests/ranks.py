@@ -162,8 +162,15 @@ def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
             order,run_valid = FRSKDCallback.order+.5,False
             def before_train(self): self.frskd._wrapped = self.frskd.trained
         learn.add_cb(Unwrap())
-    with ctx(learn):
-        if how=='fit': learn.fit(2, 1e-2, cbs=together)
+    handlers = {}
+    if how=='comm_hook':
+        from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+        handlers = dict(kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16, bucket_cap_mb=1)])
+        class Hooks(Callback):
+            def after_train(self): dtypes.add(tuple(len(o._comm_hooks) for o in (self.learn.model,self.frskd._wrapped)))
+        learn.add_cb(Hooks())
+    with ctx(learn, **handlers):
+        if how in ('fit','comm_hook'): learn.fit(2, 1e-2, cbs=together)
         elif how=='fine_tune':
             learn.fine_tune(1, 1e-2, cbs=together)
             learn.validate()

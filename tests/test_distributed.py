@@ -91,6 +91,12 @@ def test_checkpoints_move_between_one_process_and_several(pair, tmp_path):
     check_ended(*(o['ended'] for o in there))
     assert all(all(s) for s in there[0]['ended']['same'])
 
+def test_settings_of_the_wrapper_hold_for_both(pair):
+    "`distrib_ctx(kwargs_handlers=[DistributedDataParallelKwargs(...)])`, here gradients averaged in float16"
+    both = pair.run('trains', how='comm_hook')
+    check_ended(*both)
+    assert both[0]['dtypes']=={(1,1)} and all(all(s) for s in both[0]['same'])
+
 def test_the_best_model_comes_back(pair):
     both = pair.run('best')
     check_ended(*both)
