@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/companion.html.md"""
 
 # %% auto #0
 __all__ = ['join_opt', 'leave_opt', 'save_with', 'saved_with', 'check_saved', 'Companion', 'like_model', 'model_autocast',
-           'unwrap_model', 'same_buffers', 'check_parallel', 'Override', 'deepcopied']
+           'unwrap_model', 'same_buffers', 'check_share', 'check_parallel', 'Override', 'deepcopied']
 
 # %% ../nbs/02_companion.ipynb #212799f0
 from contextlib import nullcontext
@@ -89,7 +89,7 @@ def check_saved(
     raise ValueError(f"FRSKD: the self-teacher in {file} is another one than this: " + '; '.join(filter(None, (f"levels {their_levels} in the file, {our_levels} here" if their_levels!=our_levels else '', differs)))
                      + ". Give `FRSKDCallback` the options it was trained with, or load the student alone: `learn.load(file, with_opt=False)`")
 
-# %% ../nbs/02_companion.ipynb #de27ba08
+# %% ../nbs/02_companion.ipynb #81564c5f
 class Companion(nn.ModuleDict):
     "Modules that train beside the model; called with a function, it runs that, so that one `DistributedDataParallel` sees all that they do in a step"
     def forward(self, step): return step()
@@ -130,6 +130,14 @@ def same_buffers(
 ):
     "Rank 0's buffers on all processes; after a step each has its own BatchNorm statistics, until the next forward pass"
     for b in module.buffers(): torch.distributed.broadcast(b, 0)
+
+def check_share(
+    dl, # Data loader of the processes, for training
+):
+    "`ValueError` where a process' share of the samples is less than a batch, and would be dropped"
+    n = getattr(dl, 'n', None) or getattr(getattr(dl, 'dl', None), 'n', None)
+    if n and getattr(dl, 'drop_last', False) and math.ceil(n/num_distrib())<dl.bs:
+        raise ValueError(f"FRSKD: {n} training samples, shared out to {num_distrib()} processes, make no batch of {dl.bs} for each. Use more images or a smaller batch size.")
 
 def check_parallel(
     learn:Learner, # Learner in `before_fit`

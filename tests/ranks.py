@@ -271,6 +271,19 @@ def lr_find():
     return dict(said=said, before=before, after=after, ended=end(learn, together))
 
 @scenario
+def too_few():
+    "Fewer images than a batch for each rank"
+    dls = data(12, 8, drop_last=True)
+    learn = learner(dls)
+    with ctx(learn), learn.no_bar(), learn.no_logging():
+        try: learn.fit(1, 1e-2)
+        except ValueError as e: said = str(e)
+        learn.dls = data(12, 6, drop_last=True)
+        together = Together()
+        learn.fit(1, 1e-2, cbs=together)
+    return {**end(learn, together), 'said':said}
+
+@scenario
 def own_wrapper():
     "A model that the user has wrapped, without `distrib_ctx`"
     torch.distributed.is_initialized() or torch.distributed.init_process_group('gloo')

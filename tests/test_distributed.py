@@ -109,6 +109,13 @@ def test_lr_find_is_refused_in_time(pair):
         assert all(same(o['before'][k], o['after'][k]) for k in ('model','trained'))
     check_ended(*(o['ended'] for o in both))
 
+def test_too_few_images_for_all(pair):
+    "A share of less than a batch is told, where fastai trains nothing without a word"
+    both = pair.run('too_few')
+    for o in both: assert '12 training samples, shared out to 2 processes, make no batch of 8' in o['said']
+    check_ended(*both)
+    assert both[0]['same']==[(True,True)]
+
 def test_a_model_wrapped_by_hand(pair):
     both = pair.run('own_wrapper')
     assert both[0]['levels']==['stages.0','stages.1','stages.2'] and both[0]['kind']=='DistributedDataParallel'
@@ -199,18 +206,23 @@ ACCELERATE = '-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','-
 TORCHRUN = '-m','torch.distributed.run','--standalone','--nproc-per-node','2'
 
 def test_frskd_train_under_accelerate(tmp_path):
-    "The same command, one folder of results; the learning rate is found by the first process; rank 0 alone prints"
-    out = tmp_path/'out'
-    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', '--epochs', 1, '--size', 32, '--bs', 64, '--compare', '--out', out)
+    "The same command, one folder of results; the learning rate is found by the first process; rank 0 alone prints. The last batch size and the accuracy are right for few images, an odd number of them"
+    out,folder = tmp_path/'out',tmp_path/'images'
+    for part,n in ('train',11),('valid',3):
+        for c in '01345':
+            (folder/part/c).mkdir(parents=True)
+            for f in sorted((ranks.digits_data()/part/c).iterdir())[:n]: (folder/part/c/f.name).write_bytes(f.read_bytes())
+    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', folder, '--no-pretrained', '--epochs', 2, '--size', 32, '--bs', 64, '--compare', '--out', out)
     assert code==0, err[-3000:]
     assert sorted(o.name for o in out.iterdir())==sorted(results)
     h = pd.read_csv(out/'history.csv')
-    assert h.run.tolist()==['plain','frskd'] and h.teacher_accuracy.notna().tolist()==[False,True]
+    assert h.run.tolist()==['plain']*2+['frskd']*2 and h.teacher_accuracy.notna().tolist()==[False]*2+[True]*2 and h.train_loss.notna().all()
+    for run in 'plain','frskd': assert abs(15*h[h.run==run].accuracy.iloc[-1]-round(15*h[h.run==run].accuracy.iloc[-1]))<1e-4 # of 15 images, none counted twice
     assert printed.count('# frskd-train')==1 and printed.count('learning rate:')==1
     text = (out/'summary.md').read_text()
-    assert 'batch size 64, 32 on each of 2 processes' in text and f'{h.accuracy.iloc[1]:.2%}' in text
+    assert 'batch size 64, 32 on each of 2 processes' in text and f'{h.accuracy.iloc[-1]:.2%}' in text
     learn = load_learner(out/'student.pkl')
-    with learn.no_bar(): assert learn.predict(first(get_image_files(ranks.digits_data()/'valid')))[0] in list('0123456789')
+    with learn.no_bar(): assert learn.predict(first(get_image_files(folder)))[0] in list('01345')
 
 def test_frskd_train_under_torchrun_tells_bad_input_once(tmp_path):
     code,printed,err = launch(*TORCHRUN, HERE/'train_on_cpu.py', '--bs', 33, '--out', tmp_path/'out')

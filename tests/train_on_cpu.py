@@ -1,5 +1,6 @@
 "`frskd-train` as `accelerate launch` starts it, on the CPU, where fastai's `DistributedDL` needs help"
-import sys
+import os, sys
+os.environ.setdefault('ACCELERATE_USE_CPU', '1') # or accelerate looks for a GPU, and finds nothing to distribute
 from ranks import on_cpu
 import frskd_fastai.train as train
 
