@@ -7,7 +7,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #10f480ec
+# %% ../nbs/03_callback.ipynb #6121e17b
 import weakref
 from numbers import Integral
 from fastai.basics import *
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .features import *
 from .levels import *
 from .teacher import *
+from .dense import *
 from .losses import *
 from .columns import *
 from .companion import *
@@ -29,7 +30,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #ee8bd51c
+# %% ../nbs/03_callback.ipynb #5a36fec9
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
@@ -37,10 +38,10 @@ class FRSKDCallback(Callback):
         alpha:float=2., # α, weight of the soft-label loss (paper section 3.2); 0 leaves it out
         beta:float|None=None, # β, weight of the feature loss (paper section 3.2); 0 leaves it out. Default: 100 (the paper's) for attention, see `default_beta` for the others
         temperature:float=4., # K, softens both distributions in the soft-label loss
-        width:float=1., # Channels of the self-teacher per channel of the student, at each level; the paper's is 2
-        depth:int=2, # Depthwise-separable convolutions in each node of the self-teacher
+        width:float=1., # Channels of the self-teacher per channel of the student, at each level; the paper's is 2. For segmentation: per 64 channels
+        depth:int=2, # Depthwise-separable convolutions in each node of the self-teacher; not for segmentation
         levels:int|list=4, # How many of the student's deepest feature levels to use, or their module names, as in `learn.model.named_modules()`
-        schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
+        schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
         feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too
         teacher:nn.Module|Callable|None=None, # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits to one, for instance `partial(SelfTeacher, n_channels=256)`; `width` and `depth` are the default one's
         columns:bool=False, # Show the parts of the loss and the self-teacher's accuracy, on the training batches, in the progress table?
@@ -54,19 +55,23 @@ class FRSKDCallback(Callback):
         SelfTeacher.check_size(width, depth)
         if isinstance(levels, str) or (isinstance(levels, Integral) and levels<2) or not (isinstance(levels, Integral) or is_listy(levels)):
             raise ValueError(f"FRSKD: levels must be a number, 2 or more, or a list of module names, got {levels!r}")
-        if not callable(schedule) and schedule not in ('trust','constant'):
-            raise ValueError(f"FRSKD: schedule must be 'trust', 'constant' or a function, got {schedule!r}")
+        if not callable(schedule) and schedule not in ('trust','constant','ramp'):
+            raise ValueError(f"FRSKD: schedule must be 'trust', 'constant', 'ramp' or a function, got {schedule!r}")
         if not (teacher is None or callable(teacher)): raise ValueError(f"FRSKD: teacher must be a module, or a function that makes one, got {teacher!r}")
         store_attr(but='teacher')
         self.own_teacher = teacher
-        self.teacher,self.losses,self.found_levels,self.trust,self.multi_label = None,{},L(),Trust(),False
+        self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
         self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self.trained = None
         self._overrides,self._half = [],False
 
     @classmethod
-    def paper(cls, **kwargs):
-        "The settings of the reference implementation for CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2. `kwargs` change any of them"
-        return cls(**{**dict(alpha=2., temperature=4., width=2., depth=2, levels=4, schedule='constant'), **kwargs})
+    def paper(cls,
+        segmentation:bool=False, # Those for segmentation?
+        **kwargs, # Change any of them
+    ):
+        "The settings of the reference implementation. For CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the self-teacher's head"
+        settings = dict(alpha=1., beta=50., temperature=1., schedule='ramp', teacher=partial(DenseSelfTeacher, n_channels=64, head_channels=256)) if segmentation else dict(alpha=2., temperature=4., width=2., depth=2, levels=4, schedule='constant')
+        return cls(**{**settings, **kwargs})
 
     # -- Attaching and detaching -------------------------------------------------------------
     @property
@@ -110,6 +115,9 @@ class FRSKDCallback(Callback):
         check_targets(yb)
         levels,pred = find_levels(model, *xb, levels=self.levels)
         check_pred(pred, yb, self.learn.loss_func)
+        self.dense = pred.ndim==4
+        if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
+            raise ValueError(f"FRSKD: {dense_levels}")
         with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD
         if self._preact: self._check_preact(levels, xb)
         if self.teacher is not None: self._leave()
@@ -123,12 +131,12 @@ class FRSKDCallback(Callback):
     def _make(self, levels, xb, yb, pred):
         "All that trains beside the student, a `Companion`: the self-teacher and, if it has parameters, the feature loss"
         channels,n_out = list(levels.attrgot('channels')),pred.shape[1]
-        make = self.own_teacher or partial(SelfTeacher, width=self.width, depth=self.depth)
+        make = self.own_teacher or (partial(DenseSelfTeacher, n_channels=max(1, round(64*self.width))) if self.dense else partial(SelfTeacher, width=self.width, depth=self.depth))
         try: teacher = make if isinstance(make, nn.Module) else make(channels, n_out)
         except TypeError as e: raise ValueError(f"FRSKD: teacher={make!r} is no function from the levels' channels and the number of logits to a self-teacher: {e}") from e
         if not isinstance(teacher, nn.Module): raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
         trained = Companion({'teacher':teacher}).to(pred.device)
-        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, self._preact)
+        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, self._preact, self.dense)
         self._feature_loss = loss = self.feature_loss
         if not self.beta: return trained
         if   loss=='attention': self._feature_loss = attention_loss
@@ -187,6 +195,7 @@ class FRSKDCallback(Callback):
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
         check_loss(learn.loss_func)
         self.multi_label = is_multi_label(learn.loss_func, self._yb) # now: later MixUp swaps the loss function
+        self._ignored = ignored_labels(learn.loss_func)
         self._half = any(p.dtype==torch.float16 for p in self.student.parameters()) # by `to_non_native_fp16`
         if self._half: convert_network(self.trained, torch.float16)
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
@@ -195,6 +204,7 @@ class FRSKDCallback(Callback):
     def before_train(self):
         self._cleanup_taps()
         if self._wrapped is None: self._wrapped = like_model(self.learn, self.trained) # now: by now `DistributedTrainer` has wrapped the model
+        if self._distributed: check_share(self.learn.dl)
         self.trained.train()
         if self._columns: self._columns.reset()
         self._taps = (PreactTaps if self._preact else Taps)(self.student, self.found_levels)
@@ -243,12 +253,13 @@ class FRSKDCallback(Callback):
     def _teach(self, maps, factor):
         "Refined maps and logits of the self-teacher; `factor` of its gradient goes on to the student"
         refined,logits = self.teacher([_scale_grad(f, factor) for f in maps[0]], **({'preact':True} if self._preact else {}))
-        return refined,logits.float()
+        logits = logits.float()
+        return refined,resize(logits, self.learn.pred.shape[-2:]) if self.dense else logits
 
     def _distil(self, student, teacher, maps, refined):
         "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
         parts = {}
-        if self.alpha: parts['soft_label'] = soft_label_loss(student, teacher, self.temperature, self.multi_label)
+        if self.alpha: parts['soft_label'] = soft_label_loss(student, teacher, self.temperature, self.multi_label, self._keep)
         if self.beta:
             maps,refined = maps[1],[o.detach() for o in refined]
             if callable(self.feature_loss): maps,refined = to_float((maps,refined)) # ours see to it by themselves
@@ -256,11 +267,16 @@ class FRSKDCallback(Callback):
         return parts
 
     @property
+    def _keep(self):
+        "In segmentation, the pixels of this batch that the loss function doesn't ignore"
+        return kept_pixels(self.learn.yb[0], self._ignored) if self.dense and len(self.learn.yb)==1 else None
+
+    @property
     def factor(self):
         "The factor, now, of all that the student gets from the self-teacher"
         if self.schedule=='trust': return self.trust.factor
         if self.schedule=='constant': return 1.
-        factor = self.schedule(self.learn.pct_train)
+        factor = (late_ramp if self.schedule=='ramp' else self.schedule)(self.learn.pct_train)
         if not (isinstance(factor, (Real,Tensor)) and 0<=factor<=1): raise ValueError(f"FRSKD: schedule must return a number from 0 to 1, got {factor!r}")
         return float(factor)
 
@@ -309,6 +325,9 @@ class FRSKDCallback(Callback):
 
     def _accuracy(self, logits):
         y = self.learn.yb[0]
+        if self.dense:
+            keep = self._keep
+            return {} if keep is None else {'teacher_accuracy':((logits.argmax(1)==pixel_labels(y))&keep).sum()/keep.sum().clamp(min=1)}
         if self.multi_label: return {'teacher_accuracy':((logits>0)==(y.view_as(logits)>0.5)).float().mean()}
         if y.shape==logits.shape[:1] and not y.is_floating_point(): return {'teacher_accuracy':(logits.argmax(1)==y).float().mean()}
         return {}

@@ -6,21 +6,27 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/losses.html.md"""
 
 # %% auto #0
 __all__ = ['default_beta', 'soft_label_loss', 'attention_map', 'attention_loss', 'HintLoss', 'overhaul_margin', 'OverhaulLoss',
-           'check_feature_loss', 'is_multi_label', 'check_loss', 'check_targets', 'check_pred', 'Trust']
+           'check_feature_loss', 'ignored_labels', 'pixel_labels', 'kept_pixels', 'is_multi_label', 'check_loss',
+           'check_targets', 'check_pred', 'late_ramp', 'Trust']
 
-# %% ../nbs/02_losses.ipynb #4abcce75
+# %% ../nbs/02_losses.ipynb #3dafc020
+from numbers import Integral
 from fastai.basics import *
 
-# %% ../nbs/02_losses.ipynb #c0339f4e
+# %% ../nbs/02_losses.ipynb #3a1c5f64
 def soft_label_loss(
-    student:Tensor, # Student's logits, B×C
-    teacher:Tensor, # Self-teacher's logits, B×C; detached here
+    student:Tensor, # Student's logits, B×C, or B×C×H×W for segmentation
+    teacher:Tensor, # Self-teacher's logits, of the same shape; detached here
     temperature:float=4., # K: both distributions are softened by it
     multi_label:bool=False, # Is each class a yes or no of its own? Then the sigmoid form
+    keep:Tensor|None=None, # Pixels that count, B×H×W; default: all
 )->Tensor: # Scalar, float32
-    """KL( softmax(t/K) ‖ softmax(s/K) ) · K², summed over classes, mean over the batch (paper section 3.2, L_KD).
+    """KL( softmax(t/K) ‖ softmax(s/K) ) · K², summed over classes, mean over the batch and, for segmentation, over its pixels (paper section 3.2, L_KD).
     The sigmoid form, for multi-label targets, is the same for each class's yes and no, and the mean over batch and classes, as in binary cross-entropy"""
     s,t = (o.float()/temperature for o in (student,teacher.detach()))
+    if student.ndim==4:
+        kl = F.kl_div(F.log_softmax(s, dim=1), F.log_softmax(t, dim=1), reduction='none', log_target=True).sum(1)
+        return (kl.mean() if keep is None else (kl*keep).sum()/keep.sum().clamp(min=1)) * temperature**2
     if not multi_label: return F.kl_div(F.log_softmax(s, dim=1), F.log_softmax(t, dim=1), reduction='batchmean', log_target=True) * temperature**2
     s,t = (F.logsigmoid(torch.stack([o,-o])) for o in (s,t))
     return F.kl_div(s, t, reduction='none', log_target=True).sum(0).mean() * temperature**2
@@ -103,7 +109,39 @@ def check_feature_loss(
     except Exception as e: raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {[tuple(o.shape) for o in student]} and {[tuple(o.shape) for o in refined]}: {type(e).__name__}: {e}. {want}") from e
     if not (isinstance(v, Tensor) and v.ndim==0): raise ValueError(f"FRSKD: the feature loss returns {f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}. {want}")
 
-# %% ../nbs/02_losses.ipynb #6cbabfc0
+# %% ../nbs/02_losses.ipynb #090614cf
+def ignored_labels(
+    loss_func:Callable, # The Learner's
+)->set: # Labels
+    "The labels that `loss_func` leaves out: `ignore_index` of it and of the losses that it is made of"
+    found,seen,todo = set(),set(),[loss_func]
+    while todo:
+        o = todo.pop()
+        if id(o) in seen: continue
+        seen.add(id(o))
+        i = o.keywords.get('ignore_index') if isinstance(o, partial) else getattr(o, 'ignore_index', None)
+        if isinstance(i, Integral): found.add(int(i))
+        parts = [*getattr(o, '__dict__', {}).values(), *(o.children() if isinstance(o, nn.Module) else ()), *((o.func,) if isinstance(o, partial) else ())]
+        todo += [p for q in parts for p in (q if isinstance(q, (list,tuple)) else [q]) if callable(p) and not isinstance(p, (type,Tensor))]
+    return found
+
+def pixel_labels(
+    y:Tensor, # Targets, B×H×W or B×1×H×W
+)->Tensor: # B×H×W
+    "Targets of segmentation in one layout"
+    return y[:,0] if y.ndim==4 and y.shape[1]==1 else y
+
+def kept_pixels(
+    y:Tensor, # Targets, B×H×W or B×1×H×W
+    ignored:set, # Labels, see `ignored_labels`
+)->Tensor: # B×H×W, bool
+    "The pixels that count"
+    y = pixel_labels(y).as_subclass(Tensor)
+    keep = torch.ones_like(y, dtype=torch.bool)
+    for i in ignored: keep &= y!=i
+    return keep
+
+# %% ../nbs/02_losses.ipynb #1659c8f5
 from fastai.losses import BaseLoss
 from fastai.vision.core import TensorBBox, TensorMultiCategory, TensorPoint
 
@@ -126,7 +164,7 @@ def is_multi_label(
     if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor) or not yb[0].is_floating_point(): return False
     return isinstance(yb[0], TensorMultiCategory) or ((yb[0].sum(-1)-1).abs()>1e-3).any().item()
 
-def _refuse(what): raise ValueError(f"FRSKD serves classification, single-label or multi-label; {what}")
+def _refuse(what): raise ValueError(f"FRSKD serves classification, single-label or multi-label, and semantic segmentation; {what}")
 
 def check_loss(
     loss_func:Callable, # The Learner's
@@ -146,8 +184,13 @@ def check_targets(
         if isinstance(y, (TensorBBox,TensorPoint)): _refuse(f"these targets are {'bounding boxes' if isinstance(y, TensorBBox) else 'points'}")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return # your own loss function knows them
     y = yb[0]
-    if not y.is_floating_point() and y.ndim>2: _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel")
     if y.is_floating_point() and not ((y>=0)&(y<=1)).all(): _refuse(f"these targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
+
+def _check_dense(pred, yb, loss_func):
+    if pred.shape[1]==1 or is_multi_label(loss_func, yb): _refuse(f"in segmentation each pixel has one of two classes or more, a logit for each; this model returns logits of shape {tuple(pred.shape)}, and its loss function is {_torch_loss(loss_func)}")
+    if len(yb)!=1 or not isinstance(yb[0], Tensor): return
+    y = yb[0]
+    if y.is_floating_point() or pixel_labels(y).shape[1:]!=pred.shape[2:]: _refuse(f"the targets of segmentation are a class number for each pixel, here B×{pred.shape[2]}×{pred.shape[3]}, as the model's logits, of shape {tuple(pred.shape)}; these are of shape {tuple(y.shape)}, {y.dtype}")
 
 def check_pred(
     pred, # What the model returns
@@ -155,17 +198,25 @@ def check_pred(
     loss_func:Callable, # The Learner's
 ):
     "`ValueError` where `pred` is no logits of classes, or doesn't go with the targets"
-    if not (isinstance(pred, Tensor) and pred.ndim==2): _refuse(f"its models return logits of shape B×C, this one {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
+    if not (isinstance(pred, Tensor) and pred.ndim in (2,4)): _refuse(f"its models return logits of shape B×C, or B×C×H×W, this one {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
+    if pred.ndim==4: return _check_dense(pred, yb, loss_func)
     multi = is_multi_label(loss_func, yb)
     if pred.shape[1]==1 and not multi: _refuse(f"its models return logits of two classes or more, this one shape {tuple(pred.shape)}")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return
     y,c = yb[0],pred.shape[1]
+    if not y.is_floating_point() and y.ndim>2: _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel, and the model returns logits for whole images, of shape {tuple(pred.shape)}")
     each = y[0].numel() if y.ndim else 1
     if y.is_floating_point() and each!=c: _refuse(f"these targets, numbers of shape {tuple(y.shape)} for logits of shape {tuple(pred.shape)}, are for regression")
     if isinstance(y, TensorMultiCategory) and not multi: _refuse(f"these targets are multi-label, but the loss function, {_torch_loss(loss_func)}, is for one label")
     if multi and each!=c: _refuse(f"the loss function, {_torch_loss(loss_func)}, is for multi-label targets, a number for each of the {c} classes; these targets are of shape {tuple(y.shape)}")
 
-# %% ../nbs/02_losses.ipynb #5c7b0e78
+# %% ../nbs/02_losses.ipynb #24a3b665
+def late_ramp(
+    pct:float, # Part of the fit that is done, 0 to 1
+)->float: # Factor, 0 to 1
+    "The paper's schedule for segmentation: nothing for two thirds of the fit, then exp(−5·(1−p)²) with p from 0 to 1 over the rest"
+    return 0. if pct<2/3 else math.exp(-5*(3-3*pct)**2)
+
 class Trust:
     "The factor by which the student follows the self-teacher: exp(−label loss of the self-teacher), the loss as a running mean"
     def __init__(self,

@@ -7,6 +7,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, overhaul_margin, soft_label_loss
 from frskd_fastai.teacher import SelfTeacher
+from frskd_fastai.dense import DenseSelfTeacher
 
 GOLDEN = Path(os.environ.get('FRSKD_GOLDEN', Path(__file__).parents[2]/'shared/golden'))
 TOL = dict(rtol=1e-4, atol=1e-5)
@@ -27,7 +28,7 @@ def close(a, b, what, **kw): torch.testing.assert_close(a, b.to(a.dtype), **{**T
 @pytest.mark.skipif(not KINDS and 'FRSKD_GOLDEN' not in os.environ, reason=f'no golden files in {GOLDEN}; FRSKD_GOLDEN names their folder')
 def test_golden_files_are_all_read():
     assert KINDS, f'FRSKD_GOLDEN={GOLDEN} has no golden file'
-    assert 'unknown' not in KINDS.values(), KINDS # 'dense' waits for segmentation
+    assert 'unknown' not in KINDS.values(), KINDS
 
 # The reference's names → ours, inside a layer: {i} a level, {p} the level before. P is `conv.0`, its convolution `.0` and its BatchNorm `.1`
 P_BLOCKS = {'lat_conv.{i}':'laterals.{i}', 'up_sample.{i}.1':'up.{i}', 'down_sample.{p}.1':'down.{p}'}
@@ -187,3 +188,26 @@ def test_golden_sla(name):
     close(c['alpha']*p['soft_label']+c['beta']*p['feature'], tensor(z, 'loss/distill'), 'distill')
     close(seen.pop('total'), tensor(z, 'loss/total'), 'total')
     for k,v in seen.items(): close(v, tensor(z, f'out/{k}'), k)
+
+# -- Segmentation -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', files('dense'))
+def test_golden_dense(name):
+    "The dense self-teacher's refined maps, its feature loss and what that gives the student, and the soft-label loss of each pixel"
+    z,c = load(name)
+    t = DenseSelfTeacher([c['channels']]*c['levels'], c['n_classes'], n_channels=c['channels'])
+    state,used = {},0
+    for k in (k for k in z.files if k.startswith('param/')): # 'param/LAYER.conv{k}{up|dw}.{0|1}.{weight|bias}', k from 2, the finest
+        layer,node,j,what = k[6:].split('.')
+        level,up = int(node[4:-2])-2,node.endswith('up')
+        state[f"layers.{layer}.{'up' if up else 'down'}.{level-(not up)}.{j}.{what}"] = tensor(z, k)
+    assert set(state)=={k for k,_ in t.named_parameters() if k.startswith('layers')}
+    t.load_state_dict({**t.state_dict(), **state})
+    feats = [tensor(z, f'in/feat{i}').requires_grad_() for i in range(c['levels'])]
+    refined,_ = t(feats)
+    for i,o in enumerate(refined): close(o, tensor(z, f'out/refined{i}'), f'refined map {i}')
+    loss = attention_loss(feats, refined)
+    close(loss, tensor(z, 'loss/attention'), 'attention loss')
+    for i,g in enumerate(torch.autograd.grad(loss, feats)): close(g, tensor(z, f'grad/feat{i}'), f'gradient of level {i}')
+    s,teacher = tensor(z, 'in/logits').requires_grad_(),tensor(z, 'in/teacher_logits')
+    for K in 1,4: close(soft_label_loss(s, teacher, K), tensor(z, f'loss/kd_T{K}'), f'soft labels at K={K}')
+    close(torch.autograd.grad(soft_label_loss(s, teacher, 1), s)[0], tensor(z, 'grad/logits'), 'gradient of the logits')

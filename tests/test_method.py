@@ -270,7 +270,7 @@ def test_multi_label_by_the_type_of_targets(multi):
 def test_targets_that_do_not_go_with_the_loss(make, digits, what):
     x,y = digits
     y,loss,msg = {'own loss':(torch.stack([y,y*2.,y*3.], 1).float(),lambda p,y: (p-y).abs().mean(),'regression'), 'multi-label with cross-entropy':(TensorMultiCategory(torch.eye(3)[y%3]),CrossEntropyLossFlat(),'are multi-label'),
-                  'single-label with BCE':(y%3,BCEWithLogitsLossFlat(),'multi-label targets'), 'masks':(torch.zeros(len(x),32,32).long(),CrossEntropyLossFlat(axis=1),'each pixel')}[what]
+                  'single-label with BCE':(y%3,BCEWithLogitsLossFlat(),'multi-label targets'), 'masks':(torch.zeros(len(x),32,32).long(),CrossEntropyLossFlat(axis=1),'found by themselves')}[what]
     learn = make(model=SmallNet(3) if what!='masks' else nn.Sequential(nn.Conv2d(3,3,1)), splitter=trainable_params, cbs=FRSKDCallback())
     learn.dls,learn.loss_func = DataLoaders(DataLoader(list(zip(x, y))[:64], bs=16), DataLoader(list(zip(x, y))[:32], bs=16)),loss
     before = weights(learn.model)

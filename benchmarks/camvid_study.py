@@ -1,0 +1,85 @@
+"""Plain training against FRSKD on CamVid: a small U-Net from scratch on a part of the images, made smaller; a run is one line of a CSV file.
+
+    python benchmarks/camvid_study.py PATH --arms plain default ramp --seeds 0 1 2 [--epochs 30] [--out FILE]
+    python benchmarks/camvid_study.py --table [--out FILE]
+
+PATH has `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`, whose last class, without a label, is ignored"""
+import argparse, csv, time, warnings
+from pathlib import Path
+
+ARMS = {'plain':None, 'default':{}, 'ramp':dict(schedule='ramp'), 'paper':dict(alpha=1., beta=50., temperature=1., schedule='ramp'), 'constant':dict(schedule='constant'), 'K1':dict(alpha=1., beta=50., temperature=1.), 'soft labels only':dict(beta=0.), 'features only':dict(alpha=0.)}
+
+def small(pretrained=False):
+    "An encoder of five resolutions, 16 to 128 channels, for `unet_learner`"
+    from fastai.vision.all import ConvLayer, Flatten, ResBlock, nn
+    c = 16,32,64,96,128
+    stages = [nn.Sequential(ConvLayer(i, o, stride=2), ResBlock(1, o, o)) for i,o in zip(c, c[1:])]
+    return nn.Sequential(ConvLayer(3, c[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(c[-1], 2))
+
+def run(path, arm, seed, a):
+    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, torch, unet_learner)
+    from frskd_fastai.callback import FRSKDCallback
+    codes = (path/'codes.txt').read_text().split()
+    void = len(codes)-1
+    files = get_image_files(path/'train/images').sorted()
+    files = files[:: max(1, len(files)//a.images)][:a.images] + get_image_files(path/'val/images').sorted()[:a.valid]
+    set_seed(seed, reproducible=True)
+    block = DataBlock((ImageBlock,MaskBlock(codes)), get_y=lambda f: f.parent.parent/'labels'/f'{f.stem}.png', splitter=FuncSplitter(lambda f: 'val' in f.parts), item_tfms=Resize(tuple(a.size)), batch_tfms=Flip())
+    dls = block.dataloaders(files, bs=a.bs, num_workers=0)
+    hits = torch.zeros(3, len(codes)-1)
+    def miou(pred, y):
+        "Mean intersection over union of the classes in the validation set, pixels without a label left out: counted over the whole set"
+        p,y = (o.flatten() for o in (pred.argmax(1),y))
+        p,y = p[y!=void].long(),y[y!=void].long()
+        n = len(codes)-1
+        for i,v in enumerate((p[p==y], p, y)): hits[i] += torch.bincount(v, minlength=len(codes))[:n].float()
+        return torch.tensor(0.) # read at the end
+    kw = ARMS[arm]
+    learn = unet_learner(dls, small if a.arch=='small' else getattr(models, a.arch), pretrained=False, normalize=True, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=void), cbs=None if kw is None else FRSKDCallback(**kw))
+    class AtTheEnd(Callback):
+        "The validation set is read once, after the fit"
+        def before_validate(self):
+            if not self.learn.lock.locked(): raise CancelValidException
+    set_seed(seed, reproducible=True)
+    t0 = time.time()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr, cbs=AtTheEnd())
+    seconds = time.time()-t0
+    learn.metrics = miou
+    with learn.no_bar(): valid_loss = float(learn.validate()[0])
+    inter,p,y = hits
+    return dict(arm=arm, seed=seed, arch=a.arch, images=a.images, valid=a.valid, size='×'.join(map(str,a.size)), bs=a.bs, lr=a.lr, epochs=a.epochs, valid_loss=round(valid_loss, 4),
+                miou=round(float((inter/(p+y-inter))[y>0].mean())*100, 2), pixel_accuracy=round(float(inter.sum()/y.sum())*100, 2), seconds=round(seconds))
+
+def table(file):
+    import pandas as pd
+    d = pd.read_csv(file)
+    print('| epochs | arm | mean IoU | difference | pixel accuracy | difference | seeds |\n|---|---|---|---|---|---|---|')
+    for epochs,g in d.groupby('epochs'):
+        plain = g[g.arm=='plain'].set_index('seed')
+        for arm,h in g.groupby('arm', sort=False):
+            h,cells = h.set_index('seed'),[]
+            for k in 'miou','pixel_accuracy':
+                diff = (h[k]-plain[k]).dropna()
+                cells += [f'{h[k].mean():.2f}', '' if arm=='plain' else f'{diff.mean():+.2f} ± {diff.std()/len(diff)**.5:.2f}']
+            print(f'| {epochs} | {arm} | '+' | '.join(cells)+f' | {len(h)} |')
+
+if __name__=='__main__':
+    warnings.filterwarnings('ignore')
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('path', nargs='?', type=Path)
+    p.add_argument('--arms', nargs='+', choices=ARMS, default=['plain','default']); p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
+    p.add_argument('--arch', default='small'); p.add_argument('--images', type=int, default=160); p.add_argument('--valid', type=int, default=50); p.add_argument('--size', type=int, nargs=2, default=[72,96])
+    p.add_argument('--bs', type=int, default=8); p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--epochs', type=int, default=40)
+    p.add_argument('--table', action='store_true'); p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/camvid_study.csv')
+    a = p.parse_args()
+    if a.table: table(a.out)
+    else:
+        for seed in a.seeds:
+            for arm in a.arms:
+                row = run(a.path, arm, seed, a)
+                new = not a.out.exists()
+                with open(a.out, 'a', newline='') as f:
+                    w = csv.DictWriter(f, row, lineterminator='\n')
+                    if new: w.writeheader()
+                    w.writerow(row)
+                print(row, flush=True)
