@@ -30,25 +30,27 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #5a36fec9
+# %% ../nbs/03_callback.ipynb #e3e93724
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
     def __init__(self,
-        alpha:float=2., # α, weight of the soft-label loss (paper section 3.2); 0 leaves it out
-        beta:float|None=None, # β, weight of the feature loss (paper section 3.2); 0 leaves it out. Default: 100 (the paper's) for attention, see `default_beta` for the others
-        temperature:float=4., # K, softens both distributions in the soft-label loss
+        alpha:float|None=None, # α, weight of the soft-label loss (paper section 3.2); 0 leaves it out. Default: 2; for segmentation 1
+        beta:float|None=None, # β, weight of the feature loss (paper section 3.2); 0 leaves it out. Default: 100 (the paper's) for attention, see `default_beta` for the others; for segmentation half of that
+        temperature:float|None=None, # K, softens both distributions in the soft-label loss. Default: 4; for segmentation 1
         width:float=1., # Channels of the self-teacher per channel of the student, at each level; the paper's is 2. For segmentation: per 64 channels
         depth:int=2, # Depthwise-separable convolutions in each node of the self-teacher; not for segmentation
         levels:int|list=4, # How many of the student's deepest feature levels to use, or their module names, as in `learn.model.named_modules()`
-        schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
+        schedule:str|Callable|None=None, # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1). Default: 'trust'; for segmentation 'ramp'
         feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too
         teacher:nn.Module|Callable|None=None, # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits to one, for instance `partial(SelfTeacher, n_channels=256)`; `width` and `depth` are the default one's
         columns:bool=False, # Show the parts of the loss and the self-teacher's accuracy, on the training batches, in the progress table?
     ):
         if not (feature_loss in default_beta if isinstance(feature_loss, str) else callable(feature_loss)):
             raise ValueError(f"FRSKD: feature_loss must be one of {', '.join(map(repr,default_beta))}, or a function, got {feature_loss!r}")
-        if beta is None: beta = default_beta.get(feature_loss, 1.) if isinstance(feature_loss, str) else 1.
+        given = dict(alpha=alpha, beta=beta, temperature=temperature, schedule=schedule)
+        self._unset = [k for k,v in given.items() if v is None] # `build` knows the task
+        alpha,beta,temperature,schedule = (ifnone(v, default_settings(False, feature_loss)[k]) for k,v in given.items())
         for name,v in dict(alpha=alpha, beta=beta).items():
             if not (isinstance(v, Real) and 0<=v<math.inf): raise ValueError(f"FRSKD: {name} must be a number, 0 or more, got {v!r}")
         if not (isinstance(temperature, Real) and 0<temperature<math.inf): raise ValueError(f"FRSKD: temperature must be a positive number, got {temperature!r}")
@@ -116,6 +118,7 @@ class FRSKDCallback(Callback):
         levels,pred = find_levels(model, *xb, levels=self.levels)
         check_pred(pred, yb, self.learn.loss_func)
         self.dense = pred.ndim==4
+        for k in self._unset: setattr(self, k, default_settings(self.dense, self.feature_loss)[k])
         if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
             raise ValueError(f"FRSKD: {dense_levels}")
         with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD

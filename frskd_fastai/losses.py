@@ -6,8 +6,8 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/losses.html.md"""
 
 # %% auto #0
 __all__ = ['default_beta', 'soft_label_loss', 'attention_map', 'attention_loss', 'HintLoss', 'overhaul_margin', 'OverhaulLoss',
-           'check_feature_loss', 'ignored_labels', 'pixel_labels', 'kept_pixels', 'is_multi_label', 'check_loss',
-           'check_targets', 'check_pred', 'late_ramp', 'Trust']
+           'default_settings', 'check_feature_loss', 'ignored_labels', 'pixel_labels', 'kept_pixels', 'is_multi_label',
+           'check_loss', 'check_targets', 'check_pred', 'late_ramp', 'Trust']
 
 # %% ../nbs/02_losses.ipynb #3dafc020
 from numbers import Integral
@@ -93,9 +93,18 @@ class OverhaulLoss(nn.Module):
             loss = loss + ((source-target).pow(2)*matters).sum()/len(f)/2**(n-i-1)
         return loss
 
-# %% ../nbs/02_losses.ipynb #b658da10
+# %% ../nbs/02_losses.ipynb #8c42d9be
 # The feature losses by name, each with a weight: attention's is the paper's, the others bring the gradient to its scale (benchmarks/feature_loss_scale.py)
 default_beta = dict(attention=100., hint=1., overhaul=1e-3)
+
+def default_settings(
+    dense:bool, # For segmentation?
+    feature_loss:str|Callable='attention', # As for `FRSKDCallback`
+)->dict: # α, β, K and the schedule
+    "The weights of a task where the user gives none: the paper's; for classification with trust as their schedule"
+    beta = default_beta[feature_loss] if isinstance(feature_loss, str) else 1.
+    if dense: return dict(alpha=1., beta=beta/2 if isinstance(feature_loss, str) else beta, temperature=1., schedule='ramp')
+    return dict(alpha=2., beta=beta, temperature=4., schedule='trust')
 
 # %% ../nbs/02_losses.ipynb #b643d332
 def check_feature_loss(

@@ -170,3 +170,76 @@ def test_command_on_real_images(tmp_path):
     assert sorted(o.name for o in (tmp_path/'frskd-results').iterdir())==sorted(results)
     again = subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert again.returncode==2 and again.stderr.count('\n')==1 and 'already holds results' in again.stderr
+
+# -- Segmentation -----------------------------------------------------------------------------------------
+@pytest.fixture
+def masks(tmp_path):
+    "Digits, and their ink as masks: paper, ink, and void between"
+    root = tmp_path/'scenes'
+    for i,f in enumerate(get_image_files(digits_data()/'train').sorted()[:14]):
+        im = Image.open(f).resize((36,32))
+        a = np.asarray(im)
+        for name,m in ('images',im),('labels',Image.fromarray(np.where(a>150, 1, np.where(a<60, 0, 2)).astype(np.uint8))):
+            (root/name).mkdir(parents=True, exist_ok=True)
+            m.save(root/name/f'{i}.png')
+    (root/'codes.txt').write_text('paper\nink\nvoid\n')
+    return root
+
+SEG = '--task','segmentation','--epochs','1','--bs','4','--lr','1e-3','--no-pretrained'
+
+def test_segmentation(masks, tmp_path, capsys):
+    "The results, with predictions; the metrics leave out what has no label; the file loads without this package"
+    out = tmp_path/'r'
+    code,printed,err = run(masks, *SEG, '--compare', '--out', out, capsys=capsys)
+    assert code==0, err
+    assert sorted(o.name for o in out.iterdir())==sorted([*results,'predictions.png'])
+    h = pd.read_csv(out/'history.csv')
+    assert h.run.tolist()==['plain','frskd'] and h[['mean_iou','pixel_accuracy']].notna().all().all() and h.mean_iou.between(0, 1).all()
+    text = (out/'summary.md').read_text()
+    assert text in printed and '| run | mean IoU | pixel accuracy | validation loss | training time |' in text and f'{h.mean_iou.iloc[1]:.2%}' in text
+    assert '12 training and 2 validation images of 3 classes at 32 px (height)' in text and 'Pixels of the class void are left out.' in text and 'α 1, β 50, temperature 1' in text and 'schedule ramp' in text
+    im = Image.open(out/'predictions.png'); im.load()
+    assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
+    assert not any(m.startswith('frskd') for m in pickled_modules(out/'student.pkl'))
+    learn = load_learner(out/'student.pkl')
+    with learn.no_bar(): assert learn.predict(masks/'images/0.png')[0].shape==(32,36)
+
+def test_segmentation_of_split_folders(masks, tmp_path, capsys):
+    for part,keep in ('train',range(10)),('val',range(10,14)):
+        for name in 'images','labels':
+            (masks/part/name).mkdir(parents=True)
+            for i in keep: (masks/name/f'{i}.png').rename(masks/part/name/f'{i}.png')
+    for name in 'images','labels': (masks/name).rmdir()
+    code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0 and '10 training and 4 validation images' in printed, err
+
+def spoil(root, what):
+    "Something wrong in a folder of images and masks; returns what the message must have"
+    im,mask = root/'images/3.png',root/'labels/3.png'
+    if what=='no image': im.unlink(); return 'mask without an image: '+str(mask)
+    if what=='no mask': mask.unlink(); return 'image without a mask: '+str(im)
+    if what=='other size': Image.open(mask).resize((5,5)).save(mask); return f'{mask} is 5×5 pixels, its image 36×32'
+    if what=='class': Image.fromarray(np.full((32,36), 9, np.uint8)).save(mask); return f'{mask} has class number 9, but codes.txt names 3 classes, 0 to 2'
+    if what=='255 beside void': Image.fromarray(np.full((32,36), 255, np.uint8)).save(mask); return 'has class number 255'
+    if what=='colours': Image.fromarray(np.zeros((32,36,3), np.uint8)).save(mask); return 'is no mask, but an image of mode RGB'
+    if what=='broken': mask.write_bytes(b'no image'); return 'unreadable image'
+    if what=='no codes': (root/'codes.txt').unlink(); return 'has no codes.txt'
+    if what=='one code': (root/'codes.txt').write_text('ink\n'); return 'names 1 class;'
+    if what=='no labels':
+        for f in (root/'labels').iterdir(): f.unlink()
+        return f'no images in {root}/labels'
+    if what=='only train': (root/'train').mkdir(); return 'neither valid/ nor val/ nor test/'
+
+@pytest.mark.parametrize('what', ['no image','no mask','other size','class','255 beside void','colours','broken','no codes','one code','no labels','only train'])
+def test_bad_masks_are_told_in_one_line(what, masks, tmp_path, capsys):
+    msg = spoil(masks, what)
+    code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and err.count('\n')==1 and msg in err and not (tmp_path/'r').exists()
+
+@pytest.mark.parametrize('args,msg', [(('--arch','cifar_resnet18'),'classifies'),(('--recipe','cifar100'),'for classification'),(('--arch','vit_b_16'),"can't make a U-Net of vit_b_16")])
+def test_bad_options_for_segmentation(args, msg, masks, tmp_path, capsys):
+    code,_,err = run(masks, *SEG, *args, '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and msg in err and err.count('\n')==1
+    if args[1]=='cifar100': return
+    code,_,err = run('--task', 'segmentation', '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and 'needs a PATH' in err
