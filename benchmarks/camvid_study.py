@@ -7,7 +7,7 @@ PATH has `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`
 import argparse, csv, time, warnings
 from pathlib import Path
 
-ARMS = {'plain':None, 'default':{}, 'trust':dict(schedule='trust'), 'trust, α 2, β 100, K 4':dict(schedule='trust', alpha=2., beta=100., temperature=4.), 'constant':dict(schedule='constant')}
+ARMS = {'plain':None, 'default':{}, 'ramp':dict(schedule='ramp'), 'as in classification':dict(alpha=2., beta=100., temperature=4.), 'constant':dict(schedule='constant')}
 
 def small(pretrained=False):
     "An encoder of five resolutions, 16 to 128 channels, for `unet_learner`"

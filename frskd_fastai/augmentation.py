@@ -7,10 +7,11 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/augmentation.html.md"""
 # %% auto #0
 __all__ = ['rotations', 'joint_labels', 'aggregate_rotations', 'FRSKDSLACallback']
 
-# %% ../nbs/05_augmentation.ipynb #961ab112
+# %% ../nbs/05_augmentation.ipynb #1dbe3a39
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from .losses import *
+from .targets import *
 from .callback import *
 
 # %% ../nbs/05_augmentation.ipynb #bf56f0de

@@ -7,7 +7,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #6121e17b
+# %% ../nbs/03_callback.ipynb #526b3cd5
 import weakref
 from numbers import Integral
 from fastai.basics import *
@@ -19,6 +19,7 @@ from .levels import *
 from .teacher import *
 from .dense import *
 from .losses import *
+from .targets import *
 from .columns import *
 from .companion import *
 
@@ -30,7 +31,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #e3e93724
+# %% ../nbs/03_callback.ipynb #9227b9bc
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
@@ -41,16 +42,16 @@ class FRSKDCallback(Callback):
         width:float=1., # Channels of the self-teacher per channel of the student, at each level; the paper's is 2. For segmentation: per 64 channels
         depth:int=2, # Depthwise-separable convolutions in each node of the self-teacher; not for segmentation
         levels:int|list=4, # How many of the student's deepest feature levels to use, or their module names, as in `learn.model.named_modules()`
-        schedule:str|Callable|None=None, # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1). Default: 'trust'; for segmentation 'ramp'
+        schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
         feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too
         teacher:nn.Module|Callable|None=None, # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits to one, for instance `partial(SelfTeacher, n_channels=256)`; `width` and `depth` are the default one's
         columns:bool=False, # Show the parts of the loss and the self-teacher's accuracy, on the training batches, in the progress table?
     ):
         if not (feature_loss in default_beta if isinstance(feature_loss, str) else callable(feature_loss)):
             raise ValueError(f"FRSKD: feature_loss must be one of {', '.join(map(repr,default_beta))}, or a function, got {feature_loss!r}")
-        given = dict(alpha=alpha, beta=beta, temperature=temperature, schedule=schedule)
+        given = dict(alpha=alpha, beta=beta, temperature=temperature)
         self._unset = [k for k,v in given.items() if v is None] # `build` knows the task
-        alpha,beta,temperature,schedule = (ifnone(v, default_settings(False, feature_loss)[k]) for k,v in given.items())
+        alpha,beta,temperature = (ifnone(v, default_settings(False, feature_loss)[k]) for k,v in given.items())
         for name,v in dict(alpha=alpha, beta=beta).items():
             if not (isinstance(v, Real) and 0<=v<math.inf): raise ValueError(f"FRSKD: {name} must be a number, 0 or more, got {v!r}")
         if not (isinstance(temperature, Real) and 0<temperature<math.inf): raise ValueError(f"FRSKD: temperature must be a positive number, got {temperature!r}")

@@ -6,11 +6,9 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/losses.html.md"""
 
 # %% auto #0
 __all__ = ['default_beta', 'soft_label_loss', 'attention_map', 'attention_loss', 'HintLoss', 'overhaul_margin', 'OverhaulLoss',
-           'default_settings', 'check_feature_loss', 'ignored_labels', 'pixel_labels', 'kept_pixels', 'is_multi_label',
-           'check_loss', 'check_targets', 'check_pred', 'late_ramp', 'Trust']
+           'default_settings', 'check_feature_loss', 'late_ramp', 'Trust']
 
-# %% ../nbs/02_losses.ipynb #3dafc020
-from numbers import Integral
+# %% ../nbs/02_losses.ipynb #4abcce75
 from fastai.basics import *
 
 # %% ../nbs/02_losses.ipynb #3a1c5f64
@@ -93,18 +91,18 @@ class OverhaulLoss(nn.Module):
             loss = loss + ((source-target).pow(2)*matters).sum()/len(f)/2**(n-i-1)
         return loss
 
-# %% ../nbs/02_losses.ipynb #8c42d9be
+# %% ../nbs/02_losses.ipynb #4bb76d8e
 # The feature losses by name, each with a weight: attention's is the paper's, the others bring the gradient to its scale (benchmarks/feature_loss_scale.py)
 default_beta = dict(attention=100., hint=1., overhaul=1e-3)
 
 def default_settings(
     dense:bool, # For segmentation?
     feature_loss:str|Callable='attention', # As for `FRSKDCallback`
-)->dict: # α, β, K and the schedule
-    "The weights of a task where the user gives none: the paper's; for classification with trust as their schedule"
+)->dict: # α, β and K
+    "The weights of a task where the user gives none: the paper's"
     beta = default_beta[feature_loss] if isinstance(feature_loss, str) else 1.
-    if dense: return dict(alpha=1., beta=beta/2 if isinstance(feature_loss, str) else beta, temperature=1., schedule='ramp')
-    return dict(alpha=2., beta=beta, temperature=4., schedule='trust')
+    if dense: return dict(alpha=1., beta=beta/2 if isinstance(feature_loss, str) else beta, temperature=1.)
+    return dict(alpha=2., beta=beta, temperature=4.)
 
 # %% ../nbs/02_losses.ipynb #b643d332
 def check_feature_loss(
@@ -117,107 +115,6 @@ def check_feature_loss(
     try: v = loss(student, refined)
     except Exception as e: raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {[tuple(o.shape) for o in student]} and {[tuple(o.shape) for o in refined]}: {type(e).__name__}: {e}. {want}") from e
     if not (isinstance(v, Tensor) and v.ndim==0): raise ValueError(f"FRSKD: the feature loss returns {f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}. {want}")
-
-# %% ../nbs/02_losses.ipynb #090614cf
-def ignored_labels(
-    loss_func:Callable, # The Learner's
-)->set: # Labels
-    "The labels that `loss_func` leaves out: `ignore_index` of it and of the losses that it is made of"
-    found,seen,todo = set(),set(),[loss_func]
-    while todo:
-        o = todo.pop()
-        if id(o) in seen: continue
-        seen.add(id(o))
-        i = o.keywords.get('ignore_index') if isinstance(o, partial) else getattr(o, 'ignore_index', None)
-        if isinstance(i, Integral): found.add(int(i))
-        parts = [*getattr(o, '__dict__', {}).values(), *(o.children() if isinstance(o, nn.Module) else ()), *((o.func,) if isinstance(o, partial) else ())]
-        todo += [p for q in parts for p in (q if isinstance(q, (list,tuple)) else [q]) if callable(p) and not isinstance(p, (type,Tensor))]
-    return found
-
-def pixel_labels(
-    y:Tensor, # Targets, B×H×W or B×1×H×W
-)->Tensor: # B×H×W
-    "Targets of segmentation in one layout"
-    return y[:,0] if y.ndim==4 and y.shape[1]==1 else y
-
-def kept_pixels(
-    y:Tensor, # Targets, B×H×W or B×1×H×W
-    ignored:set, # Labels, see `ignored_labels`
-)->Tensor: # B×H×W, bool
-    "The pixels that count"
-    y = pixel_labels(y).as_subclass(Tensor)
-    keep = torch.ones_like(y, dtype=torch.bool)
-    for i in ignored: keep &= y!=i
-    return keep
-
-# %% ../nbs/02_losses.ipynb #1659c8f5
-from fastai.losses import BaseLoss
-from fastai.vision.core import TensorBBox, TensorMultiCategory, TensorPoint
-
-def _torch_loss(loss_func):
-    "The name of the torch loss in `loss_func`"
-    o = getattr(loss_func, 'func', loss_func) # in a fastai loss, or in a `partial`
-    return getattr(o, '__name__', type(o).__name__)
-
-_regression = 'MSELoss','L1Loss','SmoothL1Loss','HuberLoss','mse_loss','l1_loss','smooth_l1_loss','huber_loss'
-_no_logits = {**dict.fromkeys(('BCELoss','binary_cross_entropy'), ('probabilities','BCEWithLogitsLossFlat')), **dict.fromkeys(('NLLLoss','nll_loss'), ('log-probabilities','CrossEntropyLossFlat'))}
-
-def is_multi_label(
-    loss_func:Callable, # The Learner's
-    yb:tuple=(), # A batch of targets, for loss functions that aren't known
-)->bool:
-    "Is each class a yes or no of its own?"
-    if isinstance(loss_func, BaseLoss): return (loss_func.activation(torch.zeros(1,4))==0.5).all().item() # sigmoid; softmax gives a quarter
-    name = _torch_loss(loss_func).lower()
-    if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
-    if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor) or not yb[0].is_floating_point(): return False
-    return isinstance(yb[0], TensorMultiCategory) or ((yb[0].sum(-1)-1).abs()>1e-3).any().item()
-
-def _refuse(what): raise ValueError(f"FRSKD serves classification, single-label or multi-label, and semantic segmentation; {what}")
-
-def check_loss(
-    loss_func:Callable, # The Learner's
-):
-    "`ValueError` where `loss_func` is not for logits of classes"
-    name = _torch_loss(loss_func)
-    if name in _regression: _refuse(f"this Learner's loss function, {name}, is for regression")
-    if name in _no_logits:
-        takes,instead = _no_logits[name]
-        raise ValueError(f"FRSKD needs a loss function that takes logits; {name} takes {takes}. Take the model's last activation away and use {instead}")
-
-def check_targets(
-    yb:tuple, # A batch of targets
-):
-    "`ValueError` where the targets are something that FRSKD doesn't serve"
-    for y in yb:
-        if isinstance(y, (TensorBBox,TensorPoint)): _refuse(f"these targets are {'bounding boxes' if isinstance(y, TensorBBox) else 'points'}")
-    if len(yb)!=1 or not isinstance(yb[0], Tensor): return # your own loss function knows them
-    y = yb[0]
-    if y.is_floating_point() and not ((y>=0)&(y<=1)).all(): _refuse(f"these targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
-
-def _check_dense(pred, yb, loss_func):
-    if pred.shape[1]==1 or is_multi_label(loss_func, yb): _refuse(f"in segmentation each pixel has one of two classes or more, a logit for each; this model returns logits of shape {tuple(pred.shape)}, and its loss function is {_torch_loss(loss_func)}")
-    if len(yb)!=1 or not isinstance(yb[0], Tensor): return
-    y = yb[0]
-    if y.is_floating_point() or pixel_labels(y).shape[1:]!=pred.shape[2:]: _refuse(f"the targets of segmentation are a class number for each pixel, here B×{pred.shape[2]}×{pred.shape[3]}, as the model's logits, of shape {tuple(pred.shape)}; these are of shape {tuple(y.shape)}, {y.dtype}")
-
-def check_pred(
-    pred, # What the model returns
-    yb:tuple, # A batch of targets
-    loss_func:Callable, # The Learner's
-):
-    "`ValueError` where `pred` is no logits of classes, or doesn't go with the targets"
-    if not (isinstance(pred, Tensor) and pred.ndim in (2,4)): _refuse(f"its models return logits of shape B×C, or B×C×H×W, this one {f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'}")
-    if pred.ndim==4: return _check_dense(pred, yb, loss_func)
-    multi = is_multi_label(loss_func, yb)
-    if pred.shape[1]==1 and not multi: _refuse(f"its models return logits of two classes or more, this one shape {tuple(pred.shape)}")
-    if len(yb)!=1 or not isinstance(yb[0], Tensor): return
-    y,c = yb[0],pred.shape[1]
-    if not y.is_floating_point() and y.ndim>2: _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel, and the model returns logits for whole images, of shape {tuple(pred.shape)}")
-    each = y[0].numel() if y.ndim else 1
-    if y.is_floating_point() and each!=c: _refuse(f"these targets, numbers of shape {tuple(y.shape)} for logits of shape {tuple(pred.shape)}, are for regression")
-    if isinstance(y, TensorMultiCategory) and not multi: _refuse(f"these targets are multi-label, but the loss function, {_torch_loss(loss_func)}, is for one label")
-    if multi and each!=c: _refuse(f"the loss function, {_torch_loss(loss_func)}, is for multi-label targets, a number for each of the {c} classes; these targets are of shape {tuple(y.shape)}")
 
 # %% ../nbs/02_losses.ipynb #24a3b665
 def late_ramp(

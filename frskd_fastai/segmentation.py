@@ -7,9 +7,9 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/segmentation.html.md"""
 # %% auto #0
 __all__ = ['PixelAccuracy', 'MeanIoU', 'BiFPNSegmenter', 'efficientnet_bifpn', 'bifpn_split']
 
-# %% ../nbs/04_segmentation.ipynb #ef873776
+# %% ../nbs/04_segmentation.ipynb #aceba21e
 from fastai.basics import *
-from .losses import *
+from .targets import *
 from .dense import *
 
 # %% ../nbs/04_segmentation.ipynb #1a742a6b

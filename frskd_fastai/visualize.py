@@ -7,10 +7,11 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/visualize.html.md"""
 # %% auto #0
 __all__ = ['attention_maps', 'show_attention', 'plot_curves', 'show_masks']
 
-# %% ../nbs/06_visualize.ipynb #ea76c8e0
+# %% ../nbs/06_visualize.ipynb #92bd403b
 from fastai.vision.all import *
 from .features import *
 from .losses import *
+from .targets import *
 
 # %% ../nbs/06_visualize.ipynb #8a511e35
 def attention_maps(

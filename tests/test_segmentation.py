@@ -9,7 +9,8 @@ from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.augmentation import FRSKDSLACallback
 from frskd_fastai.dense import DenseSelfTeacher
 from frskd_fastai.levels import find_levels, list_levels
-from frskd_fastai.losses import ignored_labels, soft_label_loss
+from frskd_fastai.losses import soft_label_loss
+from frskd_fastai.targets import ignored_labels
 from frskd_fastai.visualize import show_attention
 from conftest import n_hooks, pickled_modules, same, weights
 

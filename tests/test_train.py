@@ -197,7 +197,7 @@ def test_segmentation(masks, tmp_path, capsys):
     assert h.run.tolist()==['plain','frskd'] and h[['mean_iou','pixel_accuracy']].notna().all().all() and h.mean_iou.between(0, 1).all()
     text = (out/'summary.md').read_text()
     assert text in printed and '| run | mean IoU | pixel accuracy | validation loss | training time |' in text and f'{h.mean_iou.iloc[1]:.2%}' in text
-    assert '12 training and 2 validation images of 3 classes at 32 px (height)' in text and 'Pixels of the class void are left out.' in text and 'α 1, β 50, temperature 1' in text and 'schedule ramp' in text
+    assert '12 training and 2 validation images of 3 classes at 32 px (height)' in text and 'Pixels of the class void are left out.' in text and 'α 1, β 50, temperature 1' in text
     im = Image.open(out/'predictions.png'); im.load()
     assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
     assert not any(m.startswith('frskd') for m in pickled_modules(out/'student.pkl'))

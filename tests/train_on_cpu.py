@@ -2,8 +2,8 @@
 import os, sys
 os.environ.setdefault('ACCELERATE_USE_CPU', '1') # or accelerate looks for a GPU, and finds nothing to distribute
 from ranks import on_cpu
-import frskd_fastai.train as train
+import frskd_fastai.launch as launch, frskd_fastai.train as train
 
 on_cpu()
-train.take_gpu = lambda: None
+launch.take_gpu = lambda: None
 sys.exit(train.main())
