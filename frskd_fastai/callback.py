@@ -31,7 +31,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #9227b9bc
+# %% ../nbs/03_callback.ipynb #8848dd6f
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
@@ -65,7 +65,7 @@ class FRSKDCallback(Callback):
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
         self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self.trained = None
-        self._overrides,self._half = [],False
+        self._overrides,self._half,self._paper = [],False,None
 
     @classmethod
     def paper(cls,
@@ -74,7 +74,9 @@ class FRSKDCallback(Callback):
     ):
         "The settings of the reference implementation. For CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the self-teacher's head"
         settings = dict(alpha=1., beta=50., temperature=1., schedule='ramp', teacher=partial(DenseSelfTeacher, n_channels=64, head_channels=256)) if segmentation else dict(alpha=2., temperature=4., width=2., depth=2, levels=4, schedule='constant')
-        return cls(**{**settings, **kwargs})
+        cb = cls(**{**settings, **kwargs})
+        cb._paper = segmentation
+        return cb
 
     # -- Attaching and detaching -------------------------------------------------------------
     @property
@@ -119,6 +121,8 @@ class FRSKDCallback(Callback):
         levels,pred = find_levels(model, *xb, levels=self.levels)
         check_pred(pred, yb, self.learn.loss_func)
         self.dense = pred.ndim==4
+        if self._paper not in (None,self.dense):
+            raise ValueError(f"FRSKD: these are the paper's settings for {'segmentation' if self._paper else 'classification'}, and the model {'labels pixels' if self.dense else 'labels images'}: take `FRSKDCallback.paper({'segmentation=True' if self.dense else ''})`")
         for k in self._unset: setattr(self, k, default_settings(self.dense, self.feature_loss)[k])
         if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
             raise ValueError(f"FRSKD: {dense_levels}")

@@ -104,7 +104,7 @@ def image_dls(
     block = DataBlock((ImageBlock,CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(len(train), len(items))), item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders(items, bs=min(bs, len(train)), num_workers=num_workers)
 
-# %% ../nbs/07_data.ipynb #a30ee0cc
+# %% ../nbs/07_data.ipynb #2a8b5c89
 def find_masks(
     path:str|Path, # Folder as above
     seed:int=0, # Of the split, where `path` has no `valid/`, `val/` or `test/`
@@ -124,6 +124,8 @@ def find_masks(
         items = masks_below(path, codes)
         if len(items)<2: raise DataError(f"one image in {path/'images'}: it takes two or more to train on one and validate on another")
         parts = _split(items, seed, valid_pct)
+    there = set().union(*(np.unique(np.asarray(Image.open(m))).tolist() for _,m in parts[0])) - {void_label(codes)}
+    if len(there)<2: raise DataError(f"the masks in {parts[0][0][1].parent} have labels of {'one class' if there else 'no class'} only{f', {codes[first(there)]}' if there else ''}; class numbers are lines of codes.txt, counted from 0" + (", and 255 is for pixels without a label" if void_label(codes)==255 else ''))
     return (*parts,list(codes))
 
 def masks_below(
@@ -151,12 +153,13 @@ def masks_below(
 def _check_mask(image, mask, n, void):
     try:
         with Image.open(image) as im: im.load(); size = im.size
-        with Image.open(mask) as m: values,mode = np.asarray(m),m.mode; msize = m.size
+        with Image.open(mask) as m: values,mode,msize,gray = np.asarray(m),m.mode,m.size,np.asarray(m.convert('L'))
     except OSError as e: raise DataError(f"unreadable image, {image} or its mask {mask}: {e}")
-    if mode not in ('L','P','1'): raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask has one class number a pixel (modes L or P)")
+    if mode not in ('L','P'): raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray image (mode L) of class numbers")
+    if (values!=gray).any(): raise DataError(f"{mask} has its class numbers in a palette, of which fastai reads the colours; save them as a gray image: Image.fromarray(np.asarray(Image.open(f))).save(f)")
     if size!=msize: raise DataError(f"{mask} is {msize[0]}×{msize[1]} pixels, its image {size[0]}×{size[1]}")
     top = int(values[values!=void].max(initial=0))
-    if top>=n: raise DataError(f"{mask} has class number {top}, but codes.txt names {n} classes, 0 to {n-1}" + (f" ({void} is for pixels without a label)" if void==255 else ''))
+    if top>=n: raise DataError(f"{mask} has class number {top}, but codes.txt names {n} classes, 0 to {n-1}" + (f" ({void} is for pixels without a label)" if void==255 else f" ({void} is for pixels without a label)" if top==255 else ''))
 
 def void_label(
     codes:list, # Classes

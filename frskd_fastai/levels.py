@@ -14,7 +14,7 @@ from fastai.basics import *
 from fastai.vision.models.unet import UnetBlock
 from .features import *
 
-# %% ../nbs/01_levels.ipynb #62e09770
+# %% ../nbs/01_levels.ipynb #cde2ecf4
 def _read(name, o, bs, hw, grids=()):
     "The `Level` that `o`, the output of module `name`, can be for `bs` images of height and width `hw`, or None. `grids` are sizes of maps seen before: patches that tokens may stand for"
     if not (isinstance(o, Tensor) and o.is_floating_point() and o.ndim in (3,4) and len(o)==bs): return None
@@ -63,7 +63,7 @@ def _feature_info(model, calls, n):
         return list(dict(lvs).values())[-n:] # the last one of each resolution
     return []
 
-dense_levels = "for segmentation the levels are found by themselves in a `DynamicUnet` (`unet_learner`) only; name those of this network, modules whose maps get finer towards its end: `FRSKDCallback(levels=[...])`"
+dense_levels = "for segmentation the levels are found by themselves in a `DynamicUnet` (`unet_learner`) only; name those of this network, two modules or more whose maps lead to its prediction, in any order: `FRSKDCallback(levels=[...])`"
 
 def decoder_names(
     model:nn.Module, # The student
@@ -103,7 +103,7 @@ def _search(model, calls, n):
     body = [lv for lv,convs in found if convs>1]
     return (body if len(body)>1 else [lv for lv,convs in found if convs>0])[-n:]
 
-# %% ../nbs/01_levels.ipynb #eaf94831
+# %% ../nbs/01_levels.ipynb #43f24a79
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
@@ -128,7 +128,7 @@ def find_levels(
         found = sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of one size keep the user's order
     if len(found)<2:
         got = ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in found) or 'none'
-        if isinstance(pred, Tensor) and pred.ndim==4: raise ValueError(f"FRSKD: {dense_levels}")
+        if isinstance(pred, Tensor) and pred.ndim==4 and isinstance(levels, Integral): raise ValueError(f"FRSKD: {dense_levels}")
         raise ValueError(f"FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution, in the model; found: {got}, for inputs of shape {tuple(xb[0].shape)}; a map has one entry for each of the inputs. "
                          "Use larger images, or name the modules: `FRSKDCallback(levels=[...])`.")
     return L(found),pred

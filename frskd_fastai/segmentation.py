@@ -12,12 +12,12 @@ from fastai.basics import *
 from .targets import *
 from .dense import *
 
-# %% ../nbs/04_segmentation.ipynb #1a742a6b
+# %% ../nbs/04_segmentation.ipynb #96927274
 class _PixelMetric(Metric):
     "Counts pixels of each class: hits, predictions, labels"
     def __init__(self,
-        ignored:set|list=(), # Labels to leave out, see `ignored_labels`
-    ): self.ignored = set(ignored)
+        ignored:int|set|list=(), # Label or labels to leave out, as the loss function's `ignore_index`
+    ): self.ignored = set(ignored if is_listy(ignored) or isinstance(ignored, set) else [ignored])
     def reset(self): self.counts = None
     def accumulate(self, learn):
         n = learn.pred.shape[1]

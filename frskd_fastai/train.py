@@ -59,7 +59,7 @@ def check_out(
     there = [o for o in (*results,'predictions.png') if (out/o).exists()]
     if there and not force: raise UsageError(f"--out {out} already holds results ({there[0]}); name another folder, or overwrite them with --force")
 
-# %% ../nbs/10_train.ipynb #c19b3f9f
+# %% ../nbs/10_train.ipynb #fe19cccf
 class History(Callback):
     "Keeps each epoch's row of the progress table, over all fits"
     order = Recorder.order+1
@@ -140,7 +140,9 @@ def _summary(args, learn, history, lr, seconds):
                     + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after half and three quarters of the epochs." if args.recipe else ''), '']
     for run,d in history.groupby('run', sort=False):
         lines.append(f"| {run} | {' | '.join(f'{d[o].iloc[-1]:.2%}' for o in tasks[args.task])} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
-    if args.codes and void_label(args.codes)<len(args.codes): lines += ['', f"Pixels of the class {args.codes[void_label(args.codes)]} are left out."]
+    if args.codes:
+        void = void_label(args.codes)
+        lines += ['', f"Pixels of {f'the class {args.codes[void]}' if void<len(args.codes) else 'value 255, if any,'} are left out."]
     if len(seconds)>1 and not args.codes: lines += ['', f"One seed; accuracy on {n_valid:,} images has a standard error of about {100*(.25/n_valid)**.5:.1f} points at worst, so read small differences with care."]
     lines += ['', f"fastai {fastai.__version__}, torch {torch.__version__}, frskd_fastai {frskd_fastai.__version__}, on {learn.dls.device}.",
               "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."
@@ -198,7 +200,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join([*results,*(['predictions.png'] if args.codes else [])])}")
     return args.out
 
-# %% ../nbs/10_train.ipynb #e5086cca
+# %% ../nbs/10_train.ipynb #0ce31474
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -221,7 +223,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 def parser()->argparse.ArgumentParser:
     "The options of `frskd-train`"
     p = argparse.ArgumentParser('frskd-train', description="Train an image classifier, or a segmenter, with FRSKD self-distillation, and export it.", formatter_class=_Help)
-    p.add_argument('path', nargs='?', metavar='PATH', help="folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the embedded handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/")
+    p.add_argument('path', nargs='?', metavar='PATH', help="folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the embedded handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, gray images of class numbers; a class called void, unlabelled or ignore, else 255, is for pixels that don't count")
     p.add_argument('--task', choices=list(tasks), default='classification', help="label images, or their pixels (a U-Net)")
     p.add_argument('--recipe', choices=list(recipes), help="train on a data set of the paper, at PATH, with the settings of its CIFAR-100 experiment: they take the place of the defaults below, 200 epochs among them; other options still count")
     p.add_argument('--arch', default='resnet18', help="architecture: torchvision's, fastai's xresnets, timm's, cifar_resnet18, wrn16_2")
@@ -234,7 +236,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--alpha', type=_number(float, 0), help=f"weight of the soft-label loss (default: {both('alpha')})")
     p.add_argument('--beta', type=_number(float, 0), help=f"weight of the attention loss (default: {both('beta')})")
     p.add_argument('--temperature', type=_number(float, 0, True), help=f"softens the soft labels (default: {both('temperature')})")
-    p.add_argument('--width', type=_number(float, 0, True), default=inspect.signature(FRSKDCallback).parameters['width'].default, help="channels of the self-teacher per channel of the student; for segmentation per 64")
+    p.add_argument('--width', type=_number(float, 0, True), default=inspect.signature(FRSKDCallback).parameters['width'].default, help="channels of the self-teacher per channel of the student; for segmentation its channels are 64 times this")
     p.add_argument('--seed', type=_number(int, 0), default=0, help="of the split, the initial weights and the order of the data")
     p.add_argument('--compare', action='store_true', help="train the same model plain too, with the same seed, and report both")
     p.add_argument('--out', default='frskd-results', help="folder for the results")

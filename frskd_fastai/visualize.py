@@ -84,11 +84,11 @@ def plot_curves(
         ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/06_visualize.ipynb #faf2075e
+# %% ../nbs/06_visualize.ipynb #cbeacb29
 def show_masks(
     learn:Learner, # Learner for segmentation
     n:int=4, # How many images
-    ignored:set=(), # Labels that are not shown, see `ignored_labels`
+    ignored:int|set|list=(), # Label or labels that are not shown
     size:float=2.5, # Width of one picture, in inches
 )->plt.Figure:
     "Images of the validation set, evenly spaced over it, with their masks and the student's"
@@ -102,7 +102,7 @@ def show_masks(
         show_image(image, ctx=row[0])
         for ax,m in zip(row[1:], (y,p)):
             m = m.as_subclass(Tensor).numpy()
-            ax.imshow(np.ma.masked_where(np.isin(m, list(ignored)), m), cmap='tab20', vmin=0, vmax=max(19, n_classes-1), interpolation='nearest')
+            ax.imshow(np.ma.masked_where(np.isin(m, list(ignored) if isinstance(ignored, set) else ignored), m), cmap='tab20', vmin=0, vmax=max(19, n_classes-1), interpolation='nearest')
             ax.axis('off')
     for ax,title in zip(axs[0], ('image','mask','student')): ax.set_title(title, fontsize=9)
     return fig

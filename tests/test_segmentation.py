@@ -242,6 +242,16 @@ def test_own_dense_self_teacher(seg):
     from frskd_fastai.teacher import SelfTeacher
     with pytest.raises(ValueError, match=r"logits are of shape \(2, 4\), the student's \(2, 4, height, width\)"): seg(cbs=FRSKDCallback(teacher=partial(SelfTeacher, width=1))).create_opt()
 
+def test_the_papers_settings_are_of_one_task(seg):
+    with pytest.raises(ValueError, match=r"classification, and the model labels pixels: take `FRSKDCallback.paper\(segmentation=True\)`"): seg(cbs=FRSKDCallback.paper()).create_opt()
+    cb = FRSKDCallback()
+    assert (cb.alpha,cb.beta,cb.temperature)==(2,100,4)
+    seg(cbs=cb).create_opt()
+    assert (cb.alpha,cb.beta,cb.temperature,cb.schedule)==(1,50,1,'trust')
+    cb = FRSKDCallback(alpha=2, feature_loss='hint')
+    seg(cbs=cb).create_opt()
+    assert (cb.alpha,cb.beta,cb.temperature)==(2,.5,1)
+
 @pytest.mark.parametrize('what', ['one logit','binary loss','float masks','other size','label augmentation','classes'])
 def test_what_is_refused(what, seg, items):
     "Before training, with the Learner as it was"
