@@ -104,7 +104,7 @@ def image_dls(
     block = DataBlock((ImageBlock,CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(len(train), len(items))), item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders(items, bs=min(bs, len(train)), num_workers=num_workers)
 
-# %% ../nbs/07_data.ipynb #2a8b5c89
+# %% ../nbs/07_data.ipynb #756df138
 def find_masks(
     path:str|Path, # Folder as above
     seed:int=0, # Of the split, where `path` has no `valid/`, `val/` or `test/`
@@ -119,18 +119,21 @@ def find_masks(
     if (path/'train').is_dir():
         valid = first(o for o in ('valid','val','test') if (path/o).is_dir())
         if valid is None: raise DataError(f"{path} has train/, but neither valid/ nor val/ nor test/ beside it")
-        parts = [masks_below(path/'train', codes),masks_below(path/valid, codes)]
-    else:
-        items = masks_below(path, codes)
-        if len(items)<2: raise DataError(f"one image in {path/'images'}: it takes two or more to train on one and validate on another")
-        parts = _split(items, seed, valid_pct)
-    there = set().union(*(np.unique(np.asarray(Image.open(m))).tolist() for _,m in parts[0])) - {void_label(codes)}
+        roots = [path/'train',path/valid]
+    else: roots = [path]
+    labels = {} # of each mask
+    parts = [masks_below(r, codes, labels) for r in roots]
+    if len(parts)==1:
+        if len(parts[0])<2: raise DataError(f"one image in {path/'images'}: it takes two or more to train on one and validate on another")
+        parts = _split(parts[0], seed, valid_pct)
+    there = set().union(*(labels[m] for _,m in parts[0])) - {void_label(codes)}
     if len(there)<2: raise DataError(f"the masks in {parts[0][0][1].parent} have labels of {'one class' if there else 'no class'} only{f', {codes[first(there)]}' if there else ''}; class numbers are lines of codes.txt, counted from 0" + (", and 255 is for pixels without a label" if void_label(codes)==255 else ''))
     return (*parts,list(codes))
 
 def masks_below(
     root:Path, # Folder with `images/` and `labels/`
     codes:list, # Classes
+    labels:dict, # Here it puts the set of the labels in each mask
 )->L: # Pairs (image, mask), sorted
     "The images of `root`, each with its mask. `DataError` that names the first one that is wrong"
     files = []
@@ -147,10 +150,11 @@ def masks_below(
         alone = first(s for s in have if s not in lack)
         if alone: raise DataError(f"{what} without {'an' if other=='image' else 'a'} {other}: {have[alone]}")
     void = void_label(codes)
-    for s,f in masks.items(): _check_mask(images[s], f, len(codes), void)
+    for s,f in masks.items(): labels[f] = _check_mask(images[s], f, len(codes), void)
     return L((images[s],masks[s]) for s in images)
 
 def _check_mask(image, mask, n, void):
+    "The labels in `mask`, or a `DataError`"
     try:
         with Image.open(image) as im: im.load(); size = im.size
         with Image.open(mask) as m: values,mode,msize,gray = np.asarray(m),m.mode,m.size,np.asarray(m.convert('L'))
@@ -158,8 +162,10 @@ def _check_mask(image, mask, n, void):
     if mode not in ('L','P'): raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray image (mode L) of class numbers")
     if (values!=gray).any(): raise DataError(f"{mask} has its class numbers in a palette, of which fastai reads the colours; save them as a gray image: Image.fromarray(np.asarray(Image.open(f))).save(f)")
     if size!=msize: raise DataError(f"{mask} is {msize[0]}×{msize[1]} pixels, its image {size[0]}×{size[1]}")
-    top = int(values[values!=void].max(initial=0))
-    if top>=n: raise DataError(f"{mask} has class number {top}, but codes.txt names {n} classes, 0 to {n-1}" + (f" ({void} is for pixels without a label)" if void==255 else f" ({void} is for pixels without a label)" if top==255 else ''))
+    labels = set(np.unique(values).tolist())
+    top = max(labels-{void}, default=0)
+    if top>=n: raise DataError(f"{mask} has class number {top}, but codes.txt names {n} classes, 0 to {n-1}" + (f" ({void} is for pixels without a label)" if 255 in (void,top) else ''))
+    return labels
 
 def void_label(
     codes:list, # Classes

@@ -44,7 +44,7 @@ class MeanIoU(_PixelMetric):
     @property
     def name(self): return 'mean_iou'
 
-# %% ../nbs/04_segmentation.ipynb #fe6134b1
+# %% ../nbs/04_segmentation.ipynb #61e28035
 class BiFPNSegmenter(nn.Module):
     "A body that gives maps of falling resolution, layers of a feature pyramid on them, and a head on the finest (the paper's student for segmentation)"
     def __init__(self,
@@ -62,7 +62,7 @@ class BiFPNSegmenter(nn.Module):
         self.laterals = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d)) for c in (*channels,*channels[-1:]*(n_extra>0)))
         self.layers = nn.ModuleList(DenseLayer(n, d) for _ in range(n_layers))
         self.maps = nn.ModuleList(nn.ReLU() for _ in range(n)) # the levels: modules of one output each
-        self.head = nn.Sequential(nn.Conv2d(d, head_channels, 3, padding=1, bias=False), nn.BatchNorm2d(head_channels), nn.ReLU(inplace=True), nn.Conv2d(head_channels, n_out, 3, padding=1))
+        self.head = dense_head(d, head_channels, n_out)
 
     @property
     def level_names(self):
