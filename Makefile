@@ -30,7 +30,7 @@ test: $(BIN)/.installed-dev ## all that CI runs: sync, README, notebooks, pytest
 	$(call stage,sync,$(BIN)/python tools/check_sync.py)
 	$(call stage,readme,$(BIN)/python tools/make_readme.py --check)
 	$(call stage,notebooks,$(ONE) $(BIN)/nbdev-test --n-workers 2 --timing)
-	$(call stage,pytest,$(ONE) $(BIN)/python -m pytest tests)
+	$(call stage,pytest,$(ONE) $(BIN)/python -m pytest tests -n 2 --dist loadfile)
 
 export: $(BIN)/.installed-dev ## write the modules and README.md from the notebooks (and clean these)
 	$(BIN)/nbdev-clean

@@ -17,8 +17,9 @@ def small(pretrained=False):
     return nn.Sequential(ConvLayer(3, c[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(c[-1], 2))
 
 def run(path, arm, seed, a):
-    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, torch, unet_learner)
+    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, unet_learner)
     from frskd_fastai.callback import FRSKDCallback
+    from frskd_fastai.segmentation import MeanIoU, PixelAccuracy
     codes = (path/'codes.txt').read_text().split()
     void = len(codes)-1
     files = get_image_files(path/'train/images').sorted()
@@ -26,14 +27,6 @@ def run(path, arm, seed, a):
     set_seed(seed, reproducible=True)
     block = DataBlock((ImageBlock,MaskBlock(codes)), get_y=lambda f: f.parent.parent/'labels'/f'{f.stem}.png', splitter=FuncSplitter(lambda f: 'val' in f.parts), item_tfms=Resize(tuple(a.size)), batch_tfms=Flip())
     dls = block.dataloaders(files, bs=a.bs, num_workers=0)
-    hits = torch.zeros(3, len(codes)-1)
-    def miou(pred, y):
-        "Mean intersection over union of the classes in the validation set, pixels without a label left out: counted over the whole set"
-        p,y = (o.flatten() for o in (pred.argmax(1),y))
-        p,y = p[y!=void].long(),y[y!=void].long()
-        n = len(codes)-1
-        for i,v in enumerate((p[p==y], p, y)): hits[i] += torch.bincount(v, minlength=len(codes))[:n].float()
-        return torch.tensor(0.) # read at the end
     kw = ARMS[arm]
     learn = unet_learner(dls, small if a.arch=='small' else getattr(models, a.arch), pretrained=False, normalize=True, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=void), cbs=None if kw is None else FRSKDCallback(**kw))
     class AtTheEnd(Callback):
@@ -44,11 +37,9 @@ def run(path, arm, seed, a):
     t0 = time.time()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr, cbs=AtTheEnd())
     seconds = time.time()-t0
-    learn.metrics = miou
-    with learn.no_bar(): valid_loss = float(learn.validate()[0])
-    inter,p,y = hits
-    return dict(arm=arm, seed=seed, arch=a.arch, images=a.images, valid=a.valid, size='×'.join(map(str,a.size)), bs=a.bs, lr=a.lr, epochs=a.epochs, valid_loss=round(valid_loss, 4),
-                miou=round(float((inter/(p+y-inter))[y>0].mean())*100, 2), pixel_accuracy=round(float(inter.sum()/y.sum())*100, 2), seconds=round(seconds))
+    learn.metrics = [MeanIoU(void),PixelAccuracy(void)]
+    with learn.no_bar(): valid_loss,miou,acc = learn.validate()
+    return dict(arm=arm, seed=seed, arch=a.arch, images=a.images, valid=a.valid, size='×'.join(map(str,a.size)), bs=a.bs, lr=a.lr, epochs=a.epochs, valid_loss=round(valid_loss, 4), miou=round(miou*100, 2), pixel_accuracy=round(acc*100, 2), seconds=round(seconds))
 
 def table(file):
     import pandas as pd

@@ -7,7 +7,7 @@ import argparse, json, os, subprocess, sys
 
 def step(arch, size, bs, width):
     import resource, warnings; warnings.filterwarnings('ignore')
-    from fastai.vision.all import (Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Normalize, TensorImage, TensorMask, models, set_seed, torch, unet_learner)
+    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, TensorImage, TensorMask, models, set_seed, torch, unet_learner)
     from frskd_fastai.callback import FRSKDCallback
     rss = lambda: int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     set_seed(0)
@@ -17,9 +17,7 @@ def step(arch, size, bs, width):
     learn.create_opt()
     before = rss()
     class NoValid(Callback):
-        def before_validate(self):
-            from fastai.vision.all import CancelValidException
-            raise CancelValidException
+        def before_validate(self): raise CancelValidException
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=NoValid())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
     return dict(before=before, peak=peak, step=peak-before)

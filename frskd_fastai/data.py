@@ -37,7 +37,7 @@ def digits_data(
         if not dest.exists(): raise
     return dest
 
-# %% ../nbs/07_data.ipynb #b08193f6
+# %% ../nbs/07_data.ipynb #81df9c18
 class DataError(ValueError): "The images can't be used; the message says why, and what would be"
 
 def _split(items, seed, valid_pct):
@@ -45,6 +45,13 @@ def _split(items, seed, valid_pct):
     idxs = np.random.default_rng(seed).permutation(len(items)).tolist()
     n_valid = max(1, int(valid_pct*len(idxs)))
     return [items[sorted(idxs[n_valid:])],items[sorted(idxs[:n_valid])]]
+
+def _roots(path):
+    "The folders of training and of validation images, or the one of both"
+    if not (path/'train').is_dir(): return [path]
+    valid = first(o for o in ('valid','val','test') if (path/o).is_dir())
+    if valid is None: raise DataError(f"{path} has train/, but neither valid/ nor val/ nor test/ beside it")
+    return [path/'train',path/valid]
 
 def find_images(
     path:str|Path, # Folder with `train/` and `valid/` or `test/`, or with one folder per class
@@ -55,11 +62,7 @@ def find_images(
     path = Path(path)
     if not path.exists(): raise DataError(f"no such folder: {path}")
     if not path.is_dir(): raise DataError(f"{path} is not a folder; give a folder of images")
-    if (path/'train').is_dir():
-        valid = first(o for o in ('valid','val','test') if (path/o).is_dir())
-        if valid is None: raise DataError(f"{path} has train/, but neither valid/ nor test/ beside it")
-        roots = [path/'train',path/valid]
-    else: roots = [path]
+    roots = _roots(path)
     parts = [images_below(r) for r in roots]
     layout = "expected train/ and valid/ (or test/), or one folder per class, with images in them"
     for r,items in zip(roots, parts):
@@ -100,11 +103,14 @@ def image_dls(
     num_workers:int|None=None, # Processes that load images; fastai's default
 )->DataLoaders:
     "`DataLoaders` of labelled image files"
+    return _dls(train, valid, CategoryBlock, ItemGetter(1), bs, num_workers, item_tfms=item_tfms, batch_tfms=batch_tfms)
+
+def _dls(train, valid, target, get_y, bs, num_workers, **tfms):
     items = [*train,*valid]
-    block = DataBlock((ImageBlock,CategoryBlock), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(len(train), len(items))), item_tfms=item_tfms, batch_tfms=batch_tfms)
+    block = DataBlock((ImageBlock,target), get_x=ItemGetter(0), get_y=get_y, splitter=IndexSplitter(range(len(train), len(items))), **tfms)
     return block.dataloaders(items, bs=min(bs, len(train)), num_workers=num_workers)
 
-# %% ../nbs/07_data.ipynb #756df138
+# %% ../nbs/07_data.ipynb #eeacad29
 def find_masks(
     path:str|Path, # Folder as above
     seed:int=0, # Of the split, where `path` has no `valid/`, `val/` or `test/`
@@ -116,13 +122,8 @@ def find_masks(
     if not (path/'codes.txt').is_file(): raise DataError(f"{path} has no codes.txt, which names the classes: one a line, the first for the pixels of value 0")
     codes = L((path/'codes.txt').read_text().splitlines()).map(str.strip).filter()
     if len(codes)<2: raise DataError(f"{path/'codes.txt'} names {len(codes)} class{'es'*(len(codes)!=1)}; it needs two or more, one a line")
-    if (path/'train').is_dir():
-        valid = first(o for o in ('valid','val','test') if (path/o).is_dir())
-        if valid is None: raise DataError(f"{path} has train/, but neither valid/ nor val/ nor test/ beside it")
-        roots = [path/'train',path/valid]
-    else: roots = [path]
     labels = {} # of each mask
-    parts = [masks_below(r, codes, labels) for r in roots]
+    parts = [masks_below(r, codes, labels) for r in _roots(path)]
     if len(parts)==1:
         if len(parts[0])<2: raise DataError(f"one image in {path/'images'}: it takes two or more to train on one and validate on another")
         parts = _split(parts[0], seed, valid_pct)
@@ -157,10 +158,9 @@ def _check_mask(image, mask, n, void):
     "The labels in `mask`, or a `DataError`"
     try:
         with Image.open(image) as im: im.load(); size = im.size
-        with Image.open(mask) as m: values,mode,msize,gray = np.asarray(m),m.mode,m.size,np.asarray(m.convert('L'))
+        with Image.open(mask) as m: values,mode,msize = np.asarray(m),m.mode,m.size
     except OSError as e: raise DataError(f"unreadable image, {image} or its mask {mask}: {e}")
-    if mode not in ('L','P'): raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray image (mode L) of class numbers")
-    if (values!=gray).any(): raise DataError(f"{mask} has its class numbers in a palette, of which fastai reads the colours; save them as a gray image: Image.fromarray(np.asarray(Image.open(f))).save(f)")
+    if mode not in ('L','P'): raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray or palette image (mode L or P) of class numbers")
     if size!=msize: raise DataError(f"{mask} is {msize[0]}×{msize[1]} pixels, its image {size[0]}×{size[1]}")
     labels = set(np.unique(values).tolist())
     top = max(labels-{void}, default=0)
@@ -177,11 +177,10 @@ def mask_dls(
     train:list, # Training items, pairs (image, mask)
     valid:list, # Validation items
     codes:list, # Classes
-    size:tuple, # Height and width in pixels; images of other proportions are cropped
+    item_tfms:list|Callable, # Transforms of one image and its mask; they have to bring all to one size
+    batch_tfms:list|Callable|None=None, # Transforms of a batch
     bs:int=8, # Batch size; at most the number of training images
     num_workers:int|None=None, # Processes that load images; fastai's default
 )->DataLoaders:
-    "`DataLoaders` of images and masks, with fastai's augmentations"
-    items = [*train,*valid]
-    block = DataBlock((ImageBlock,MaskBlock(codes)), get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(range(len(train), len(items))), item_tfms=Resize(size), batch_tfms=aug_transforms(size=size))
-    return block.dataloaders(items, bs=min(bs, len(train)), num_workers=num_workers)
+    "`DataLoaders` of images and masks; of palette images they read the numbers"
+    return _dls(train, valid, MaskBlock(codes), Pipeline([ItemGetter(1), load_image, np.asarray]), bs, num_workers, item_tfms=item_tfms, batch_tfms=batch_tfms)

@@ -44,7 +44,7 @@ class MeanIoU(_PixelMetric):
     @property
     def name(self): return 'mean_iou'
 
-# %% ../nbs/04_segmentation.ipynb #61e28035
+# %% ../nbs/04_segmentation.ipynb #6b76b330
 class BiFPNSegmenter(nn.Module):
     "A body that gives maps of falling resolution, layers of a feature pyramid on them, and a head on the finest (the paper's student for segmentation)"
     def __init__(self,
@@ -82,13 +82,15 @@ class BiFPNSegmenter(nn.Module):
 
 def efficientnet_bifpn(
     n_out:int, # Classes
-    arch:str='efficientnet_b0', # The paper's are efficientnet_b0 and efficientnet_b1; any timm network that gives maps at strides 4 to 32
+    arch:str='efficientnet_b0', # The paper's are efficientnet_b0 and efficientnet_b1; any timm network that gives maps at strides 4, 8, 16 and 32
     pretrained:bool=True, # The body, on ImageNet?
     **kwargs, # As for `BiFPNSegmenter`
 )->BiFPNSegmenter:
     "The paper's student for segmentation. timm has to be installed"
     import timm
-    body = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=(1,2,3,4))
+    strides = timm.create_model(arch, pretrained=False, features_only=True).feature_info.reduction()
+    if [o for o in strides if o>=4]!=[4,8,16,32]: raise ValueError(f"FRSKD: {arch} gives maps at strides {', '.join(map(str, strides))}; the pyramid needs 4, 8, 16 and 32, as efficientnet_b0 gives them")
+    body = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=[i for i,o in enumerate(strides) if o>=4])
     return BiFPNSegmenter(body, body.feature_info.channels(), n_out, **kwargs)
 
 def bifpn_split(

@@ -7,7 +7,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/train.html.md"""
 # %% auto #0
 __all__ = ['results', 'tasks', 'own_archs', 'find_arch', 'check_out', 'History', 'train', 'parser', 'main']
 
-# %% ../nbs/10_train.ipynb #b40c9d44
+# %% ../nbs/10_train.ipynb #815babcc
 import argparse, contextlib, difflib, inspect, io, math, os, re, shlex, sys, time, warnings
 with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch.jit`: nothing for a command's user
     warnings.simplefilter('ignore', FutureWarning)
@@ -19,12 +19,12 @@ from .callback import *
 from .data import *
 from .launch import *
 from .losses import default_settings
-from .segmentation import MeanIoU, PixelAccuracy
+from .segmentation import MeanIoU, PixelAccuracy, efficientnet_bifpn
 from .models import cifar_resnet18, wrn16_2
 from .recipes import *
 from .visualize import *
 
-# %% ../nbs/10_train.ipynb #c177175c
+# %% ../nbs/10_train.ipynb #c6dc5345
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
 
 # The metrics of each task: columns of the progress table, and their names in the summary; the first one is in the picture
@@ -34,17 +34,18 @@ own_archs = dict(cifar_resnet18=cifar_resnet18, wrn16_2=wrn16_2)
 
 def find_arch(
     name:str, # One of this package, a torchvision classification model, a fastai xresnet, or a timm model (where timm is installed)
+    only_timm:bool=False, # timm's models alone?
 )->Callable|str: # What `vision_learner` takes, or a function from the number of classes to a model of this package
     "The architecture `name`, or a `UsageError` with near matches"
-    if name in own_archs: return own_archs[name]
-    tv = torchvision.models.list_models(module=torchvision.models)
-    if name in tv: return getattr(torchvision.models, name)
-    xres = [o for o in dir(models.xresnet) if re.fullmatch(r'xresnet\d+(_deep|_deeper)?', o)]
-    if name in xres: return getattr(models.xresnet, name)
+    known = {} if only_timm else {**own_archs,
+        **{o:getattr(torchvision.models, o) for o in torchvision.models.list_models(module=torchvision.models)},
+        **{o:getattr(models.xresnet, o) for o in dir(models.xresnet) if re.fullmatch(r'xresnet\d+(_deep|_deeper)?', o)}}
+    if name in known: return known[name]
+    known,extra = list(known),''
     try: import timm
-    except ImportError: known,extra = [*own_archs,*tv,*xres]," (`pip install timm` adds more than a thousand)"
+    except ImportError: extra = " (`pip install timm` adds more than a thousand)"
     else:
-        known,extra = [*own_archs,*tv,*xres,*timm.list_models()],''
+        known += timm.list_models()
         if timm.is_model(name): return name
     near = difflib.get_close_matches(name, sorted(set(known)), n=4)
     raise UsageError(f"unknown architecture {name!r}" + (f"; did you mean {', '.join(near)}?" if near else extra))
@@ -59,7 +60,7 @@ def check_out(
     there = [o for o in (*results,'predictions.png') if (out/o).exists()]
     if there and not force: raise UsageError(f"--out {out} already holds results ({there[0]}); name another folder, or overwrite them with --force")
 
-# %% ../nbs/10_train.ipynb #fe19cccf
+# %% ../nbs/10_train.ipynb #fb6062d9
 class History(Callback):
     "Keeps each epoch's row of the progress table, over all fits"
     order = Recorder.order+1
@@ -71,40 +72,47 @@ class History(Callback):
 def _images(args):
     "A function that makes the DataLoaders; the images are looked for once"
     if args.recipe:
-        items = recipe_items(args.recipe, args.path)
+        items,args.codes = recipe_items(args.recipe, args.path),recipes[args.recipe].codes
         return partial(recipe_dls, args.recipe, *items, size=args.size, bs=share(args.bs, len(items[0])))
     if args.task=='segmentation':
         train,valid,args.codes = find_masks(args.path, args.seed)
         w,h = Image.open(train[0][0]).size
         if args.size is None: args.size = min(224, h)
-        return partial(mask_dls, train, valid, args.codes, (args.size,round(args.size*w/h)), bs=share(args.bs, len(train)))
+        size = args.size,round(args.size*w/h)
+        return partial(mask_dls, train, valid, args.codes, Resize(size), aug_transforms(size=size), bs=share(args.bs, len(train)))
     digits = args.path is None
     items = find_images(digits_data() if digits else args.path, args.seed)
     return partial(image_dls, *items, item_tfms=Resize(args.size), batch_tfms=aug_transforms(do_flip=not digits, size=args.size), bs=share(args.bs, len(items[0])),
                    num_workers=0 if digits else None) # decoding an 8×8 image costs less than handing it over
 
-def _build(args, dls, pretrained, cbs):
-    "The Learner; a recipe trains the network as it is, without fastai's head, by the paper's optimizer"
-    arch,kw = find_arch(args.arch),dict(metrics=accuracy, cbs=cbs, path=args.out)
-    if args.task=='segmentation':
-        codes,void = args.codes,void_label(args.codes)
-        return unet_learner(dls, arch, n_out=len(codes), pretrained=pretrained, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=void), **{**kw, 'metrics':[MeanIoU({void}),PixelAccuracy({void})]})
-    if args.recipe: kw.update(opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=1e-4, wd_bn_bias=True)
-    if args.arch in own_archs: return Learner(dls, arch(dls.c), **kw)
-    if not args.recipe: return vision_learner(dls, arch, pretrained=pretrained, **kw)
+def _whole(args, n_out, pretrained):
+    "A network as it is, without fastai's head"
+    if args.codes: return efficientnet_bifpn(n_out, args.arch, pretrained)
+    arch = find_arch(args.arch)
     if isinstance(arch, str): import timm; arch = partial(timm.create_model, arch)
-    model = arch(**{'n_out' if 'xresnet' in args.arch else 'num_classes':dls.c})
+    model = arch(**{'n_out' if args.arch in own_archs or 'xresnet' in args.arch else 'num_classes':n_out})
     if getattr(model, 'aux_logits', False): model.aux_logits = False # in training Inception and GoogLeNet would return three outputs
-    return Learner(dls, model, **kw)
+    return model
+
+def _build(args, dls, pretrained, cbs):
+    "The Learner"
+    kw = dict(metrics=accuracy, cbs=cbs, path=args.out)
+    if args.codes:
+        void = void_label(args.codes)
+        kw['metrics'] = [MeanIoU({void}),PixelAccuracy({void})]
+    if args.recipe: return recipe_learner(args.recipe, dls, _whole(args, len(args.codes or dls.vocab), pretrained), **kw)
+    if args.codes: return unet_learner(dls, find_arch(args.arch), n_out=len(args.codes), pretrained=pretrained, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=void), **kw)
+    if args.arch in own_archs: return Learner(dls, _whole(args, dls.c, False), **kw)
+    return vision_learner(dls, find_arch(args.arch), pretrained=pretrained, **kw)
 
 def _learner(args, dls, frskd):
     "The Learner of one run; both runs of a comparison start from the same weights and see the same batches"
     set_seed(args.seed, reproducible=True)
     cbs = [History('frskd' if frskd else 'plain')]
-    make = FRSKDCallback.paper if args.recipe else FRSKDCallback
+    make = partial(FRSKDCallback.paper, args.task=='segmentation') if args.recipe else FRSKDCallback
     if frskd: cbs.append(make(alpha=args.alpha, beta=args.beta, temperature=args.temperature, width=args.width, columns=True))
     dls = dls()
-    reason = lambda e: (str(e).strip() or type(e).__name__).split('\n')[0]
+    reason = lambda e: 'fastai finds no pooling layer to cut it before' if isinstance(e, StopIteration) else (str(e).strip() or type(e).__name__).split('\n')[0]
     try: return _build(args, dls, args.pretrained, cbs)
     except Exception as e: # a network that fastai can't cut, an image too small for it, weights out of reach
         if args.pretrained:
@@ -123,7 +131,7 @@ def _fit(learn, args, lr):
     return seconds
 
 def _train(learn, args, lr):
-    if args.recipe: learn.fit(args.epochs, cbs=ParamScheduler({'lr': combine_scheds([.5,.25,.25], [SchedNo(lr/d, lr/d) for d in (1,10,100)])}))
+    if args.recipe: recipe_fit(learn, args.recipe, args.epochs, lr)
     elif args.pretrained: learn.fine_tune(args.epochs, base_lr=lr)
     else: learn.fit_one_cycle(args.epochs, lr)
 
@@ -132,12 +140,12 @@ def _summary(args, learn, history, lr, seconds):
     data = recipes[args.recipe].data if args.recipe else args.path or 'the embedded handwritten digits'
     n_train,n_valid = len(learn.dls.train_ds),len(learn.dls.valid_ds)
     lines = ['# frskd-train', '', f"`{' '.join(['frskd-train', *map(shlex.quote, args.argv)])}`", '',
-        f"{args.arch}, {'pretrained' if args.pretrained else 'from scratch'}, on {data}: {n_train:,} training and {n_valid:,} validation images of {len(args.codes) if args.codes else learn.dls.c} classes at {args.size} px{' (height)' if args.codes else ''}; "
+        f"{args.arch}, {'pretrained' if args.pretrained else 'from scratch'}, on {data}: {n_train:,} training and {n_valid:,} validation images of {len(args.codes) if args.codes else learn.dls.c} classes at {args.size} px{' (height)' if args.codes and not args.recipe else ''}; "
         f"{args.epochs} epoch{'s'*(args.epochs>1)}, batch size {args.bs}{f', {args.bs//n_processes()} on each of {n_processes()} processes' if n_processes()>1 else ''}, learning rate {lr:.2g}, seed {args.seed}. Levels: {', '.join(learn.frskd.level_names)}.", '',
         f"| run | {' | '.join(tasks[args.task].values())} | validation loss | training time |", '|---'*(len(tasks[args.task])+3)+'|']
     frskd = learn.frskd
     lines[-2:-2] = [f"FRSKD: α {frskd.alpha:g}, β {frskd.beta:g}, temperature {frskd.temperature:g}, self-teacher of width {frskd.width:g}, schedule {frskd.schedule}."
-                    + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after half and three quarters of the epochs." if args.recipe else ''), '']
+                    + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after {' and '.join(f'{o*args.epochs:.4g}' for o in recipes[args.recipe].drops)} epochs{', gradients clipped' if recipes[args.recipe].clip else ''}." if args.recipe else ''), '']
     for run,d in history.groupby('run', sort=False):
         lines.append(f"| {run} | {' | '.join(f'{d[o].iloc[-1]:.2%}' for o in tasks[args.task])} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
     if args.codes:
@@ -146,10 +154,10 @@ def _summary(args, learn, history, lr, seconds):
     if len(seconds)>1 and not args.codes: lines += ['', f"One seed; accuracy on {n_valid:,} images has a standard error of about {100*(.25/n_valid)**.5:.1f} points at worst, so read small differences with care."]
     lines += ['', f"fastai {fastai.__version__}, torch {torch.__version__}, frskd_fastai {frskd_fastai.__version__}, on {learn.dls.device}.",
               "`student.pkl` is the trained student, without the self-teacher: `load_learner('student.pkl').predict('image.png')`."
-              + (" Its network is this package's, which has to be installed to load it." if args.arch=='wrn16_2' else '')]
+              + (" Its network is this package's, which has to be installed to load it." if args.arch=='wrn16_2' or args.recipe=='voc' else '')]
     return '\n'.join(lines)+'\n'
 
-# %% ../nbs/10_train.ipynb #3d4bb92e
+# %% ../nbs/10_train.ipynb #88ffbf51
 def train(
     args:argparse.Namespace, # Parsed options, see `parser`
 )->Path: # Folder with the results
@@ -157,13 +165,14 @@ def train(
     args.out = Path(args.out)
     check_out(args.out, args.force)
     check_processes(args.bs)
-    find_arch(args.arch)
+    r = recipes.get(args.recipe)
+    if r and r.segmentation!=(args.task=='segmentation'): raise UsageError(f"the recipe {args.recipe} is for {'segmentation' if r.segmentation else 'classification'}")
+    find_arch(args.arch, only_timm=r is not None and r.segmentation)
     args.codes = None # the classes, in segmentation
-    if args.task=='segmentation':
-        if args.recipe: raise UsageError(f"the recipe {args.recipe} is for classification")
+    if args.task=='segmentation' and not r:
         if args.path is None: raise UsageError("--task segmentation needs a PATH, a folder of images and masks; the embedded digits have no masks")
         if args.arch in own_archs: raise UsageError(f"{args.arch} classifies; for a U-Net take another network, for instance --arch resnet18")
-    fixed = args.recipe or args.arch in own_archs
+    fixed = args.arch in own_archs or (r and not r.segmentation)
     if args.pretrained and fixed: raise UsageError(f"{f'the recipe {args.recipe}' if args.recipe else args.arch} trains from scratch; leave --pretrained away")
     if args.pretrained is None: args.pretrained = args.path is not None and not fixed # the embedded images need no network
     if args.size is None and args.task=='classification': args.size = 48 if args.path is None else 32 if args.arch in own_archs else 224
@@ -200,7 +209,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join([*results,*(['predictions.png'] if args.codes else [])])}")
     return args.out
 
-# %% ../nbs/10_train.ipynb #0ce31474
+# %% ../nbs/10_train.ipynb #2f34f47e
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -225,7 +234,7 @@ def parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser('frskd-train', description="Train an image classifier, or a segmenter, with FRSKD self-distillation, and export it.", formatter_class=_Help)
     p.add_argument('path', nargs='?', metavar='PATH', help="folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the embedded handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, gray images of class numbers; a class called void, unlabelled or ignore, else 255, is for pixels that don't count")
     p.add_argument('--task', choices=list(tasks), default='classification', help="label images, or their pixels (a U-Net)")
-    p.add_argument('--recipe', choices=list(recipes), help="train on a data set of the paper, at PATH, with the settings of its CIFAR-100 experiment: they take the place of the defaults below, 200 epochs among them; other options still count")
+    p.add_argument('--recipe', choices=list(recipes), help="train on a data set of the paper, at PATH, with the paper's settings: they take the place of the defaults below, 200 epochs among them; other options still count")
     p.add_argument('--arch', default='resnet18', help="architecture: torchvision's, fastai's xresnets, timm's, cifar_resnet18, wrn16_2")
     p.add_argument('--epochs', type=_number(int, 1), default=10, help="epochs; with pretrained weights one epoch with a frozen body comes before")
     p.add_argument('--bs', type=_number(int, 2), default=64, help="batch size, of all processes together")
@@ -255,7 +264,8 @@ def main(
     recipe = p.parse_args(argv).recipe
     if recipe:
         r = recipes[recipe]
-        p.set_defaults(arch=r.arch, size=r.size, bs=r.bs, epochs=200, lr=0.1, alpha=2., beta=100., temperature=4., width=2.)
+        paper = FRSKDCallback.paper(r.segmentation)
+        p.set_defaults(task='segmentation' if r.segmentation else 'classification', **{k:getattr(r, k) for k in ('arch','size','bs','epochs','lr')}, **{k:getattr(paper, k) for k in ('alpha','beta','temperature','width')})
     args = p.parse_args(argv)
     args.argv = argv
     errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once on each machine

@@ -80,7 +80,7 @@ from fastai.distributed import *
 from fastai.callback.fp16 import MixedPrecision
 from torch.nn.parallel import DistributedDataParallel
 from frskd_fastai.all import *
-from conftest import SmallNet, n_hooks, split, weights
+from conftest import VOID, SmallNet, masks, n_hooks, small_unet, split, weights
 from sklearn.datasets import load_digits
 
 def on_cpu():
@@ -91,17 +91,18 @@ def on_cpu():
         return t.tolist()
     DistributedDL._broadcast = _broadcast
 
-def data(n=64, bs=8, n_valid=20, shuffle=False, drop_last=False):
+def data(n=64, bs=8, n_valid=20, shuffle=False, drop_last=False, dense=False):
     d = load_digits()
     x = F.interpolate(torch.from_numpy(d.images[:n+n_valid]).float()[:,None]/16, size=32).expand(-1,3,-1,-1).contiguous()
-    items = list(zip(x, torch.from_numpy(d.target)))
+    y = torch.from_numpy(d.target[:n+n_valid])
+    items = list(zip(x, masks(x, y) if dense else y))
     return DataLoaders(DataLoader(items[:n], bs=bs, shuffle=shuffle, drop_last=drop_last), DataLoader(items[n:], bs=bs))
 
 def learner(dls=None, path='.', frskd=None, sla=False, seed=None, cbs=None, **kw):
     "A Learner; each rank has other initial weights, unless there is a `seed`"
     set_seed(rank_distrib() if seed is None else seed)
-    learn = Learner(dls or data(), kw.pop('model', None) or SmallNet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path,
-                    cbs=[(FRSKDSLACallback if sla else FRSKDCallback)(**(frskd or {})), *L(cbs)], **{'splitter':split, **kw})
+    learn = Learner(dls or data(), kw.pop('model', None) or SmallNet(), path=path, cbs=[(FRSKDSLACallback if sla else FRSKDCallback)(**(frskd or {})), *L(cbs)],
+                    **{'loss_func':CrossEntropyLossFlat(), 'metrics':accuracy, 'splitter':split, **kw})
     return learn
 
 class Together(Callback):
@@ -207,6 +208,21 @@ def steps(world_bs=16, n=48, epochs=1, cbs=None, **kw):
     learn = learner(dls, seed=0, opt_func=SGD, **kw)
     with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(epochs, .3, cbs=[NoStatistics(),Parts(),*([GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else [])])
     return {**end(learn), 'losses':parts}
+
+@scenario
+def segments():
+    "A U-Net: mean IoU over both ranks' images, and what one process measures"
+    learn = learner(data(n=32, dense=True), model=small_unet(), splitter=trainable_params, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), metrics=[MeanIoU(VOID),PixelAccuracy(VOID)])
+    hooks,together = n_hooks(learn.model),Together()
+    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=together)
+    values = [float(o) for o in learn.recorder.values[-1][-2:]]
+    preds = torch.cat([learn.model.eval()(x) for x,_ in learn.dls.valid]).argmax(1)
+    y = torch.cat([y for _,y in learn.dls.valid])
+    keep,iou = y!=VOID,[]
+    for c in range(4):
+        p,t = preds[keep]==c,y[keep]==c
+        if t.any(): iou.append(((p&t).sum()/(p|t).sum()).item())
+    return {**end(learn, together), 'own_hooks':hooks, 'dense':learn.frskd.dense, 'values':values, 'wanted':[np.mean(iou), (preds==y)[keep].float().mean().item()]}
 
 @scenario
 def prints(path):

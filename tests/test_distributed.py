@@ -65,6 +65,14 @@ def test_two_processes_step_as_one(kw, pair):
             for k,v in a.items(): torch.testing.assert_close(((b[k]+c[k])/2).as_subclass(Tensor), v.as_subclass(Tensor), rtol=1e-4, atol=1e-5)
     if one['trust'] is not None: torch.testing.assert_close(both[0]['trust'], one['trust'])
 
+def test_a_unet_on_two_processes(pair):
+    "Both networks stay together, and the metrics are those of all images"
+    both = pair.run('segments')
+    for o in both:
+        assert o['dense'] and same(o['model'], both[0]['model']) and same(o['trained'], both[0]['trained']) and len(o['same'])==4 and all(all(s) for s in o['same'])
+        assert o['hooks']==o['own_hooks'] and o['left']==[] and o['kind']=='DynamicUnet'
+        assert o['values']==pytest.approx(o['wanted'], rel=1e-5) and 0<o['values'][0]<1
+
 def test_rank_0_alone_prints_and_writes(pair, tmp_path):
     a,b = pair.run('prints', path=str(tmp_path))
     assert 'teacher_accuracy' in a['printed'] and b['printed']==''
@@ -212,7 +220,7 @@ def test_frskd_train_under_accelerate(tmp_path):
         for c in '01345':
             (folder/part/c).mkdir(parents=True)
             for f in sorted((ranks.digits_data()/part/c).iterdir())[:n]: (folder/part/c/f.name).write_bytes(f.read_bytes())
-    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', folder, '--no-pretrained', '--epochs', 2, '--size', 32, '--bs', 64, '--compare', '--out', out)
+    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', folder, '--no-pretrained', '--arch', 'mobilenet_v3_small', '--epochs', 2, '--size', 32, '--bs', 64, '--compare', '--out', out)
     assert code==0, err[-3000:]
     assert sorted(o.name for o in out.iterdir())==sorted(results)
     h = pd.read_csv(out/'history.csv')

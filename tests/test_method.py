@@ -205,7 +205,7 @@ def multi(digits, make):
         return learn
     return _make
 
-@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits], ids=str)
+@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits], ids=['flat','module','function'])
 def test_multi_label(multi, loss_func):
     cb = FRSKDCallback.paper(columns=True)
     learn = multi(loss_func=loss_func, cbs=cb)

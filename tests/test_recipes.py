@@ -1,12 +1,14 @@
 "The paper's experiments by name: each on a few real images in its data set's own layout, and what is said where data is missing"
-import io, zipfile
+import io, itertools, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy.io import savemat
+from fastai.basics import Callback
 from fastai.learner import load_learner
 from frskd_fastai.data import DataError, digits_data
-from frskd_fastai.recipes import recipe_dls, recipe_items, recipes
+from frskd_fastai.recipes import ClipValue, recipe_dls, recipe_items, recipes
+from frskd_fastai.segmentation import BiFPNSegmenter
 from frskd_fastai.train import results
 from conftest import pickled_modules
 from test_train import SHARED, quiet, run
@@ -71,8 +73,28 @@ def imagenet(d):
     for c,i,part in SPLIT: digit(d/f"{'train' if part=='train' else 'val'}/n0{c}/{i}.JPEG", c, i)
     return ['n00','n01']
 
+def voc(d):
+    "VOC's names: an image of 2007 has its number in the later years' names; masks have a palette, and 255 for void"
+    lists = {}
+    for year,name,part in [(2007,'{:06}','trainval'),(2007,'{:06}','test'),(2012,'2008_{:06}','trainval')]:
+        for c,i,_ in SPLIT[::4]:
+            n = name.format(100*(part=='test')+20*c+i)
+            root = d/f'VOCdevkit/VOC{year}'
+            digit(root/f'JPEGImages/{n}.jpg', c, i)
+            a = np.asarray(Image.open(root/f'JPEGImages/{n}.jpg').convert('L'))
+            m = Image.fromarray(np.where(a>150, 7+c, np.where(a<60, 0, 255)).astype(np.uint8), 'P')
+            m.putpalette([0,0,0, 128,0,0, 0,128,0]+[99]*759)
+            (root/'SegmentationClass').mkdir(exist_ok=True)
+            m.save(root/f'SegmentationClass/{n}.png')
+            lists.setdefault((year,part), []).append(n)
+    for year,n in (2012,'2007_000100'),(2012,'2007_000020'): # the first one is in the test set of 2007
+        for f in 'JPEGImages/{}.jpg','SegmentationClass/{}.png': (d/'VOCdevkit/VOC2012'/f.format(n)).write_bytes((d/'VOCdevkit/VOC2007'/f.format(n[5:])).read_bytes())
+        lists[year,'trainval'].append(n)
+    for (year,part),names in lists.items(): text(d/f'VOCdevkit/VOC{year}/ImageSets/Segmentation/{part}.txt', names)
+
 LAYOUTS = dict(cifar100=cifar100, tinyimagenet=tinyimagenet, cub200=cub200, dogs=dogs, mit67=mit67, stanford40=stanford40, imagenet=imagenet)
-def test_every_recipe_has_a_test(): assert set(LAYOUTS)==set(recipes)
+ALL = {**LAYOUTS, 'voc':voc}
+def test_every_recipe_has_a_test(): assert set(ALL)==set(recipes)
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_recipe_on_a_few_images(name, tmp_path, capsys):
@@ -99,13 +121,13 @@ def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
             key = tuple(n.split('/')[1:3])
             if n.endswith('.png') and len(key)==2 and key[1] in ('apple','bear','bee'):
                 count[key] = count.get(key, 0)+1
-                if count[key]<=(20 if key[0]=='train' else 4): z.extract(n, tmp_path)
+                if count[key]<=(8 if key[0]=='train' else 4): z.extract(n, tmp_path)
     learners,fit = [],t._fit
     def keep(learn, *args): learners.append(learn); return fit(learn, *args)
     monkeypatch.setattr(t, '_fit', keep)
     code,out,err = run(tmp_path/'cifar100', '--recipe', 'cifar100', '--epochs', 4, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
-    assert 'cifar_resnet18, from scratch, on CIFAR-100: 60 training and 12 validation images of 3 classes at 32 px; 4 epochs, batch size 128, learning rate 0.1' in out
+    assert 'cifar_resnet18, from scratch, on CIFAR-100: 24 training and 12 validation images of 3 classes at 32 px; 4 epochs, batch size 128, learning rate 0.1' in out
     learn, = learners
     cb = learn.frskd
     assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.schedule,list(cb.level_names))==(2.,100.,4.,2.,'constant',['layer1','layer2','layer3','layer4'])
@@ -115,6 +137,44 @@ def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
     assert all('do_wd' not in learn.opt.state[p] for p in learn.model.parameters()) # weight decay on all parameters, as `torch.optim.SGD` has it
     h = pd.read_csv(tmp_path/'r/history.csv')
     assert len(h)==4 and h.student_loss.notna().all()
+
+VOC = '--recipe','voc','--size',64,'--bs',4,'--epochs',3,'--no-pretrained'
+
+def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
+    "With the paper's settings, but for size and epochs: the student, its optimizer, what is clipped, and the weights' schedule"
+    import frskd_fastai.train as t
+    voc(tmp_path/'data')
+    train,valid = recipe_items('voc', tmp_path/'data')
+    assert (len(train),len(valid))==(17,8) and '2007_000020' in train.itemgot(0).attrgot('stem') and '2007_000100' not in train.itemgot(0).attrgot('stem')
+    assert all(i.stem==m.stem and i.parents[1]==m.parents[1] for i,m in train+valid)
+    learners,grads,fit = [],[],t._fit
+    class Gradients(Callback):
+        order = ClipValue.order+1
+        def before_step(self): grads.append([p.grad.abs().max().item() for p in itertools.chain(self.model.parameters(), self.frskd.trained.parameters()) if p.grad is not None])
+    def keep(learn, *args): learners.append(learn.add_cb(Gradients())); return fit(learn, *args)
+    monkeypatch.setattr(t, '_fit', keep)
+    monkeypatch.setattr(ClipValue, '__init__', lambda self, limit: setattr(self, 'limit', limit/100)) # that something is clipped
+    code,out,err = run(tmp_path/'data', *VOC, '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert 'efficientnet_b0, from scratch, on PASCAL VOC 2007+2012: 17 training and 8 validation images of 21 classes at 64 px; 3 epochs, batch size 4, learning rate 0.01' in out
+    assert 'α 1, β 50, temperature 1' in out and 'schedule ramp. Recipe voc: SGD' in out and 'ten after 2 epochs, gradients clipped' in out and 'which has to be installed' in out
+    learn, = learners
+    assert isinstance(learn.model, BiFPNSegmenter) and len(learn.frskd.level_names)==6 and learn.frskd.teacher.head[0].out_channels==256
+    assert max(max(o) for o in grads)==pytest.approx(.02) and all(len(o)>400 for o in grads)
+    lrs = learn.recorder.hps['lr'] if hasattr(learn.recorder, 'hps') else learn.recorder.lrs
+    assert np.allclose(lrs, [.01]*8+[.001]*4)
+    h = pd.read_csv(tmp_path/'r/history.csv')
+    assert len(h)==3 and h.mean_iou.between(0, 1).all()
+    x,y = learn.dls.valid.one_batch()
+    assert set(y.unique().tolist())<={0,7,8,255} and 255 in y
+    pred = load_learner(tmp_path/'r/student.pkl')
+    with pred.no_bar(): assert pred.predict(valid[0][0])[0].shape==(64,64)
+
+@pytest.mark.parametrize('args,word', [(['--task','classification'],'for segmentation'),(['--arch','resnet19'],'resnet19'),(['--arch','cifar_resnet18'],'unknown architecture'),(['--arch','vit_tiny_patch16_224'],"needs 4, 8, 16 and 32")])
+def test_options_that_do_not_fit_voc(args, word, tmp_path, capsys):
+    voc(tmp_path/'data')
+    code,out,err = run(tmp_path/'data', *VOC, *args, '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and word in err and err.count('\n')==1 and not (tmp_path/'r').exists()
 
 def test_recipes_steps_are_torchs_sgd(tmp_path):
     "The optimizer of a recipe on a few steps, against `torch.optim.SGD`"
@@ -135,7 +195,7 @@ def told(err, name):
     r = recipes[name]
     for o in r.data,r.get,r.layout,f'frskd-train FOLDER --recipe {name}': assert o in err, err
 
-@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize('name', ALL)
 def test_missing_data_is_told(name, tmp_path, capsys, monkeypatch):
     import frskd_fastai.recipes as m
     def offline(url): raise OSError('no network')
@@ -155,10 +215,11 @@ def test_download_is_fastais(tmp_path, monkeypatch):
     assert len(recipe_items('cifar100')[0])==24
 
 @pytest.mark.parametrize('name,lost', [('cifar100','test'),('tinyimagenet','val/val_annotations.txt'),('tinyimagenet','val/images/val_012.JPEG'),('cub200','images.txt'),('cub200','images/000.Bird/a_3.jpg'),('dogs','test_list.mat'),
-    ('dogs','Images/n01-Dog/n01_2.jpg'),('mit67','TestImages.txt'),('mit67','Images/room1/r_14.jpg'),('stanford40','ImageSplits'),('stanford40','JPEGImages/waving_hands_001.jpg'),('imagenet','val')])
+    ('dogs','Images/n01-Dog/n01_2.jpg'),('mit67','TestImages.txt'),('mit67','Images/room1/r_14.jpg'),('stanford40','ImageSplits'),('stanford40','JPEGImages/waving_hands_001.jpg'),('imagenet','val'),
+    ('voc','VOCdevkit/VOC2012/SegmentationClass'),('voc','VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt'),('voc','VOCdevkit/VOC2007/SegmentationClass/000101.png')])
 def test_a_part_that_is_missing_is_named(name, lost, tmp_path):
     import shutil
-    LAYOUTS[name](tmp_path)
+    ALL[name](tmp_path)
     p = tmp_path/lost
     shutil.rmtree(p) if p.is_dir() else p.unlink()
     with pytest.raises(DataError, match='missing') as e: recipe_items(name, tmp_path)

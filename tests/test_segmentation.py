@@ -12,24 +12,14 @@ from frskd_fastai.levels import find_levels, list_levels
 from frskd_fastai.losses import soft_label_loss
 from frskd_fastai.targets import ignored_labels
 from frskd_fastai.visualize import show_attention
-from conftest import n_hooks, pickled_modules, same, weights
+from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights
 
 CAMVID = Path(__file__).parents[2]/'shared/data/camvid-half.zip'
-VOID = 4
-
-def masks(x, y):
-    "Ink of the digit: 1 + its remainder by three; paper 0; what is between is not labelled"
-    ink = x[:,0]
-    return torch.where(ink>.6, 1+y[:,None,None]%3, torch.where(ink<.2, 0, VOID)).long()
 
 @pytest.fixture
 def items(digits):
     x,y = digits
     return [(TensorImage(a),TensorMask(b)) for a,b in zip(x[:64], masks(x[:64], y[:64]))]
-
-def small_unet(n_out=4, size=(32,32)):
-    encoder = nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 32, stride=2))
-    return DynamicUnet(encoder, n_out, size)
 
 def split(m): return L(m[0], m[1:]).map(params)
 

@@ -80,7 +80,7 @@ def test_split_folders_and_options(folder, tmp_path, capsys):
     assert '30 training and 10 validation images of 2 classes' in out
 
 def test_auto_learning_rate(folder, tmp_path, capsys):
-    code,out,err = run(folder, *FAST, '--lr', 'auto', '--out', tmp_path/'r', capsys=capsys)
+    code,out,err = run(folder, *FAST, '--arch', 'mobilenet_v3_small', '--lr', 'auto', '--out', tmp_path/'r', capsys=capsys)
     assert code==0 and 'learning rate: ' in out
     assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
 
@@ -213,6 +213,19 @@ def test_segmentation_of_split_folders(masks, tmp_path, capsys):
     code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
     assert code==0 and '10 training and 4 validation images' in printed, err
 
+def test_masks_in_a_palette_are_read_by_their_numbers(masks, tmp_path, capsys):
+    histories = []
+    for out in 'gray','palette':
+        code,_,err = run(masks, *SEG, '--out', tmp_path/out, capsys=capsys)
+        assert code==0, err
+        histories.append(pd.read_csv(tmp_path/out/'history.csv').drop(columns='time'))
+        for f in (masks/'labels').iterdir():
+            m = Image.fromarray(np.asarray(Image.open(f)), 'P')
+            m.putpalette([0,0,0, 128,0,0, 0,128,0]+[9]*759)
+            m.save(f)
+            assert Image.open(f).mode=='P'
+    pd.testing.assert_frame_equal(*histories)
+
 def spoil(root, what):
     "Something wrong in a folder of images and masks; returns what the message must have"
     im,mask = root/'images/3.png',root/'labels/3.png'
@@ -221,14 +234,13 @@ def spoil(root, what):
     if what=='other size': Image.open(mask).resize((5,5)).save(mask); return f'{mask} is 5×5 pixels, its image 36×32'
     if what=='class': Image.fromarray(np.full((32,36), 9, np.uint8)).save(mask); return f'{mask} has class number 9, but codes.txt names 3 classes, 0 to 2'
     if what=='255 beside void': Image.fromarray(np.full((32,36), 255, np.uint8)).save(mask); return 'has class number 255'
-    if what in ('palette','mode 1','0 and 255'):
+    if what in ('mode 1','0 and 255'):
         for f in (root/'labels').iterdir():
             a = np.asarray(Image.open(f))
-            m = Image.fromarray(np.where(a==1, 255, 0).astype(np.uint8)) if what!='palette' else None
-            if what=='palette': m = Image.fromarray(a, 'P'); m.putpalette([0,0,0, 128,0,0, 0,128,0])
+            m = Image.fromarray(np.where(a==1, 255, 0).astype(np.uint8))
             (m.convert('1') if what=='mode 1' else m).save(f)
         if what=='0 and 255': (root/'codes.txt').write_text('paper\nink\n')
-        return {'palette':'has its class numbers in a palette','mode 1':'an image of mode 1','0 and 255':'labels of one class only, paper; class numbers are lines of codes.txt, counted from 0, and 255 is for'}[what]
+        return {'mode 1':'an image of mode 1','0 and 255':'labels of one class only, paper; class numbers are lines of codes.txt, counted from 0, and 255 is for'}[what]
     if what=='colours': Image.fromarray(np.zeros((32,36,3), np.uint8)).save(mask); return 'is no mask, but an image of mode RGB'
     if what=='broken': mask.write_bytes(b'no image'); return 'unreadable image'
     if what=='no codes': (root/'codes.txt').unlink(); return 'has no codes.txt'
@@ -238,7 +250,7 @@ def spoil(root, what):
         return f'no images in {root}/labels'
     if what=='only train': (root/'train').mkdir(); return 'neither valid/ nor val/ nor test/'
 
-@pytest.mark.parametrize('what', ['no image','no mask','other size','class','255 beside void','palette','mode 1','0 and 255','colours','broken','no codes','one code','no labels','only train'])
+@pytest.mark.parametrize('what', ['no image','no mask','other size','class','255 beside void','mode 1','0 and 255','colours','broken','no codes','one code','no labels','only train'])
 def test_bad_masks_are_told_in_one_line(what, masks, tmp_path, capsys):
     msg = spoil(masks, what)
     code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
