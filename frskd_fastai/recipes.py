@@ -124,7 +124,7 @@ recipes = dict(
         'VOC2007/ and VOC2012/ (in VOCdevkit/, or not), each with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/*.txt', arch='efficientnet_b0', size=512, bs=16, tfms=mask_tfms, codes=voc_codes, epochs=60, lr=0.01, drops=(2/3,), clip=2.),
 )
 
-# %% ../nbs/09_recipes.ipynb #b926497f
+# %% ../nbs/09_recipes.ipynb #80312b2b
 def recipe_items(
     name:str, # A key of `recipes`
     path:str|Path|None=None, # Folder with the data; None for fastai's download, where there is one
@@ -140,7 +140,7 @@ def recipe_items(
     try:
         if not path.exists(): raise DataError(f"no such folder: {path}")
         if not path.is_dir(): raise DataError(f"{path} is not a folder")
-        path = first([path, *sorted(path.iterdir())], lambda p: all((p/n).exists() for n in r.needs)) or path # archives may have a folder around
+        path = max([path, *sorted(path.iterdir())], key=lambda p: sum((p/n).exists() for n in r.needs)) # archives may have a folder around
         lost = first(n for n in r.needs if not (path/n).exists())
         if lost: raise DataError(f"{path/lost} is missing")
         train,valid = r.find(path)

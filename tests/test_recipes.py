@@ -216,7 +216,7 @@ def test_download_is_fastais(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name,lost', [('cifar100','test'),('tinyimagenet','val/val_annotations.txt'),('tinyimagenet','val/images/val_012.JPEG'),('cub200','images.txt'),('cub200','images/000.Bird/a_3.jpg'),('dogs','test_list.mat'),
     ('dogs','Images/n01-Dog/n01_2.jpg'),('mit67','TestImages.txt'),('mit67','Images/room1/r_14.jpg'),('stanford40','ImageSplits'),('stanford40','JPEGImages/waving_hands_001.jpg'),('imagenet','val'),
-    ('voc','VOCdevkit/VOC2012/SegmentationClass'),('voc','VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt'),('voc','VOCdevkit/VOC2007/SegmentationClass/000101.png')])
+    ('voc','VOCdevkit/VOC2012/SegmentationClass'),('voc','VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt'),('voc','VOCdevkit/VOC2007/SegmentationClass/000104.png')])
 def test_a_part_that_is_missing_is_named(name, lost, tmp_path):
     import shutil
     ALL[name](tmp_path)
