@@ -37,7 +37,7 @@ def digits_data(
         if not dest.exists(): raise
     return dest
 
-# %% ../nbs/07_data.ipynb #81df9c18
+# %% ../nbs/07_data.ipynb #2e4bb277
 class DataError(ValueError): "The images can't be used; the message says why, and what would be"
 
 def _split(items, seed, valid_pct):
@@ -63,6 +63,7 @@ def find_images(
     if not path.exists(): raise DataError(f"no such folder: {path}")
     if not path.is_dir(): raise DataError(f"{path} is not a folder; give a folder of images")
     roots = _roots(path)
+    if (path/'codes.txt').is_file() and all((roots[0]/o).is_dir() for o in ('images','labels')): raise DataError(f"{path} has codes.txt, images/ and labels/, as for segmentation (`frskd-train --task segmentation`); for classification expected one folder per class")
     parts = [images_below(r) for r in roots]
     layout = "expected train/ and valid/ (or test/), or one folder per class, with images in them"
     for r,items in zip(roots, parts):
@@ -110,7 +111,7 @@ def _dls(train, valid, target, get_y, bs, num_workers, **tfms):
     block = DataBlock((ImageBlock,target), get_x=ItemGetter(0), get_y=get_y, splitter=IndexSplitter(range(len(train), len(items))), **tfms)
     return block.dataloaders(items, bs=min(bs, len(train)), num_workers=num_workers)
 
-# %% ../nbs/07_data.ipynb #eeacad29
+# %% ../nbs/07_data.ipynb #eaeee22d
 def find_masks(
     path:str|Path, # Folder as above
     seed:int=0, # Of the split, where `path` has no `valid/`, `val/` or `test/`
@@ -128,7 +129,7 @@ def find_masks(
         if len(parts[0])<2: raise DataError(f"one image in {path/'images'}: it takes two or more to train on one and validate on another")
         parts = _split(parts[0], seed, valid_pct)
     there = set().union(*(labels[m] for _,m in parts[0])) - {void_label(codes)}
-    if len(there)<2: raise DataError(f"the masks in {parts[0][0][1].parent} have labels of {'one class' if there else 'no class'} only{f', {codes[first(there)]}' if there else ''}; class numbers are lines of codes.txt, counted from 0" + (", and 255 is for pixels without a label" if void_label(codes)==255 else ''))
+    if len(there)<2: raise DataError(f"the masks in {parts[0][0][1].parent} have labels of {'one class' if there else 'no class'} only{f', {codes[first(there)]}' if there else ''}; class numbers are lines of codes.txt, counted from 0" + (", and 255 is for pixels without a label; if 255 is one of your classes, write the number of its line instead" if void_label(codes)==255 else ''))
     return (*parts,list(codes))
 
 def masks_below(

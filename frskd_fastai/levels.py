@@ -7,14 +7,14 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/levels.html.md"""
 # %% auto #0
 __all__ = ['dense_levels', 'decoder_names', 'find_levels', 'list_levels']
 
-# %% ../nbs/01_levels.ipynb #a9350e0d
+# %% ../nbs/01_levels.ipynb #0d01760c
 import re
 from numbers import Integral
 from fastai.basics import *
-from fastai.vision.models.unet import UnetBlock
+from fastai.vision.models.unet import DynamicUnet, UnetBlock
 from .features import *
 
-# %% ../nbs/01_levels.ipynb #cde2ecf4
+# %% ../nbs/01_levels.ipynb #2d049f02
 def _read(name, o, bs, hw, grids=()):
     "The `Level` that `o`, the output of module `name`, can be for `bs` images of height and width `hw`, or None. `grids` are sizes of maps seen before: patches that tokens may stand for"
     if not (isinstance(o, Tensor) and o.is_floating_point() and o.ndim in (3,4) and len(o)==bs): return None
@@ -65,6 +65,8 @@ def _feature_info(model, calls, n):
 
 dense_levels = "for segmentation the levels are found by themselves in a `DynamicUnet` (`unet_learner`) only; name those of this network, two modules or more whose maps lead to its prediction, in any order: `FRSKDCallback(levels=[...])`"
 
+_no_decoder = "fastai made this `DynamicUnet` without decoder blocks: it looks for changes of resolution among the children of the body, and this body is one piece. Take another architecture, for instance a ResNet, or the body's pieces: `DynamicUnet(nn.Sequential(*body[0]), n_out, size)`"
+
 def decoder_names(
     model:nn.Module, # The student
     n:int, # How many
@@ -103,7 +105,7 @@ def _search(model, calls, n):
     body = [lv for lv,convs in found if convs>1]
     return (body if len(body)>1 else [lv for lv,convs in found if convs>0])[-n:]
 
-# %% ../nbs/01_levels.ipynb #43f24a79
+# %% ../nbs/01_levels.ipynb #c0104f85
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
@@ -128,7 +130,7 @@ def find_levels(
         found = sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of one size keep the user's order
     if len(found)<2:
         got = ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in found) or 'none'
-        if isinstance(pred, Tensor) and pred.ndim==4 and isinstance(levels, Integral): raise ValueError(f"FRSKD: {dense_levels}")
+        if isinstance(pred, Tensor) and pred.ndim==4 and isinstance(levels, Integral): raise ValueError(f"FRSKD: {_no_decoder if isinstance(model, DynamicUnet) else dense_levels}")
         raise ValueError(f"FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution, in the model; found: {got}, for inputs of shape {tuple(xb[0].shape)}; a map has one entry for each of the inputs. "
                          "Use larger images, or name the modules: `FRSKDCallback(levels=[...])`.")
     return L(found),pred

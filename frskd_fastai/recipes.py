@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from fastai.callback.training import GradientClip
 from .data import *
 
-# %% ../nbs/09_recipes.ipynb #0820515d
+# %% ../nbs/09_recipes.ipynb #a875e3a4
 def _listed(root, names, label):
     "Items for the files `names` below `root`"
     items = L((root/n,label(n)) for n in names)
@@ -22,7 +22,9 @@ def _listed(root, names, label):
     if lost: raise DataError(f"{lost} is listed, but missing")
     return items
 
-def _lines(file): return [o.strip() for o in file.read_text().splitlines() if o.strip()]
+def _lines(file):
+    if not file.is_file(): raise DataError(f"{file} is missing")
+    return [o.strip() for o in file.read_text().splitlines() if o.strip()]
 
 def _folders(path, valid, depth=-1):
     "`train/` and a `valid` folder, whose images are in a folder of their class"

@@ -7,18 +7,22 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/segmentation.html.md"""
 # %% auto #0
 __all__ = ['PixelAccuracy', 'MeanIoU', 'BiFPNSegmenter', 'efficientnet_bifpn', 'bifpn_split']
 
-# %% ../nbs/04_segmentation.ipynb #aceba21e
+# %% ../nbs/04_segmentation.ipynb #2964303c
 from fastai.basics import *
+from .companion import deepcopied
 from .targets import *
 from .dense import *
 
-# %% ../nbs/04_segmentation.ipynb #96927274
+# %% ../nbs/04_segmentation.ipynb #b0cd2e61
 class _PixelMetric(Metric):
     "Counts pixels of each class: hits, predictions, labels"
     def __init__(self,
         ignored:int|set|list=(), # Label or labels to leave out, as the loss function's `ignore_index`
     ): self.ignored = set(ignored if is_listy(ignored) or isinstance(ignored, set) else [ignored])
     def reset(self): self.counts = None
+    # An exported Learner has no use for it, and loads without this package
+    def __reduce__(self): return ValueMetric, (noop, self.name)
+    def __deepcopy__(self, memo): return deepcopied(self, memo)
     def accumulate(self, learn):
         n = learn.pred.shape[1]
         p,y = learn.pred.detach().argmax(1).as_subclass(Tensor),pixel_labels(learn.y).as_subclass(Tensor)

@@ -45,6 +45,14 @@ class Look(Callback):
         cb = self.frskd
         self.steps.append(dict(pred=self.pred.detach().clone().as_subclass(Tensor), y=self.y.clone().as_subclass(Tensor), parts={k:v.clone() for k,v in cb.losses.items()}, factor=float(cb.factor)))
 
+def test_pickled_metrics_need_no_frskd():
+    "(An exported Learner with them is in tests/test_train.py.)"
+    import pickle
+    from frskd_fastai.segmentation import MeanIoU, PixelAccuracy
+    for m in MeanIoU(VOID),PixelAccuracy({VOID,0}):
+        b = pickle.dumps(m)
+        assert b'frskd' not in b and pickle.loads(b).name==m.name and deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)
+
 # -- Recognised, trained, left alone ----------------------------------------------------------------------
 def test_unet_learner_in_one_line(items, tmp_path, capsys):
     "`unet_learner(dls, resnet18, cbs=FRSKDCallback())`: the decoder's maps, fine to coarse in the pyramid's order"

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
-from fastai.vision.all import get_image_files
+from fastai.vision.all import L, get_image_files
 from frskd_fastai.data import digits_data
 from frskd_fastai.train import main, results
 from conftest import pickled_modules
@@ -202,6 +202,7 @@ def test_segmentation(masks, tmp_path, capsys):
     assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
     assert not any(m.startswith('frskd') for m in pickled_modules(out/'student.pkl'))
     learn = load_learner(out/'student.pkl')
+    assert L(learn.metrics).attrgot('name')==['mean_iou','pixel_accuracy']
     with learn.no_bar(): assert learn.predict(masks/'images/0.png')[0].shape==(32,36)
 
 def test_segmentation_of_split_folders(masks, tmp_path, capsys):
@@ -225,6 +226,10 @@ def test_masks_in_a_palette_are_read_by_their_numbers(masks, tmp_path, capsys):
             m.save(f)
             assert Image.open(f).mode=='P'
     pd.testing.assert_frame_equal(*histories)
+
+def test_masks_without_the_task(masks, tmp_path, capsys):
+    code,_,err = run(masks, *FAST, '--out', tmp_path/'r', capsys=capsys)
+    assert code==2 and err.count('\n')==1 and '--task segmentation' in err and not (tmp_path/'r').exists()
 
 def spoil(root, what):
     "Something wrong in a folder of images and masks; returns what the message must have"
@@ -256,7 +261,7 @@ def test_bad_masks_are_told_in_one_line(what, masks, tmp_path, capsys):
     code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
     assert code==2 and err.count('\n')==1 and msg in err and not (tmp_path/'r').exists()
 
-@pytest.mark.parametrize('args,msg', [(('--arch','cifar_resnet18'),'classifies'),(('--recipe','cifar100'),'for classification'),(('--arch','vit_b_16'),"can't make a U-Net of vit_b_16")])
+@pytest.mark.parametrize('args,msg', [(('--arch','cifar_resnet18'),'classifies'),(('--recipe','cifar100'),'for classification'),(('--arch','vit_b_16'),'finds no pooling layer'),(('--arch','convnext_atto'),"no U-Net of timm's"),(('--arch','efficientnet_b0'),'without decoder blocks')])
 def test_bad_options_for_segmentation(args, msg, masks, tmp_path, capsys):
     code,_,err = run(masks, *SEG, *args, '--out', tmp_path/'r', capsys=capsys)
     assert code==2 and msg in err and err.count('\n')==1
