@@ -7,8 +7,9 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/teacher.html.md"""
 # %% auto #0
 __all__ = ['BiFPNLayer', 'SelfTeacher', 'check_teacher']
 
-# %% ../nbs/01_teacher.ipynb #aeecefb8
+# %% ../nbs/01_teacher.ipynb #a265971e
 from numbers import Integral
+from torch.func import functional_call
 from fastai.basics import *
 from .features import *
 
@@ -22,10 +23,15 @@ def _down(x, size):
     # "same" padding: an odd side gets one row before and one after, an even one gets one after, which is what `ceil_mode` allows
     return F.max_pool2d(x, 3, stride=2, padding=tuple(o%2 for o in x.shape[-2:]), ceil_mode=True)
 
-# %% ../nbs/01_teacher.ipynb #1dff360b
+# %% ../nbs/01_teacher.ipynb #f485a341
 def _project(ni, nf):
     "P: 1×1 convolution → BatchNorm → ReLU"
     return nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True))
+
+def _weighted(p, x, w):
+    "P of `x`, times the weights `w`, one or one a channel, none of them negative"
+    conv,norm,relu = p
+    return relu(functional_call(norm, {'weight':norm.weight*w, 'bias':norm.bias*w}, conv(x)))
 
 def _node(d, depth):
     "S: `depth` times depthwise 3×3 → 1×1 → BatchNorm, with ReLUs between; the ReLU after it belongs to whoever reads it"
@@ -34,7 +40,7 @@ def _node(d, depth):
         layers += [nn.Conv2d(d, d, 3, padding=1, groups=d, bias=False), nn.Conv2d(d, d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/01_teacher.ipynb #2af90934
+# %% ../nbs/01_teacher.ipynb #e68db6d6
 class BiFPNLayer(nn.Module):
     "One top-down and one bottom-up pass over the levels (paper section 3.1)"
     def __init__(self,
@@ -62,26 +68,39 @@ class BiFPNLayer(nn.Module):
 
     def forward(self,
         feats:list, # Maps, B×c_i×H_i×W_i, largest first, not negative
-    )->list: # Refined maps before the ReLU, B×d_i×H_i×W_i
+        preact:bool=False, # Refined maps before the ReLU, too?
+    )->tuple: # Refined maps, B×d_i×H_i×W_i, after and, if asked for, before the ReLU: two lists
         n = len(feats)
-        lats = [lat(f) for lat,f in zip(self.laterals, feats)]
-        if self.first: a,b = zip((lats[0],None), *(o.chunk(2, dim=1) for o in lats[1:]))
-        else:          a,b = feats,lats
         w = F.relu(self.fusion)*self.fusion_mask
-        w = [o.unbind() for o in (w/(w.sum(1, keepdim=True)+1e-6)).unbind()]
+        w = (w/(w.sum(1, keepdim=True)+1e-6)).unbind()
+        a,b = zip(*(self._lateral(i, feats[i], w[i] if i<n-1 else None, w[n-2+i] if i else None) for i in range(n)))
+        pre = [None]*n
+        def relu(i, o): # of a node's output, which nobody else reads unless `preact`
+            pre[i] = o if preact else None
+            return F.relu(o, inplace=not preact)
         u = [None]*(n-1) + [a[-1]]
-        for i in reversed(range(n-1)):
-            up = _up(self.up[i](F.relu(u[i+1])), a[i].shape[-2:])
-            u[i] = self.up_nodes[i](w[i][0]*a[i] + w[i][1]*up)
+        for i in reversed(range(n-1)): u[i] = relu(i, self.up_nodes[i](a[i] + _up(self._path(self.up[i], u[i+1], w[i][1]), a[i].shape[-2:])))
         t = [u[0]]
         for i in range(1,n):
             wi = w[n-2+i]
-            x = wi[0]*b[i] + wi[2]*self.down[i-1](_down(F.relu(t[-1]), b[i].shape[-2:]))
-            if i<n-1: x = x + wi[1]*F.relu(u[i])
-            t.append(self.down_nodes[i-1](x))
-        return t
+            x = b[i] + self._path(self.down[i-1], _down(t[-1], b[i].shape[-2:]), wi[2])
+            if i<n-1: x = torch.addcmul(x, u[i], wi[1])
+            t.append(relu(i, self.down_nodes[i-1](x)))
+        return t,pre
 
-# %% ../nbs/01_teacher.ipynb #ed635bc2
+    def _lateral(self, i, f, up, down):
+        "A_i and B_i of the map `f`, with the weights that the nodes U_i and T_i have for them; a node that there isn't has no weights"
+        wa = None if up is None else up[0]
+        if not self.first: return f if wa is None else f*wa, None if down is None else _weighted(self.laterals[i], f, down[0])
+        ws = [f.new_ones(()) if wa is None else wa] + ([] if down is None else [down[0]])
+        d = self.laterals[i][0].out_channels//len(ws)
+        out = _weighted(self.laterals[i], f, torch.cat([o.expand(d) for o in ws]))
+        return (out,None) if down is None else out.chunk(2, dim=1)
+
+    @staticmethod
+    def _path(p, x, w): return x*w if isinstance(p, nn.Identity) else _weighted(p, x, w)
+
+# %% ../nbs/01_teacher.ipynb #5dba21dc
 class SelfTeacher(nn.Module):
     "The self-teacher of FRSKD (paper section 3.1): refines the student's feature maps, and classifies the last one"
     def __init__(self,
@@ -117,9 +136,7 @@ class SelfTeacher(nn.Module):
     )->tuple: # Refined maps T_i, a list of B×d_i×H_i×W_i, and logits B×n_out
         n = len(self.channels)
         if len(feats)!=n: raise ValueError(f"FRSKD: the self-teacher was built for {n} levels, got {len(feats)} feature maps")
-        for layer in self.layers:
-            pre = layer(feats)
-            feats = [F.relu(o) for o in pre]
+        for layer in self.layers: feats,pre = layer(feats, preact)
         return (pre if preact else feats),self.head(feats[-1].mean((2,3)))
 
 # %% ../nbs/01_teacher.ipynb #cda41fb7
