@@ -1,4 +1,4 @@
-"""Plain training against FRSKD with several schedules, at several budgets: the study behind `FRSKDCallback`'s default.
+"""Plain training against FRSKD with several schedules and self-teachers, at several lengths: the study behind `FRSKDCallback`'s defaults.
 
     python benchmarks/schedule_study.py cifar  --arms plain default constant --epochs 5 20 60 --seeds 0 1 2
     python benchmarks/schedule_study.py digits --arms plain default --epochs 5 10 20 --seeds 0 1 2
@@ -15,15 +15,26 @@ from frskd_fastai.all import *
 
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 
+W1 = dict(width=1., depth=2, finest=0) # the self-teacher of the default until 2026-11-24
 ARMS = {
     'plain':        None,
     'default':      dict(),
-    'constant':     dict(schedule='constant'),             # the paper's
-    'ramp':         dict(schedule=ramp),                   # the reference's ramp for segmentation, over the first half
-    'paper':        dict(schedule='constant', width=2.),
-    'hint':         dict(feature_loss='hint'),             # these three are the default with another feature loss, or none
-    'overhaul':     dict(feature_loss='overhaul'),
-    'nofeature':    dict(beta=0.),
+    'w1':           W1,
+    'constant':     dict(W1, schedule='constant'),         # the paper's schedule
+    'ramp':         dict(W1, schedule=ramp),               # the reference's ramp for segmentation, over the first half
+    'paper':        dict(width=2., depth=2, finest=0, schedule='constant'),
+    'w2':           dict(width=2., depth=2, finest=0),     # the paper's self-teacher with the default schedule, and cheaper ones
+    'w2 d1':        dict(width=2., depth=1, finest=0),
+    'w1 d1':        dict(width=1., depth=1, finest=0),
+    'w2 d1 l3':     dict(width=2., depth=1, finest=0, levels=3),
+    'w2 d1 l2':     dict(width=2., depth=1, finest=0, levels=2),
+    'deep d1':      dict(width=[.5,.5,2.,2.], depth=1, finest=0),
+    'w2 d1 f1':     dict(width=2., depth=1, finest=1),     # what `default` is for this student
+    'w1.5 d1 f1':   dict(width=1.5, depth=1, finest=1),
+    'w1 d1 f2':     dict(width=1., depth=1, finest=2),
+    'hint':         dict(W1, feature_loss='hint'),         # another feature loss, or none
+    'overhaul':     dict(W1, feature_loss='overhaul'),
+    'nofeature':    dict(W1, beta=0.),
 }
 
 def cifar(per_class, zip_path):

@@ -7,7 +7,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 # %% auto #0
 __all__ = ['FRSKDCallback']
 
-# %% ../nbs/03_callback.ipynb #526b3cd5
+# %% ../nbs/03_callback.ipynb #b5efd384
 import weakref
 from numbers import Integral
 from fastai.basics import *
@@ -22,6 +22,7 @@ from .losses import *
 from .targets import *
 from .columns import *
 from .companion import *
+from .building import *
 
 # %% ../nbs/03_callback.ipynb #80aa1a5d
 def _scale_grad(f, factor):
@@ -31,7 +32,7 @@ def _scale_grad(f, factor):
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
-# %% ../nbs/03_callback.ipynb #8848dd6f
+# %% ../nbs/03_callback.ipynb #8c221a19
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
@@ -39,41 +40,34 @@ class FRSKDCallback(Callback):
         alpha:float|None=None, # α, weight of the soft-label loss (paper section 3.2); 0 leaves it out. Default: 2; for segmentation 1
         beta:float|None=None, # β, weight of the feature loss (paper section 3.2); 0 leaves it out. Default: 100 (the paper's) for attention, see `default_beta` for the others; for segmentation half of that
         temperature:float|None=None, # K, softens both distributions in the soft-label loss. Default: 4; for segmentation 1
-        width:float=1., # Channels of the self-teacher per channel of the student, at each level; the paper's is 2. For segmentation: per 64 channels
-        depth:int=2, # Depthwise-separable convolutions in each node of the self-teacher; not for segmentation
+        width:float|list|None=None, # Channels of the self-teacher per channel of the student, one number or one a level. Default: 2, the paper's, or less, as `budget` allows. For segmentation: per 64 channels, default 1
+        budget:float=0.8, # For the default width: operations of the self-teacher's forward pass, as a part of the student's
+        depth:int=1, # Depthwise-separable convolutions in each node of the self-teacher; the paper's is 2. Not for segmentation
         levels:int|list=4, # How many of the student's deepest feature levels to use, or their module names, as in `learn.model.named_modules()`
+        finest:int|None=None, # Index of the level whose resolution is enough: the maps of finer levels are average-pooled to it, for the self-teacher and for the feature loss. Default: 1; for segmentation 0, as in the paper
         schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
         feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too
         teacher:nn.Module|Callable|None=None, # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits to one, for instance `partial(SelfTeacher, n_channels=256)`; `width` and `depth` are the default one's
+        compile:bool=False, # Compile the self-teacher and the losses, with `torch.compile`? (Not the student: that is yours to compile.)
         columns:bool=False, # Show the parts of the loss and the self-teacher's accuracy, on the training batches, in the progress table?
     ):
-        if not (feature_loss in default_beta if isinstance(feature_loss, str) else callable(feature_loss)):
-            raise ValueError(f"FRSKD: feature_loss must be one of {', '.join(map(repr,default_beta))}, or a function, got {feature_loss!r}")
         given = dict(alpha=alpha, beta=beta, temperature=temperature)
-        self._unset = [k for k,v in given.items() if v is None] # `build` knows the task
+        check_options(**given, width=width, budget=budget, depth=depth, levels=levels, finest=finest, schedule=schedule, feature_loss=feature_loss, teacher=teacher)
+        self._unset = [k for k,v in dict(**given, width=width, finest=finest).items() if v is None] # `build` knows the task
         alpha,beta,temperature = (ifnone(v, default_settings(False, feature_loss)[k]) for k,v in given.items())
-        for name,v in dict(alpha=alpha, beta=beta).items():
-            if not (isinstance(v, Real) and 0<=v<math.inf): raise ValueError(f"FRSKD: {name} must be a number, 0 or more, got {v!r}")
-        if not (isinstance(temperature, Real) and 0<temperature<math.inf): raise ValueError(f"FRSKD: temperature must be a positive number, got {temperature!r}")
-        SelfTeacher.check_size(width, depth)
-        if isinstance(levels, str) or (isinstance(levels, Integral) and levels<2) or not (isinstance(levels, Integral) or is_listy(levels)):
-            raise ValueError(f"FRSKD: levels must be a number, 2 or more, or a list of module names, got {levels!r}")
-        if not callable(schedule) and schedule not in ('trust','constant','ramp'):
-            raise ValueError(f"FRSKD: schedule must be 'trust', 'constant', 'ramp' or a function, got {schedule!r}")
-        if not (teacher is None or callable(teacher)): raise ValueError(f"FRSKD: teacher must be a module, or a function that makes one, got {teacher!r}")
         store_attr(but='teacher')
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
         self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self.trained = None
-        self._overrides,self._half,self._paper = [],False,None
+        self._overrides,self._half,self._paper,self._compiled = [],False,None,{}
 
     @classmethod
     def paper(cls,
         segmentation:bool=False, # Those for segmentation?
         **kwargs, # Change any of them
     ):
-        "The settings of the reference implementation. For CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the self-teacher's head"
-        settings = dict(alpha=1., beta=50., temperature=1., schedule='ramp', teacher=partial(DenseSelfTeacher, n_channels=64, head_channels=256)) if segmentation else dict(alpha=2., temperature=4., width=2., depth=2, levels=4, schedule='constant')
+        "The settings of the reference implementation. For CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2 and depth 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the self-teacher's head"
+        settings = dict(alpha=1., beta=50., temperature=1., schedule='ramp', teacher=partial(DenseSelfTeacher, n_channels=64, head_channels=256)) if segmentation else dict(alpha=2., temperature=4., width=2., depth=2, levels=4, finest=0, schedule='constant')
         cb = cls(**{**settings, **kwargs})
         cb._paper = segmentation
         return cb
@@ -123,11 +117,13 @@ class FRSKDCallback(Callback):
         self.dense = pred.ndim==4
         if self._paper not in (None,self.dense):
             raise ValueError(f"FRSKD: these are the paper's settings for {'segmentation' if self._paper else 'classification'}, and the model {'labels pixels' if self.dense else 'labels images'}: take `FRSKDCallback.paper({'segmentation=True' if self.dense else ''})`")
-        for k in self._unset: setattr(self, k, default_settings(self.dense, self.feature_loss)[k])
+        for k,v in default_settings(self.dense, self.feature_loss).items():
+            if k in self._unset: setattr(self, k, v)
+        self.finest = min(self.finest, len(levels)-1)
         if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
             raise ValueError(f"FRSKD: {dense_levels}")
         with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD
-        if self._preact: self._check_preact(levels, xb)
+        if self._preact: check_preact(model, xb, levels, self.feature_loss)
         if self.teacher is not None: self._leave()
         self.trained,self.teacher,self.found_levels,self.trust,self._model = trained,trained['teacher'],levels,Trust(),weakref.ref(model)
         self._yb,self._hw = yb,tuple(xb[0].shape[-2:])
@@ -138,31 +134,15 @@ class FRSKDCallback(Callback):
 
     def _make(self, levels, xb, yb, pred):
         "All that trains beside the student, a `Companion`: the self-teacher and, if it has parameters, the feature loss"
-        channels,n_out = list(levels.attrgot('channels')),pred.shape[1]
+        levels = [lv._replace(size=tuple(o.shape[-2:])) for lv,o in zip(levels, pooled([torch.empty(1,1,*lv.size) for lv in levels], self.finest))]
+        if 'width' in self._unset and not self.dense and not self.own_teacher:
+            self.width = affordable_width(levels, pred.shape[1], self.depth, self.budget*operations(self.student, *xb)/len(xb[0]))
         make = self.own_teacher or (partial(DenseSelfTeacher, n_channels=max(1, round(64*self.width))) if self.dense else partial(SelfTeacher, width=self.width, depth=self.depth))
-        try: teacher = make if isinstance(make, nn.Module) else make(channels, n_out)
-        except TypeError as e: raise ValueError(f"FRSKD: teacher={make!r} is no function from the levels' channels and the number of logits to a self-teacher: {e}") from e
-        if not isinstance(teacher, nn.Module): raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
-        trained = Companion({'teacher':teacher}).to(pred.device)
-        self.refined_channels = refined = check_teacher(teacher, levels, n_out, pred.device, self._preact, self.dense)
-        self._feature_loss = loss = self.feature_loss
-        if not self.beta: return trained
-        if   loss=='attention': self._feature_loss = attention_loss
-        elif loss=='hint':      self._feature_loss = HintLoss(channels, refined)
-        elif loss=='overhaul':  self._feature_loss = OverhaulLoss(channels, teacher.norms)
-        if isinstance(self._feature_loss, nn.Module): trained['feature_loss'] = self._feature_loss.to(pred.device)
-        maps = [[torch.rand(2, c, *lv.size, device=pred.device) for c,lv in zip(cs, levels)] for cs in (channels,refined)]
-        with unnoticed(trained): check_feature_loss(self._feature_loss, *maps)
+        trained,self._feature_loss,self.refined_channels = build_companion(levels, pred.shape[1], pred.device, make, self.feature_loss if self.beta else None, self.dense)
         return trained
 
     @property
-    def _preact(self): return self.beta>0 and (self.feature_loss=='overhaul' or getattr(self.feature_loss, 'preact', False))
-
-    def _check_preact(self, levels, xb):
-        with PreactTaps(self.student, levels) as taps, unnoticed(self.student):
-            self.student(*xb)
-            for lv,o in zip(levels, taps.pop()[1]):
-                if (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={self.feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
+    def _preact(self): return self.beta>0 and takes_preact(self.feature_loss)
 
     def _join(self):
         if self.build().teacher is not None: join_opt(self.learn, self.trained)
@@ -206,6 +186,7 @@ class FRSKDCallback(Callback):
         self._ignored = ignored_labels(learn.loss_func)
         self._half = any(p.dtype==torch.float16 for p in self.student.parameters()) # by `to_non_native_fp16`
         if self._half: convert_network(self.trained, torch.float16)
+        if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
         self._watch = Override(learn, '_do_epoch', self._watched)
 
@@ -247,7 +228,11 @@ class FRSKDCallback(Callback):
         "The parts of the loss, by name and unweighted, and the self-teacher's logits"
         learn = self.learn
         refined,logits = self._teach(maps, factor)
-        return {'student':learn.loss_grad, 'teacher':learn.loss_func(logits, *learn.yb), **self._distil(learn.pred, logits, maps, refined)},logits
+        return {'student':learn.loss_grad, 'teacher':learn.loss_func(logits, *learn.yb), **(self._distil(learn.pred, logits, maps, refined) if self._needs_distil(factor) else {})},logits
+
+    def _needs_distil(self, factor):
+        "Not while a ramp is at nought; but parameters need a gradient in each step, where several processes train"
+        return self.schedule=='trust' or factor>0 or 'feature_loss' in self.trained
 
     def _weights(self, factor):
         "The weights of the parts that have one"
@@ -256,23 +241,27 @@ class FRSKDCallback(Callback):
     def _pop_maps(self):
         "The student's feature maps of the last forward pass, as the self-teacher and as the feature loss read them"
         maps = self._taps.pop()
-        return maps if self._preact else (maps,maps)
+        maps,pre = maps if self._preact else (maps,None)
+        maps = pooled(maps, self.finest)
+        return maps,pooled(pre, self.finest) if self._preact else maps
 
     def _teach(self, maps, factor):
         "Refined maps and logits of the self-teacher; `factor` of its gradient goes on to the student"
-        refined,logits = self.teacher([_scale_grad(f, factor) for f in maps[0]], **({'preact':True} if self._preact else {}))
+        refined,logits = self._fast(self.teacher)([_scale_grad(f, factor) for f in maps[0]], **({'preact':True} if self._preact else {}))
         logits = logits.float()
         return refined,resize(logits, self.learn.pred.shape[-2:]) if self.dense else logits
 
     def _distil(self, student, teacher, maps, refined):
         "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
         parts = {}
-        if self.alpha: parts['soft_label'] = soft_label_loss(student, teacher, self.temperature, self.multi_label, self._keep)
+        if self.alpha: parts['soft_label'] = self._fast(soft_label_loss)(student, teacher, self.temperature, self.multi_label, self._keep)
         if self.beta:
             maps,refined = maps[1],[o.detach() for o in refined]
             if callable(self.feature_loss): maps,refined = to_float((maps,refined)) # ours see to it by themselves
-            parts['feature'] = self._feature_loss(maps, refined)
+            parts['feature'] = self._fast(self._feature_loss)(maps, refined)
         return parts
+
+    def _fast(self, f): return self._compiled.get(f, f)
 
     @property
     def _keep(self):
@@ -325,7 +314,7 @@ class FRSKDCallback(Callback):
         if self._columns: self._columns.remove()
         if self._half: self.trained.float()
         self._watch=self._columns=self._wrapped = None
-        self._half = False
+        self._half,self._compiled = False,{}
 
     # -- The progress table ------------------------------------------------------------------
     @property

@@ -104,18 +104,18 @@ class OverhaulLoss(nn.Module):
             loss = loss + ((source-target).pow(2)*matters).sum()/len(f)/2**(n-i-1)
         return loss
 
-# %% ../nbs/02_losses.ipynb #4bb76d8e
+# %% ../nbs/02_losses.ipynb #a029f89c
 # The feature losses by name, each with a weight: attention's is the paper's, the others bring the gradient to its scale (benchmarks/feature_loss_scale.py)
 default_beta = dict(attention=100., hint=1., overhaul=1e-3)
 
 def default_settings(
     dense:bool, # For segmentation?
     feature_loss:str|Callable='attention', # As for `FRSKDCallback`
-)->dict: # α, β and K
-    "The weights of a task where the user gives none: the paper's"
+)->dict: # α, β and K; width and `finest` of the self-teacher
+    "The settings of a task where the user gives none: the paper's weights, and what the self-teacher can do without"
     beta = default_beta[feature_loss] if isinstance(feature_loss, str) else 1.
-    if dense: return dict(alpha=1., beta=beta/2 if isinstance(feature_loss, str) else beta, temperature=1.)
-    return dict(alpha=2., beta=beta, temperature=4.)
+    if dense: return dict(alpha=1., beta=beta/2 if isinstance(feature_loss, str) else beta, temperature=1., width=1., finest=0)
+    return dict(alpha=2., beta=beta, temperature=4., width=2., finest=1)
 
 # %% ../nbs/02_losses.ipynb #b643d332
 def check_feature_loss(

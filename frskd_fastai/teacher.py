@@ -100,13 +100,13 @@ class BiFPNLayer(nn.Module):
     @staticmethod
     def _path(p, x, w): return x*w if isinstance(p, nn.Identity) else _weighted(p, x, w)
 
-# %% ../nbs/01_teacher.ipynb #5dba21dc
+# %% ../nbs/01_teacher.ipynb #98da8188
 class SelfTeacher(nn.Module):
     "The self-teacher of FRSKD (paper section 3.1): refines the student's feature maps, and classifies the last one"
     def __init__(self,
         channels:list, # Channels c_i of the student's levels, largest map first; at least two
         n_out:int, # Number of logits, as the student's
-        width:float=2., # Channels of the teacher per channel of the student: d_i = max(1, round(width · c_i))
+        width:float|list=2., # Channels of the teacher per channel of the student, or such a number a level: d_i = max(1, round(width_i · c_i))
         depth:int=2, # Depthwise-separable convolutions in each node
         repeat:int=1, # Layers of top-down and bottom-up pass
         n_channels:int|None=None, # Channels of all levels, for the fixed-channel variant; `width` is not used then
@@ -114,14 +114,16 @@ class SelfTeacher(nn.Module):
         super().__init__()
         self.check_size(width, depth, repeat, n_channels)
         if len(channels)<2: raise ValueError(f"FRSKD: the self-teacher needs at least two levels, got channels={list(channels)}")
-        self.channels = [n_channels or max(1, round(width*c)) for c in channels] # of the refined maps
+        widths = width if is_listy(width) else [width]*len(channels)
+        if len(widths)!=len(channels): raise ValueError(f"FRSKD: {len(widths)} widths, {list(widths)}, for {len(channels)} levels")
+        self.channels = [n_channels or max(1, round(w*c)) for w,c in zip(widths, channels)] # of the refined maps
         self.layers = nn.ModuleList(BiFPNLayer(self.channels if i else channels, self.channels, depth, first=i==0, project=n_channels is None) for i in range(repeat))
         self.head = nn.Linear(self.channels[-1], n_out)
 
     @staticmethod
     def check_size(width, depth, repeat=1, n_channels=None):
         "`ValueError` for a size that no self-teacher can have"
-        if not (isinstance(width, Real) and 0<width<math.inf): raise ValueError(f"FRSKD: width must be a positive number, got {width!r}")
+        if not all(isinstance(w, Real) and 0<w<math.inf for w in L(width)) or not len(L(width)): raise ValueError(f"FRSKD: width must be a positive number, or one a level, got {width!r}")
         for name,v in dict(depth=depth, repeat=repeat, n_channels=1 if n_channels is None else n_channels).items():
             if not (isinstance(v, Integral) and v>0): raise ValueError(f"FRSKD: {name} must be a positive whole number, got {v!r}")
 
@@ -136,6 +138,7 @@ class SelfTeacher(nn.Module):
     )->tuple: # Refined maps T_i, a list of B×d_i×H_i×W_i, and logits B×n_out
         n = len(self.channels)
         if len(feats)!=n: raise ValueError(f"FRSKD: the self-teacher was built for {n} levels, got {len(feats)} feature maps")
+        feats = [f if f.is_cuda else f.contiguous(memory_format=torch.channels_last) for f in feats] # on a CPU 1×1 and depthwise convolutions are faster so
         for layer in self.layers: feats,pre = layer(feats, preact)
         return (pre if preact else feats),self.head(feats[-1].mean((2,3)))
 

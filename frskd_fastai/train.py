@@ -7,8 +7,8 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/train.html.md"""
 # %% auto #0
 __all__ = ['results', 'tasks', 'History', 'train', 'parser', 'main']
 
-# %% ../nbs/10_train.ipynb #43891523
-import argparse, contextlib, inspect, io, math, os, shlex, sys, time, warnings
+# %% ../nbs/10_train.ipynb #5778c738
+import argparse, contextlib, io, math, os, shlex, sys, time, warnings
 with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch.jit`: nothing for a command's user
     warnings.simplefilter('ignore', FutureWarning)
     import fastai
@@ -186,7 +186,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join([*results,*(['predictions.png'] if args.codes else [])])}")
     return args.out
 
-# %% ../nbs/10_train.ipynb #c780eac9
+# %% ../nbs/10_train.ipynb #4d8e3083
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -210,7 +210,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--alpha', type=number(float, 0), help=f"weight of the soft-label loss (default: {both('alpha')})")
     p.add_argument('--beta', type=number(float, 0), help=f"weight of the attention loss (default: {both('beta')})")
     p.add_argument('--temperature', type=number(float, 0, True), help=f"softens the soft labels (default: {both('temperature')})")
-    p.add_argument('--width', type=number(float, 0, True), default=inspect.signature(FRSKDCallback).parameters['width'].default, help="channels of the self-teacher per channel of the student; for segmentation its channels are 64 times this")
+    p.add_argument('--width', type=number(float, 0, True), help="channels of the self-teacher per channel of the student (default: 2, or less for a student with many channels); for segmentation its channels are 64 times this (default: 1)")
     p.add_argument('--seed', type=number(int, 0), default=0, help="of the split, the initial weights and the order of the data")
     p.add_argument('--compare', action='store_true', help="train the same model plain too, with the same seed, and report both")
     p.add_argument('--out', default='frskd-results', help="folder for the results")

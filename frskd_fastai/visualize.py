@@ -13,7 +13,7 @@ from .features import *
 from .losses import *
 from .targets import *
 
-# %% ../nbs/06_visualize.ipynb #8a511e35
+# %% ../nbs/06_visualize.ipynb #8fca4b12
 def attention_maps(
     learn:Learner, # Learner with an `FRSKDCallback` that has trained
     x:Tensor, # Inputs, B×C×H×W, as the model gets them
@@ -23,7 +23,7 @@ def attention_maps(
     x = to_device(x.as_subclass(Tensor), one_param(learn.model).device)
     with Taps(learn.model, frskd.found_levels) as taps, unnoticed(learn.model, frskd.teacher):
         learn.model(x)
-        feats = taps.pop()
+        feats = pooled(taps.pop(), frskd.finest)
         refined = frskd.teacher(feats)[0]
     return [[attention_map(o).view(len(o), *o.shape[-2:]).cpu() for o in maps] for maps in (feats,refined)]
 

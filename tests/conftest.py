@@ -44,7 +44,8 @@ def make(dls, tmp_path):
     "A seeded Learner on the digits"
     def _make(seed=0, **kw):
         set_seed(seed)
-        model = kw.pop('model', None) or SmallNet()
+        model = kw.pop('model', None)
+        if model is None: model = SmallNet()
         set_seed(seed)
         for dl in dls: dl.rng = random.Random(seed)
         learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), **{'metrics':accuracy, 'splitter':split, 'path':tmp_path, **kw})

@@ -188,7 +188,7 @@ def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
     return {**end(learn, together), 'losses':learn.frskd.losses, 'dtypes':dtypes}
 
 @scenario
-def steps(world_bs=16, n=48, epochs=1, cbs=None, **kw):
+def steps(world_bs=16, n=48, epochs=1, lr=.1, cbs=None, **kw):
     "A few steps on batches of `world_bs`, BatchNorm in evaluation mode: what several processes do must be what one does"
     class NoStatistics(Callback):
         order,run_valid = 99,False
@@ -206,7 +206,7 @@ def steps(world_bs=16, n=48, epochs=1, cbs=None, **kw):
         order,run_valid = FRSKDCallback.order+1,False
         def after_loss(self): parts.append({k:v.clone() for k,v in self.frskd.losses.items()})
     learn = learner(dls, seed=0, opt_func=SGD, **kw)
-    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(epochs, .3, cbs=[NoStatistics(),Parts(),*([GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else [])])
+    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=[NoStatistics(),Parts(),*([GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else [])])
     return {**end(learn), 'losses':parts}
 
 @scenario

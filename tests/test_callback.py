@@ -298,7 +298,7 @@ def test_mixup_mixes_the_teachers_loss_too(make):
         with torch.no_grad():
             taps = Taps(l.model, l.frskd.level_names)
             stats = weights(l.model)
-            l.model(*l.xb); feats = taps.pop(); taps.remove()
+            l.model(*l.xb); feats = pooled(taps.pop(), l.frskd.finest); taps.remove()
             logits = l.frskd.teacher(feats)[1]
         lam,y,y1 = l.mix_up.lam,l.y,l.mix_up.yb1[0]
         expected = (lam*F.cross_entropy(logits, y, reduction='none') + (1-lam)*F.cross_entropy(logits, y1, reduction='none')).mean()

@@ -84,11 +84,11 @@ def test_two_fits_are_one_longer_one_without_a_break(make):
     assert same(*ends)
 
 def test_a_checkpoint_of_another_self_teacher_is_refused(make, tmp_path):
-    learn = make(cbs=FRSKDCallback())
+    learn = make(cbs=FRSKDCallback(width=1))
     learn.fit(1, 1e-2); learn.save('a')
     for kw,msg in ((dict(width=2), r'laterals.*\(8, 8, 1, 1\) in the file, \(16, 8, 1, 1\) here'), (dict(levels=2), r"\['stages.0', 'stages.1', 'stages.2'\] in the file, \['stages.1', 'stages.2'\] here"), (dict(feature_loss='hint'), 'feature_loss'),
-                   (dict(teacher=partial(SelfTeacher, width=1, repeat=2)), 'layers.1')):
-        other = make(seed=1, cbs=FRSKDCallback(**kw))
+                   (dict(teacher=partial(SelfTeacher, width=1, depth=1, repeat=2)), 'layers.1')):
+        other = make(seed=1, cbs=FRSKDCallback(**{'width':1, **kw}))
         other.fit(1, 1e-3)
         before = weights(other.model),weights(other.frskd.trained),[deepcopy(dict(s)) for *_,s,_ in other.opt.all_params()]
         with pytest.raises(ValueError, match=msg): other.load('a')

@@ -50,7 +50,7 @@ def test_results(folder, tmp_path, capsys):
         assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
     text = (tmp_path/'r/summary.md').read_text()
     assert text in out and '| plain |' in text and '| frskd |' in text and '64 training and 16 validation images of 4 classes' in text
-    assert f"{h.accuracy.iloc[1]:.2%}" in text and '\n\n\n' not in text and '\n\nFRSKD: α 2, β 100, temperature 4, self-teacher of width 1, schedule trust.\n\n| run |' in text
+    assert f"{h.accuracy.iloc[1]:.2%}" in text and '\n\n\n' not in text and '\n\nFRSKD: α 2, β 100, temperature 4, self-teacher of width 2, schedule trust.\n\n| run |' in text
     learn = load_learner(tmp_path/'r/student.pkl')
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'r/student.pkl'))
     with learn.no_bar(): label,_,probs = learn.predict(get_image_files(folder)[0])

@@ -1,0 +1,47 @@
+"""What the reference implementation's self-teacher costs beside the package's, and the candidates of the cost study.
+
+    python benchmarks/reference_cost.py resnet18 --size 224 --bs 8 --before f2a1ed1 --out benchmarks/results/bench_resnet18.csv
+    python benchmarks/reference_cost.py candidates --out benchmarks/results/candidates.csv
+
+`frskd-bench` in a script, with other variants: `reference` is `tests/reference.py`, the reference implementation written out node by node, with its attention loss;
+`before` is the paper's settings with the modules of an earlier commit, read from git. `candidates` measures the variants of `schedule_study.py` on its student, as it trains it.
+"""
+import argparse, subprocess, sys, tempfile
+from pathlib import Path
+here = Path(__file__).parent
+sys.path[:0] = [str(here.parent/'tests'), str(here)]
+from fastai.vision.all import *
+from frskd_fastai.benchmark import bench, table
+from frskd_fastai.callback import FRSKDCallback
+
+CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w2 d1 l2','deep d1','w1','w1 d1','w1 d1 f2']
+
+def before(commit):
+    "The paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
+    d = tempfile.mkdtemp()
+    for o in 'teacher','losses':
+        text = subprocess.run(['git','show',f'{commit}:frskd_fastai/{o}.py'], capture_output=True, text=True, check=True, cwd=here).stdout
+        (Path(d)/f'before_{o}.py').write_text(text.replace('from .', 'from frskd_fastai.'))
+    sys.path.insert(0, d)
+    import before_teacher, before_losses
+    return partial(FRSKDCallback.paper, teacher=before_teacher.SelfTeacher, feature_loss=before_losses.attention_loss, beta=100.)
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('arch'); p.add_argument('--size', type=int, default=224); p.add_argument('--bs', type=int, default=8)
+    p.add_argument('--rounds', type=int, default=4); p.add_argument('--steps', type=int, default=1)
+    p.add_argument('--before', metavar='COMMIT'); p.add_argument('--compile', action='store_true'); p.add_argument('--out', type=Path)
+    a = p.parse_args()
+    kw = dict(size=a.size, bs=a.bs)
+    if a.arch=='candidates':
+        from schedule_study import ARMS, small_resnet
+        arch,kw = small_resnet,dict(size=32, bs=64, n_out=33, channels_last=True)
+        variants = {k:None if ARMS[k] is None else partial(FRSKDCallback, **ARMS[k]) for k in CANDIDATES}
+    else:
+        import reference
+        arch,variants = a.arch,{'plain':None, 'reference':partial(FRSKDCallback.paper, teacher=reference.Reference, feature_loss=reference.attention, beta=100.), 'paper':FRSKDCallback.paper, 'default':FRSKDCallback}
+        if a.before: variants['before'] = before(a.before)
+        if a.compile: variants['default, compiled'] = partial(FRSKDCallback, compile=True)
+    d = bench(arch, variants, rounds=a.rounds, steps=a.steps, **kw)
+    print(table(d))
+    if a.out: d.assign(arch=a.arch, **kw, threads=torch.get_num_threads(), torch=torch.__version__, date=time.strftime('%Y-%m-%d')).to_csv(a.out, index=False, float_format='%.6g')

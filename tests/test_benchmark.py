@@ -1,0 +1,143 @@
+"""What FRSKD costs: the command frskd-bench, nothing that waits for the device in a step, compiling, the import"""
+import os, shlex, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest, torch
+from fastai.vision.all import *
+from torch.utils._python_dispatch import TorchDispatchMode
+from frskd_fastai.all import *
+from frskd_fastai.benchmark import bench, main, parts, results
+from frskd_fastai.building import Compiled
+from conftest import SmallNet, n_hooks, same, weights
+
+SMALL = '--arch cifar_resnet18 --size 32 --bs 4 --rounds 1 --steps 1'
+
+def test_command(tmp_path, capsys, monkeypatch):
+    "Every file it writes; a self-teacher of the user's, from the working directory"
+    (tmp_path/'mine.py').write_text('from functools import partial\nfrom frskd_fastai.teacher import SelfTeacher\nNarrow = partial(SelfTeacher, width=.25, depth=1)\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    assert main(shlex.split(f'{SMALL} --teacher mine:Narrow --channels-last --out out'))==0
+    assert sorted(o.name for o in (tmp_path/'out').iterdir())==sorted(results)
+    d = pd.read_csv(tmp_path/'out/bench.csv')
+    assert d.variant.tolist()==['plain','paper','default','mine:Narrow'] and d.ratio[0]==1 and (d.ratio_low<=d.ratio).all() and (d.ratio<=d.ratio_high).all()
+    assert d.teacher_params.is_monotonic_increasing==False and d.teacher_params[3]<d.teacher_params[2]<d.teacher_params[1]
+    assert d.memory_ratio[0]==1 and (d.memory_ratio[1:]>1).all() and (d[list(parts)]>=0).all().all() and d.channels_last.all()
+    text = (tmp_path/'out/bench.md').read_text()
+    assert text in capsys.readouterr().out and 'frskd-bench --arch cifar_resnet18' in text and f'| mine:Narrow | ' in text and torch.__version__ in text
+
+@pytest.mark.parametrize('args,msg', [('--arch resnet19','resnet19'),('--device cuda','no GPU'),('--amp fp16','needs a GPU'),('--teacher nothing:Here','nothing'),('--teacher json:Here','Here'),('--teacher json','MODULE:NAME'),
+    ('--arch alexnet --size 16',"can't measure alexnet at 16 px"),(f'{SMALL} --teacher json:loads',"can't measure")])
+def test_bad_input_is_told_in_one_line(args, msg, tmp_path, capsys):
+    if 'GPU' in msg and torch.cuda.is_available(): pytest.skip('for machines without a GPU')
+    assert main([*shlex.split(args), '--out', str(tmp_path/'r')])==2
+    err = capsys.readouterr().err
+    assert err.startswith('frskd-bench: ') and err.count('\n')==1 and msg in err and not (tmp_path/'r').exists()
+
+@pytest.mark.parametrize('args', ['--rounds 0','--steps 0','--bs 1','--size x','--device tpu'])
+def test_bad_options(args, capsys):
+    with pytest.raises(SystemExit) as e: main(shlex.split(args))
+    assert e.value.code==2 and args.split()[0] in capsys.readouterr().err
+
+# -- No hidden costs --------------------------------------------------------------------------------------
+class Waits(TorchDispatchMode):
+    "Notes the operations that make a GPU wait: `.item()`, `float()` and boolean tests of tensors, indices by a mask, copies to the CPU"
+    def __init__(self): super().__init__(); self.seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(o in str(func) for o in ('_local_scalar_dense','nonzero','masked_select','equal.default')): self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+def watch_after_loss(learn, mode):
+    frskd,events = learn.frskd,[]
+    after_loss = frskd.after_loss
+    def watched():
+        with mode: after_loss()
+        events.append(1)
+    frskd.after_loss = watched
+    learn.fit(1, 1e-3)
+    return len(events)
+
+@pytest.mark.parametrize('kw', [dict(),dict(columns=True),dict(schedule='constant'),dict(feature_loss='hint'),dict(feature_loss='overhaul'),dict(width=1, depth=2)], ids=str)
+def test_no_step_waits_for_the_device(kw, make):
+    learn,waits = make(cbs=FRSKDCallback(**kw)),Waits()
+    assert watch_after_loss(learn, waits)==6 and waits.seen==[]
+
+def test_the_check_sees_what_waits(make):
+    def loss(feats, refined): return feats[0].mean()*float(refined[0].mean()>0)
+    learn,waits = make(cbs=FRSKDCallback(feature_loss=loss)),Waits()
+    watch_after_loss(learn, waits)
+    assert waits.seen
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_no_step_waits_for_the_gpu(make):
+    from contextlib import contextmanager
+    class Strict:
+        def __enter__(self): torch.cuda.set_sync_debug_mode('error')
+        def __exit__(self, *args): torch.cuda.set_sync_debug_mode('default')
+    learn = make(cbs=FRSKDCallback(columns=True))
+    learn.dls.cuda(); learn.model.cuda()
+    assert watch_after_loss(learn, Strict())==6
+
+def test_maps_are_released_after_the_step(make):
+    "The graph of a step, and with it the student's maps, is gone when the next one begins"
+    import gc, weakref
+    refs = []
+    class Look(Callback):
+        order,run_valid = FRSKDCallback.order-1,False
+        def after_loss(self): refs.extend(weakref.ref(o) for o in self.frskd._taps._maps.values())
+        def after_batch(self): self.learn.pred = self.learn.loss_grad = None; gc.collect(); self.alive = sum(r() is not None for r in refs)
+    look = Look()
+    make(cbs=[FRSKDCallback(),look]).fit(1, 1e-3)
+    assert len(refs)==18 and look.alive==0
+
+# -- Compiling --------------------------------------------------------------------------------------------
+def test_compiled_is_the_same(make, monkeypatch):
+    "`compile=True` compiles the self-teacher and its losses; values and weights are those without (here with the compiler's own front end, which needs no C++)"
+    compiled = torch.compile
+    seen = []
+    monkeypatch.setattr(torch, 'compile', lambda f: (seen.append(f), compiled(f, backend='aot_eager'))[1])
+    ends = []
+    for c in False,True:
+        learn = make(cbs=FRSKDCallback(compile=c))
+        learn.fit(1, 1e-3)
+        ends.append((weights(learn.model),weights(learn.frskd.teacher)))
+        assert learn.frskd._compiled=={}
+    assert len(seen)==3 and seen[0] is learn.frskd.teacher
+    for a,b in zip(*ends):
+        for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-5)
+
+def test_without_a_compiler_it_warns_and_goes_on(make, monkeypatch):
+    def broken(gm, inputs): raise RuntimeError('no C++ compiler')
+    compiled = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f: compiled(f, backend=broken))
+    learn = make(cbs=FRSKDCallback(compile=True))
+    with pytest.warns(UserWarning, match="torch.compile can't compile .* no C\\+\\+ compiler"): learn.fit(1, 1e-3)
+    plain = make(cbs=FRSKDCallback()); plain.fit(1, 1e-3)
+    assert same(weights(learn.model), weights(plain.model))
+
+@pytest.mark.parametrize('how', ['torch.compile(model)','model.compile()'])
+def test_a_model_that_the_user_compiled(how, make):
+    model = SmallNet()
+    plain = make(model=deepcopy(model), splitter=trainable_params, cbs=FRSKDCallback()); plain.fit(1, 1e-3)
+    if how=='model.compile()': model.compile(backend='aot_eager')
+    learn = make(model=model if how=='model.compile()' else torch.compile(model, backend='aot_eager'), splitter=trainable_params, cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    assert [o.split('.', 1)[1] if o.startswith('_orig_mod') else o for o in learn.frskd.level_names]==['stages.0','stages.1','stages.2'] and n_hooks(learn.model)==0
+    for a,b in zip(learn.model.state_dict().values(), plain.model.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+# -- The optimizer, the import ----------------------------------------------------------------------------
+def test_torchs_fused_optimizer(make):
+    "Both networks' parameters are in its groups"
+    learn = make(cbs=FRSKDCallback(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)))
+    learn.create_opt()
+    before = weights(learn.model),weights(learn.frskd.teacher)
+    learn.fit(1, 1e-3)
+    assert sum(len(g['params']) for g in learn.opt.opt.param_groups)==len(list(learn.model.parameters()))+len(list(learn.frskd.teacher.parameters()))
+    for m,b in zip((learn.model,learn.frskd.teacher), before): assert all(not torch.equal(p, b[k]) for k,p in m.named_parameters() if 'fusion' not in k)
+
+def test_import_costs_little():
+    "`frskd_fastai.all` over fastai, in one process: the modules of this package alone"
+    code = "import time; from fastai.vision.all import *; t = time.perf_counter(); from frskd_fastai.all import *; print(time.perf_counter()-t)"
+    base = "import time; t = time.perf_counter(); from fastai.vision.all import *; print(time.perf_counter()-t)"
+    env = {**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}
+    took = lambda c: min(float(subprocess.run([sys.executable, '-W', 'ignore', '-c', c], capture_output=True, text=True, env=env, check=True).stdout) for _ in range(2))
+    assert took(code) <= .05*took(base)
