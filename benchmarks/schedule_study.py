@@ -26,6 +26,7 @@ ARMS = {
     'w2':           dict(width=2., depth=2, finest=0),     # the paper's self-teacher with the default schedule, and cheaper ones
     'w2 d1':        dict(width=2., depth=1, finest=0),
     'w1 d1':        dict(width=1., depth=1, finest=0),
+    'w1 d1 f1':     dict(width=1., depth=1, finest=1),
     'w2 d1 l3':     dict(width=2., depth=1, finest=0, levels=3),
     'w2 d1 l2':     dict(width=2., depth=1, finest=0, levels=2),
     'deep d1':      dict(width=[.5,.5,2.,2.], depth=1, finest=0),

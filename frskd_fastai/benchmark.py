@@ -133,7 +133,7 @@ def flops(
         maps = pooled(taps.pop(), frskd.finest)
         return student,operations(frskd.teacher, maps)/len(xb[0])
 
-# %% ../nbs/11_benchmark.ipynb #c05d727c
+# %% ../nbs/11_benchmark.ipynb #9b299c8b
 def bench(
     arch:str|Callable='resnet18', # As for `bench_learner`
     variants:dict=variants, # Functions that make the callbacks, by name; the one called 'plain' is None
@@ -185,7 +185,7 @@ def plot_bench(
     for ax,v,t in (axs[0],d.ratio_high,'time of a step'),(axs[1],d.memory_ratio,'memory'):
         for i,(o,m) in enumerate(zip(d.ratio if ax is axs[0] else v, v)): ax.text(m+.03, i, f'{o:.2f}', va='center')
         ax.axvline(1, color='k', lw=.8, ls=':')
-        ax.set(title=t, xlabel='× plain', yticks=y, yticklabels=d.variant, xlim=(0, v.max()*1.15))
+        ax.set(title=t, xlabel='× plain', yticks=y, yticklabels=d.variant, xlim=(0, v.max()*(1.15 if ax is axs[0] else 1.4)))
     axs[0].invert_yaxis()
     axs[0].legend(fontsize=7, loc='lower right', ncols=len(parts), bbox_to_anchor=(1, 1.08))
     return fig
