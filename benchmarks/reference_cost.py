@@ -11,7 +11,7 @@ from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here.parent/'tests'), str(here)]
 from fastai.vision.all import *
-from frskd_fastai.benchmark import bench, table
+from frskd_fastai.benchmark import bench, table, variants as usual
 from frskd_fastai.callback import FRSKDCallback
 
 CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w2 d1 l2','deep d1','w1','w1 d1','w1 d1 f1','w1 d1 f2']
@@ -39,7 +39,7 @@ if __name__=='__main__':
         variants = {k:None if ARMS[k] is None else partial(FRSKDCallback, **ARMS[k]) for k in CANDIDATES}
     else:
         import reference
-        arch,variants = a.arch,{'plain':None, 'reference':partial(FRSKDCallback.paper, teacher=reference.Reference, feature_loss=reference.attention, beta=100.), 'paper':FRSKDCallback.paper, 'default':FRSKDCallback}
+        arch,variants = a.arch,{**usual, 'reference':partial(FRSKDCallback.paper, teacher=reference.Reference, feature_loss=reference.attention, beta=100.)}
         if a.before: variants['before'] = before(a.before)
         if a.compile: variants['default, compiled'] = partial(FRSKDCallback, compile=True)
     d = bench(arch, variants, rounds=a.rounds, steps=a.steps, **kw)

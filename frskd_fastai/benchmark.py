@@ -8,8 +8,8 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/benchmark.html.md"""
 __all__ = ['variants', 'parts', 'results', 'bench_learner', 'profile_step', 'flops', 'bench', 'table', 'plot_bench', 'run_bench',
            'parser', 'main']
 
-# %% ../nbs/11_benchmark.ipynb #33050b3c
-import argparse, contextlib, importlib, io, math, platform, shlex, sys, time, warnings
+# %% ../nbs/11_benchmark.ipynb #189f52b4
+import argparse, importlib, platform, shlex, sys, time, warnings
 with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch.jit`: nothing for a command's user
     warnings.simplefilter('ignore', FutureWarning)
     import fastai
@@ -133,7 +133,7 @@ def flops(
         maps = pooled(taps.pop(), frskd.finest)
         return student,operations(frskd.teacher, maps)/len(xb[0])
 
-# %% ../nbs/11_benchmark.ipynb #9b299c8b
+# %% ../nbs/11_benchmark.ipynb #9450e49d
 def bench(
     arch:str|Callable='resnet18', # As for `bench_learner`
     variants:dict=variants, # Functions that make the callbacks, by name; the one called 'plain' is None
@@ -154,8 +154,9 @@ def bench(
         ratios = np.array(times[k])/np.array(times['plain'])
         low,mid,high = np.quantile(ratios, [.25,.5,.75])
         student,teacher = flops(learn)
+        params = list(learn.frskd.trained.parameters()) if hasattr(learn, 'frskd') else []
         rows.append(dict(variant=k, seconds=np.median(times[k]), ratio=mid, ratio_low=low, ratio_high=high, **profile_step(learn),
-            teacher_params=sum(p.numel() for p in learn.frskd.trained.parameters()) if hasattr(learn, 'frskd') else 0, teacher_tensors=len(list(learn.frskd.trained.parameters())) if hasattr(learn, 'frskd') else 0, student_gflops=student/1e9, teacher_gflops=teacher/1e9))
+            teacher_params=sum(p.numel() for p in params), teacher_tensors=len(params), student_gflops=student/1e9, teacher_gflops=teacher/1e9))
     d = pd.DataFrame(rows)
     d.insert(d.columns.get_loc('memory')+1, 'memory_ratio', d.memory/d.memory[d.variant=='plain'].item())
     return d
@@ -190,7 +191,7 @@ def plot_bench(
     axs[0].legend(fontsize=7, loc='lower right', ncols=len(parts), bbox_to_anchor=(1, 1.08))
     return fig
 
-# %% ../nbs/11_benchmark.ipynb #3695e6a2
+# %% ../nbs/11_benchmark.ipynb #fee22a65
 results = ('bench.csv','bench.png','bench.md')
 
 def _own(spec):
@@ -241,10 +242,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--teacher', metavar='MODULE:NAME', help="your own self-teacher, as FRSKDCallback(teacher=...) takes it, as one more variant")
     p.add_argument('--rounds', type=number(int, 1), default=5, help="in which the variants take turns, after a first one that is left out")
     p.add_argument('--steps', type=number(int, 1), default=3, help="of each variant in a round, after a first one that is left out")
-    p.add_argument('--out', default='frskd-bench', help="folder for the results")
-    p.add_argument('--force', action='store_true', help="overwrite results in --out")
-    p.add_argument('--version', action='version', version=frskd_fastai.__version__)
-    return p
+    return results_options(p, 'frskd-bench')
 
 def main(
     argv:list|None=None, # Arguments; the command line's by default

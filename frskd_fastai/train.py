@@ -186,7 +186,7 @@ def train(
     print(f"\n{text}\nResults in {args.out}/: {', '.join([*results,*(['predictions.png'] if args.codes else [])])}")
     return args.out
 
-# %% ../nbs/10_train.ipynb #4d8e3083
+# %% ../nbs/10_train.ipynb #9fda067d
 def _lr(s):
     if s=='auto': return s
     try: lr = float(s)
@@ -213,10 +213,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--width', type=number(float, 0, True), help="channels of the self-teacher per channel of the student (default: 2, or less for a student with many channels); for segmentation its channels are 64 times this (default: 1)")
     p.add_argument('--seed', type=number(int, 0), default=0, help="of the split, the initial weights and the order of the data")
     p.add_argument('--compare', action='store_true', help="train the same model plain too, with the same seed, and report both")
-    p.add_argument('--out', default='frskd-results', help="folder for the results")
-    p.add_argument('--force', action='store_true', help="overwrite results in --out")
-    p.add_argument('--version', action='version', version=frskd_fastai.__version__)
-    return p
+    return results_options(p, 'frskd-results')
 
 def main(
     argv:list|None=None, # Arguments; the command line's by default
