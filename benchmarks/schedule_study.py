@@ -5,13 +5,40 @@
 
 `cifar` is 33 classes of CIFAR-100 (`../shared/data/cifar100-1.zip`), the first `--per-class` training images of each and all
 3,300 test images, with random crops and flips, and a small ResNet for 32×32 images. `digits` is the set that comes with the
-package, with torchvision's ResNet-18 as `frskd-train` uses it. Every run is `fit_one_cycle` with fastai's Adam, on one CPU
+package, with torchvision's ResNet-18 as `frskd-train` uses it. `cifar-bottleneck` is `cifar` with bottleneck blocks, whose maps have four times the channels of their 3×3 convolutions. Every run is `fit_one_cycle` with fastai's Adam, on one CPU
 thread; the arms of one seed share the initial student and the order of the data. A row per run is appended to `--out`;
 runs that are there already are skipped. `--table` prints the table from that file.
 """
 import argparse, io, os, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
+
+class Shared(SelfTeacher):
+    "The two passes share the laterals and the convolutions of their nodes; fusion weights and the nodes' BatchNorms are their own"
+    def __init__(self, channels, n_out, width, depth):
+        super().__init__(channels, n_out, width, depth)
+        layer, = self.layers
+        layer.__class__ = SharedLayer
+        for i,(lateral,d) in enumerate(zip(layer.laterals, self.channels)):
+            layer.laterals[i] = nn.Sequential(nn.Conv2d(channels[i], d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU(inplace=True))
+        for up,down in zip(layer.up_nodes[1:], layer.down_nodes):
+            for j,m in enumerate(up):
+                if isinstance(m, nn.Conv2d): down[j] = m
+
+class SharedLayer(BiFPNLayer):
+    def _lateral(self, i, f, up, down):
+        p = self.laterals[i](f)
+        return p if up is None else p*up[0], None if down is None else p*down[0]
+
+class Bottleneck(SelfTeacher):
+    "Nodes that work on a quarter of the channels: 1×1, BatchNorm, ReLU, depthwise 3×3, 1×1, BatchNorm"
+    def __init__(self, channels, n_out, width, depth):
+        super().__init__(channels, n_out, width, depth)
+        for nodes in (self.layers[0].up_nodes,self.layers[0].down_nodes):
+            for i,node in enumerate(nodes):
+                d = node[-1].num_features
+                nodes[i] = nn.Sequential(nn.Conv2d(d, d//4, 1, bias=False), nn.BatchNorm2d(d//4), nn.ReLU(inplace=True),
+                    nn.Conv2d(d//4, d//4, 3, padding=1, groups=d//4, bias=False), nn.Conv2d(d//4, d, 1, bias=False), nn.BatchNorm2d(d))
 
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 
@@ -33,6 +60,13 @@ ARMS = {
     'w2 d1 f1':     dict(width=2., depth=1, finest=1),     # what `default` is for this student
     'w1.5 d1 f1':   dict(width=1.5, depth=1, finest=1),
     'w1 d1 f2':     dict(width=1., depth=1, finest=2),
+    'shared f1':    dict(teacher=partial(Shared, width=2., depth=1), finest=1),     # as `w2 d1 f1`
+    'bottle f1':    dict(teacher=partial(Bottleneck, width=2., depth=1), finest=1),
+    'w1122 d1 f1':  dict(width=[1.,1.,2.,2.], depth=1, finest=1),
+    'w2 d1 f1 r':   dict(width=2., depth=1, finest=1, schedule=ramp),
+    'w1 d1 f1 r':   dict(width=1., depth=1, finest=1, schedule=ramp),
+    'w.5 d1 f1 r':  dict(width=.5, depth=1, finest=1, schedule=ramp),
+    'w.5 d1 f1':    dict(width=.5, depth=1, finest=1),
     'hint':         dict(W1, feature_loss='hint'),         # another feature loss, or none
     'overhaul':     dict(W1, feature_loss='overhaul'),
     'nofeature':    dict(W1, beta=0.),
@@ -69,9 +103,14 @@ class Block(nn.Module):
         self.idconv = nn.Identity() if ni==nf and stride==1 else ConvLayer(ni, nf, 1, stride=stride, act_cls=None)
     def forward(self, x): return self.act(self.convs(x) + self.idconv(x))
 
-def small_resnet(n_out, widths=(16,32,64,128)):
+class BottleneckBlock(Block):
+    def __init__(self, ni, nf, stride):
+        super().__init__(ni, nf, stride)
+        self.convs = nn.Sequential(ConvLayer(ni, nf//4, 1), ConvLayer(nf//4, nf//4, stride=stride), ConvLayer(nf//4, nf, 1, act_cls=None))
+
+def small_resnet(n_out, widths=(16,32,64,128), block=Block):
     "A ResNet-10 for 32×32 images: 3×3 stem, one block a stage"
-    stages = [Block(i, o, 1 if k==0 else 2) for k,(i,o) in enumerate(zip((widths[0],)+widths, widths))]
+    stages = [block(i, o, 1 if k==0 else 2) for k,(i,o) in enumerate(zip((widths[0],)+widths, widths))]
     return nn.Sequential(ConvLayer(3, widths[0]), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(widths[-1], n_out))
 
 def learner(data, args, seed, arm):
@@ -83,13 +122,14 @@ def learner(data, args, seed, arm):
         return vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=cbs)
     (x,y),(xv,yv),c = data
     dls = DataLoaders(DataLoader(list(zip(x,y)), bs=64, shuffle=True, drop_last=True), DataLoader(list(zip(xv,yv)), bs=500))
-    learn = Learner(dls, small_resnet(c), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[CropFlip(), *cbs])
+    student = small_resnet(c) if args.data=='cifar' else small_resnet(c, (32,64,128,256), BottleneckBlock)
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[CropFlip(), *cbs])
     learn.to_channelslast(use_amp=False) # a third faster on this CPU
     return learn
 
 def run(args):
     torch.set_num_threads(1)
-    data = cifar(args.per_class, args.zip) if args.data=='cifar' else None
+    data = cifar(args.per_class, args.zip) if args.data!='digits' else None
     out = Path(args.out)
     for epochs,seed,arm in itertools.product(args.epochs, args.seeds, args.arms):
         key = dict(data=args.data, arm=arm, epochs=epochs, seed=seed)
@@ -128,7 +168,7 @@ def table(args):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('data', choices=['cifar','digits'])
+    p.add_argument('data', choices=['cifar','cifar-bottleneck','digits'])
     p.add_argument('--arms', nargs='+', default=['plain','default','constant'], choices=list(ARMS))
     p.add_argument('--epochs', nargs='+', type=int, default=[5,20,60])
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
@@ -138,5 +178,5 @@ if __name__=='__main__':
     p.add_argument('--out', default='benchmarks/results/schedule_study.csv')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     args = p.parse_args()
-    if args.data=='cifar' and not args.table and not Path(args.zip).exists(): p.error(f'{args.zip} is not there; --zip names an archive with cifar100/train/CLASS/*.png and cifar100/test/CLASS/*.png')
+    if args.data!='digits' and not args.table and not Path(args.zip).exists(): p.error(f'{args.zip} is not there; --zip names an archive with cifar100/train/CLASS/*.png and cifar100/test/CLASS/*.png')
     table(args) if args.table else run(args)

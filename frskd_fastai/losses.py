@@ -47,7 +47,8 @@ def attention_map(
     x:Tensor, # Feature map, B×C×H×W
 )->Tensor: # B×H·W, float32, L2 norm 1 over the positions
     "φ: the mean over channels of x², flattened over the positions and divided by its L2 norm (attention transfer; paper section 3.2)"
-    return F.normalize(_Energy.apply(x.as_subclass(Tensor)).flatten(1), dim=1)
+    energy = x.float().square().mean(1) if torch.compiler.is_compiling() else _Energy.apply(x.as_subclass(Tensor)) # the compiler makes one pass of the plain formula, and can't look into the function
+    return F.normalize(energy.flatten(1), dim=1)
 
 def attention_loss(
     student:list, # Student's feature maps F_i, B×c_i×H_i×W_i

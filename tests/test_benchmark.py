@@ -91,9 +91,10 @@ def test_maps_are_released_after_the_step(make):
 
 # -- Compiling --------------------------------------------------------------------------------------------
 def test_compiled_is_the_same(make, monkeypatch):
-    "`compile=True` compiles the self-teacher and its losses; values and weights are those without (here with the compiler's own front end, which needs no C++)"
+    "`compile=True` compiles the self-teacher and its losses, each whole and once; values and weights are those without (here with the compiler's own front end, which needs no C++)"
     compiled = torch.compile
     seen = []
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(torch, 'compile', lambda f: (seen.append(f), compiled(f, backend='aot_eager'))[1])
     ends = []
     for c in False,True:
@@ -102,6 +103,7 @@ def test_compiled_is_the_same(make, monkeypatch):
         ends.append((weights(learn.model),weights(learn.frskd.teacher)))
         assert learn.frskd._compiled=={}
     assert len(seen)==3 and seen[0] is learn.frskd.teacher
+    assert torch._dynamo.utils.counters['stats']['unique_graphs']==3 and not torch._dynamo.utils.counters['graph_break']
     for a,b in zip(*ends):
         for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-5)
 
