@@ -57,7 +57,7 @@ class Entry(BasicMarkdownRenderer):
 
     def methods(self):
         for n,o in vars(self.sym).items() if inspect.isclass(self.sym) else ():
-            if n[0] != '_' and (isinstance(o, property) or inspect.isroutine(o)) and getattr(o, '__func__', o).__doc__:
+            if n[0] != '_' and (isinstance(o, property) or inspect.isroutine(o)) and o.__doc__:
                 yield Entry(getattr(self.sym, n), title_level=self.title_level+1)
 
     def _repr_markdown_(self):
@@ -109,7 +109,9 @@ class Page:
         self.title,self.description = fm['title'],NbdevLookup().linkify(fm.get('description', ''))
         self.md = (self.src.parent.relative_to('nbs')/fm['output-file']).with_suffix('.md')
         head = f'# {self.title}\n\n[notebook]({cfg["git_url"]}/blob/main/{self.src}){{ .source }}\n\n{self.description}\n{{ .lead }}'
-        self.text = '\n\n'.join([head, *filter(str.strip, (b for c in nb.cells for b in self.blocks(c)))]) + '\n'
+        text = '\n\n'.join([head, *filter(str.strip, (b for c in nb.cells for b in self.blocks(c)))]) + '\n'
+        seen = set() # a class and a function whose names differ in capitals only have one address
+        self.text = re.sub(r' \{ #(\S+) \}$', lambda m: '' if m[1] in seen else seen.add(m[1]) or m[0], text, flags=re.M)
 
     def blocks(self, c):
         "The blocks of Markdown for the cell `c`"
