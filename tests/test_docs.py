@@ -82,6 +82,22 @@ def test_reference(pages):
     assert not missing
     assert 'callback.html#frskdcallback' in pages['index.html'].links and '../callback.html#frskdcallback' in pages['tutorials/method.html'].links
 
+def test_entries(pages):
+    "An entry tells each parameter's meaning, those of a dataclass, too; a default is shown where it says something"
+    says = lambda page: ' '.join(''.join(pages[page].words).split())
+    assert 'alpha float | None = None α, weight of the soft-label loss' in says('callback.html') and '**kwargs' in says('callback.html')
+    assert 'data str Name of the data set' in says('recipes.html')
+    assert not any('<bound method' in says(p) or '<function' in says(p) for p in pages)
+
+def test_markdown(monkeypatch):
+    "What Jupyter shows as a list is one here, and what is code stays as it is; a printed output is what a terminal shows at the end"
+    monkeypatch.syspath_prepend(root/'tools')
+    from make_docs import loose, mathml, outside_code, printed
+    assert outside_code(loose, 'It is\n- a\n  - b\n\n1. c\n2. d') == 'It is\n\n- a\n    - b\n\n1. c\n2. d'
+    for same in '```\nif x:\n- a\n```', '- a\n- b', '    x\n    y': assert outside_code(loose, same)==same
+    assert printed('\x1b[31mred\x1b[0m\n50%\r100%\n') == '```{ .text .output .no-copy }\nred\n100%\n```' and printed(' \n')==''
+    assert re.fullmatch(r'<span class="arithmatex"><math .*<mi>x</mi>.*</math></span>', mathml(r'<span class="arithmatex">\(x &lt; 1\)</span>'))
+
 def test_link(monkeypatch):
     "Where a link of a notebook or of the README leads on the site; one to nowhere stops the build"
     monkeypatch.syspath_prepend(root/'tools')

@@ -6,6 +6,7 @@ nbdev makes the API reference and links the names in backticks, as it does for q
 so links from other projects' docs lead here, too. Only FOLDER is written."""
 import base64, html, inspect, json, os, re, shutil, subprocess, sys, tempfile, warnings
 from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 from textwrap import indent, wrap
 from latex2mathml.converter import convert
@@ -25,9 +26,12 @@ reading_order = 'images method choosing reading cost segmentation own compatibil
 
 # The API reference
 
-def _none(o): return None if o is inspect.Parameter.empty else o
-def _type(o): return re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(o)).replace('NoneType', 'None') # Learner, not fastai.learner.Learner
-def _code(s): return f'<code>{html.escape(s)}</code>' # in backticks, nbdev would link a parameter to a function of its name
+empty = inspect.Parameter.empty
+def _default(o):
+    s = None if o is empty else getattr(o, '__name__', repr(o))
+    return '…' if s and '<' in s else s # <function ...> says nothing
+def _type(o): return '' if o is empty else re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(o)).replace('NoneType', 'None') # Learner, not fastai.learner.Learner
+def _code(s): return '<code>' + html.escape(s).replace('*', '&#42;').replace('_', '&#95;') + '</code>' # in backticks, nbdev would link a parameter to a function of its name
 
 class Entry(BasicMarkdownRenderer):
     "What `show_doc` shows, fit for a phone: the call, the docstring, a list of the parameters; for a class, its documented methods, too"
@@ -39,8 +43,7 @@ class Entry(BasicMarkdownRenderer):
         "Of each parameter and, last, of what is returned: name, type, default (None without one), meaning"
         for k,p in getattr(self.dm, 'dm', {}).items():
             star = {inspect.Parameter.VAR_POSITIONAL:'*', inspect.Parameter.VAR_KEYWORD:'**'}.get(p.get('kind'), '')
-            anno,default = _none(p['anno']),p['default']
-            yield (star+k, '' if anno is None else _type(anno), None if default is inspect.Parameter.empty else getattr(default, '__name__', repr(default)), p['docment'] or '')
+            yield star+k, _type(p['anno']), _default(p['default']), p['docment'] or ''
 
     def call(self):
         args = ', '.join(n if d is None else f'{n}={d}' for n,_,d,_ in self.params() if n not in ('return','self','cls'))
@@ -49,16 +52,17 @@ class Entry(BasicMarkdownRenderer):
 
     def rows(self):
         for name,type_,default,doc in self.params():
-            if not doc and (name in ('return','self','cls') or not type_): continue
-            head = '**Returns**' if name=='return' else f'**{_code(name)}**'
+            if not doc: continue
+            head = '**Returns**' if name=='return' else f'<strong>{_code(name)}</strong>'
             if type_: head += f' {_code(type_)}'
             if default is not None: head += f' = {_code(default)}'
-            yield f'{head}\n:   {indent(doc, "    ").strip() or "&nbsp;"}'
+            yield f'{head}\n:   {indent(doc, "    ").strip()}'
 
     def methods(self):
         for n,o in vars(self.sym).items() if inspect.isclass(self.sym) else ():
             if n[0] != '_' and (isinstance(o, property) or inspect.isroutine(o)) and o.__doc__:
-                yield Entry(getattr(self.sym, n), title_level=self.title_level+1)
+                e = Entry(getattr(self.sym, n), title_level=self.title_level+1)
+                if e.nm==f'{self.nm}.{n}': yield e # not a function that is a default
 
     def _repr_markdown_(self):
         src = NbdevLookup().code(self.fn)
@@ -69,7 +73,9 @@ class Entry(BasicMarkdownRenderer):
 class exec_entries(exec_show_docs):
     def begin(self):
         super().begin()
-        self.k.user_ns['show_doc'] = lambda sym: show_doc(sym, renderer=Entry)
+        # the module's own, for the comments of a dataclass are in its file
+        mod = next((import_module(f'{cfg["lib_name"]}.{c.directives_["default_exp"]}') for c in self.nb.cells if 'default_exp' in c.directives_), None)
+        self.k.user_ns['show_doc'] = lambda sym: show_doc(getattr(mod, getattr(sym, '__qualname__', ''), sym), renderer=Entry)
 
 class Filter(FilterDefaults):
     def base_procs(self): return [exec_entries if p is exec_show_docs else p for p in super().base_procs()]
@@ -109,16 +115,15 @@ class Page:
         self.title,self.description = fm['title'],NbdevLookup().linkify(fm.get('description', ''))
         self.md = (self.src.parent.relative_to('nbs')/fm['output-file']).with_suffix('.md')
         head = f'# {self.title}\n\n[notebook]({cfg["git_url"]}/blob/main/{self.src}){{ .source }}\n\n{self.description}\n{{ .lead }}'
-        text = '\n\n'.join([head, *filter(str.strip, (b for c in nb.cells for b in self.blocks(c)))]) + '\n'
-        seen = set() # a class and a function whose names differ in capitals only have one address
-        self.text = re.sub(r' \{ #(\S+) \}$', lambda m: '' if m[1] in seen else seen.add(m[1]) or m[0], text, flags=re.M)
+        self.text = '\n\n'.join([head, *filter(str.strip, (b for c in nb.cells for b in self.blocks(c)))]) + '\n'
 
     def blocks(self, c):
         "The blocks of Markdown for the cell `c`"
         d = dict(re.findall(r'^#\| *([\w-]+): *(\S*)', c.source, re.M)) if c.cell_type=='code' else {} # those of quarto, which nbdev leaves
-        src = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip()
+        src = c.source.strip('\n')
         if c.cell_type=='markdown': yield '' if src.startswith('<!-- WARNING: THIS FILE WAS AUTOGENERATED') else outside_code(loose, src)
         if c.cell_type!='code' or d.get('include')=='false': return
+        src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip('\n')
         if src and d.get('echo')!='false': yield fenced(src, 'python')
         for o in c.outputs if d.get('output')!='false' else ():
             if o.output_type=='stream': yield printed(_warning.sub('', o.text) if o.name=='stderr' else o.text)
