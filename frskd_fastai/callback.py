@@ -186,6 +186,7 @@ class FRSKDCallback(Callback):
         self._ignored = ignored_labels(learn.loss_func)
         self._half = any(p.dtype==torch.float16 for p in self.student.parameters()) # by `to_non_native_fp16`
         if self._half: convert_network(self.trained, torch.float16)
+        self._cast = any(p.dtype in (torch.bfloat16,torch.float64) for p in self.student.parameters()) # without autocast; the self-teacher is float32 then
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
@@ -254,6 +255,7 @@ class FRSKDCallback(Callback):
     def _pop_maps(self):
         "The student's feature maps of the last forward pass, as the self-teacher and as the feature loss read them"
         maps = self._taps.pop()
+        if self._cast: maps = to_float(maps)
         maps,pre = maps if self._preact else (maps,None)
         maps = pooled(maps, self.finest)
         return maps,pooled(pre, self.finest) if self._preact else maps
