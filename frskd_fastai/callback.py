@@ -269,6 +269,7 @@ class FRSKDCallback(Callback):
         with Taps(self.student, self.found_levels) as taps, unnoticed(self.student, self.trained):
             pred = self.student(*xb)
             maps = pooled(taps.pop(), self.finest)
+            if not self._half: maps = to_float(maps) # the self-teacher is float32, whatever the student is
             refined,logits = self.teacher(maps)
         return maps,pred,refined,resize(logits, pred.shape[-2:]) if self.dense else logits
 
