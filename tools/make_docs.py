@@ -22,7 +22,7 @@ cfg = ConfigParser(delimiters='=', interpolation=None)
 cfg.read(root/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 # The tutorials as one would read them; those not named come after, by name
-reading_order = 'images method choosing reading cost segmentation own compatibility distributed deployment'.split()
+reading_order = 'images method choosing cost segmentation own compatibility distributed deployment reading'.split()
 
 # The API reference
 
@@ -110,7 +110,10 @@ class Page:
 
     def notebook(self):
         nb = read_nb(root/self.src)
-        Filter()(nb)
+        try: Filter()(nb)
+        except Exception as e:
+            e.add_note(f'in {self.src}')
+            raise
         fm = next(filter(None, (cell_frontmatter(c.source) for c in nb.cells if c.cell_type!='code')))
         self.title,self.description = fm['title'],NbdevLookup().linkify(fm.get('description', ''))
         self.md = (self.src.parent.relative_to('nbs')/fm['output-file']).with_suffix('.md')
