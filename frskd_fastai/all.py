@@ -11,3 +11,4 @@ from .augmentation import *
 from .visualize import *
 from .data import *
 from .models import *
+from .resume import Resumable

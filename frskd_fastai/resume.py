@@ -139,8 +139,11 @@ class Resumable(SkipToEpoch):
             self._save(0)
         else: self._skip_to = self._state['epoch'] if fit==self.fit_no else self.n_epoch # a later fit's: this one is done
         if self._skip_to:
+            if fit==self.fit_no and not rank_distrib(): print(f'{self._skip_to} of {self.n_epoch} epochs are done, as {self.path} has it')
             self._paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
             for cb in self._paused: cb.run = False
+            bar = vars(self.learn.progress).get('mbar') if hasattr(self.learn, 'progress') else None
+            if bar: bar.update(0) # it starts at none other
         else: self._restore()
 
     def before_epoch(self):
@@ -211,10 +214,9 @@ class Resumable(SkipToEpoch):
 
     def _differs(self, saved, s):
         "What is other in a checkpoint than here"
-        theirs,ours = dict(s['about']),dict(self.about)
-        if s['fit']==self.fit_no: theirs,ours = {**theirs, **s['length']},{**ours, **self._length}
         shapes = [{k:tuple(v.shape) for k,v in o.items()} for o in (saved['model'],get_model(self.learn.model).state_dict())]
-        for a,b in (theirs,ours),shapes:
+        length = [(s['length'],self._length)] if s['fit']==self.fit_no else []
+        for a,b in (s['about'],self.about),*length,shapes:
             k = first(k for k in [*b,*a] if a.get(k)!=b.get(k))
             if k: return f"{k} is {a.get(k, 'not there')} in it, {b.get(k, 'not there')} here"
         if s['fit']<0 or s['epoch']<0 or len(s['random'])!=s['length']['processes'] or not s['callbacks']: raise ValueError(s['fit'])
