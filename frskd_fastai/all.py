@@ -12,3 +12,4 @@ from .visualize import *
 from .interpret import *
 from .data import *
 from .models import *
+from .resume import Resumable

@@ -20,6 +20,7 @@ from .teacher import *
 from .dense import *
 from .losses import *
 from .targets import *
+from .checkpoint import *
 from .columns import *
 from .companion import *
 from .building import *
@@ -84,7 +85,7 @@ class FRSKDCallback(Callback):
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback; remove it first: `learn.remove_cb(FRSKDCallback)`")
         self.__dict__['_learn'] = learn
-        self._overrides = [Override(learn, name, getattr(self, f'_{name}')) for name in ('create_opt','save','load')]
+        self._overrides = [Override(learn, 'create_opt', self._create_opt), Override(learn, 'save', partial(save_trained, self)), Override(learn, 'load', partial(load_trained, self))]
         try:
             if learn.opt is not None: self._join()
         except BaseException:
@@ -153,24 +154,6 @@ class FRSKDCallback(Callback):
     def _create_opt(self, create_opt):
         create_opt()
         self._join()
-
-    # -- Checkpoints -------------------------------------------------------------------------
-    def _save(self, save, *args, **kwargs):
-        if self.trained is None: return save(*args, **kwargs)
-        return save_with(save, self.learn, 'frskd', dict(levels=list(self.level_names), trust=None if self.trust.loss is None else self.trust.loss.item(), trained=self.trained.state_dict()), *args, **kwargs)
-
-    def _load(self, load, file, *args, with_opt=True, **kwargs):
-        distrib_barrier() # rank 0 may still be writing it
-        saved = saved_with(self.learn, 'frskd', file) if with_opt else None
-        if saved is not None:
-            if self.learn.opt is None: self.learn.create_opt()
-            if self.trained is None: raise ValueError(f"FRSKD: {file} has a self-teacher, but there is no training batch here to build one for; load the student alone: `learn.load(file, with_opt=False)`")
-            check_saved(file, saved['trained'], self.trained.state_dict(), list(saved['levels']), list(self.level_names))
-        load(file, *args, with_opt=with_opt, **kwargs)
-        if saved is not None:
-            self.trained.load_state_dict(saved['trained'])
-            self.trust.loss = None if saved['trust'] is None else torch.tensor(saved['trust'], device=one_param(self.teacher).device)
-        return self.learn
 
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
