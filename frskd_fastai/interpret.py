@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from .features import *
 from .targets import *
 from .callback import *
-from .visualize import _colors
+from .visualize import class_names, _colors
 
 # %% ../nbs/06_interpret.ipynb #055d645d
 def _answers(
@@ -32,7 +32,7 @@ def _answers(
         right,p = logits.argmax(1)==cls,logits.softmax(1).gather(1, cls[:,None])[:,0]
     return tuple(o.reshape(n, -1) for o in (right,cls,p,keep))
 
-def _names(learn, n): return [str(o) for o in getattr(learn.dls, 'vocab', None) or range(n)]
+def _names(learn, n): return class_names(learn.dls) or [str(o) for o in range(n)]
 
 # %% ../nbs/06_interpret.ipynb #f0cf9cd8
 @patch
@@ -84,7 +84,8 @@ class StudentComparison:
     ):
         self.dl = ifnone(dl, learn.dls.valid).new(shuffle=False, drop_last=False)
         self.learners,self.names = (learn,other),names
-        if list(learn.dls.vocab)!=list(other.dls.vocab): raise ValueError(f"FRSKD: these two Learners know different classes, {list(learn.dls.vocab)[:5]} and {list(other.dls.vocab)[:5]}, …: compare models of the same data")
+        classes = [class_names(o.dls) for o in self.learners]
+        if classes[0]!=classes[1]: raise ValueError(f"FRSKD: these two Learners know different classes, {' and '.join(', '.join((o or ['none'])[:5]) for o in classes)}, …: compare models of the same data")
         right,p = [],[]
         for b in self.dl:
             both = [_answers(self._logits(o, b), to_device(b[1], one_param(o.model).device), learn.loss_func) for o in self.learners]

@@ -1,5 +1,5 @@
 "The command frskd-train: what it writes, and one clear line for bad input"
-import shlex, subprocess, sys, urllib.error, zipfile
+import re, shlex, subprocess, sys, urllib.error, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -10,12 +10,6 @@ from frskd_fastai.train import main, results
 from conftest import pickled_modules
 
 SHARED = Path(__file__).parents[2]/'shared/data'
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    "No progress bars: the tests read what is printed"
-    import fastai.callback.progress as p
-    monkeypatch.setattr(p.ProgressCallback, 'run', False)
 
 def run(*args, capsys):
     code = main([str(a) for a in args])
@@ -41,15 +35,19 @@ FAST = '--size','32','--epochs','1','--bs','16','--lr','1e-3','--no-pretrained'
 def test_results(folder, tmp_path, capsys):
     code,out,err = run(folder, *FAST, '--compare', '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
-    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
+    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted((*results,'differences.png'))
     h = pd.read_csv(tmp_path/'r/history.csv')
     assert h.run.tolist()==['plain','frskd'] and h.epoch.tolist()==[0,0]
     assert h.student_loss.isna().tolist()==[True,False]
-    for f in 'curves.png','attention.png':
+    for f in 'curves.png','attention.png','differences.png':
         im = Image.open(tmp_path/'r'/f); im.load()
         assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
     text = (tmp_path/'r/summary.md').read_text()
     assert text in out and '| plain |' in text and '| frskd |' in text and '64 training and 16 validation images of 4 classes' in text
+    better,worse,same,p = re.search(r'frskd is better on (\d+), plain on (\d+), and (\d+) make no difference\. .* probability ([\d.e-]+)\.', text).groups()
+    assert int(better)+int(worse)+int(same)==16 and int(better)-int(worse)==round(16*(h.accuracy[1]-h.accuracy[0])) and 0<float(p)<=1
+    # the output is no terminal: a line an epoch, no bars
+    assert '\r' not in out and f"epoch 0, train_loss {h.train_loss[1]:.4f}, valid_loss {h.valid_loss[1]:.4f}, accuracy {h.accuracy[1]:.4f}, student_loss" in out
     assert f"{h.accuracy.iloc[1]:.2%}" in text and '\n\n\n' not in text and '\n\nFRSKD: α 2, β 100, temperature 4, self-teacher of width 2, schedule trust.\n\n| run |' in text
     learn = load_learner(tmp_path/'r/student.pkl')
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'r/student.pkl'))
