@@ -20,6 +20,7 @@ from .teacher import *
 from .dense import *
 from .losses import *
 from .targets import *
+from .checkpoint import *
 from .columns import *
 from .companion import *
 from .building import *
@@ -59,7 +60,7 @@ class FRSKDCallback(Callback):
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
         self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self.trained = None
-        self._overrides,self._half,self._paper,self._compiled = [],False,None,{}
+        self._overrides,self._half,self._paper,self._compiled,self.recorded,self._steps = [],False,None,{},[],[]
 
     @classmethod
     def paper(cls,
@@ -84,7 +85,7 @@ class FRSKDCallback(Callback):
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback; remove it first: `learn.remove_cb(FRSKDCallback)`")
         self.__dict__['_learn'] = learn
-        self._overrides = [Override(learn, name, getattr(self, f'_{name}')) for name in ('create_opt','save','load')]
+        self._overrides = [Override(learn, 'create_opt', self._create_opt), Override(learn, 'save', partial(save_trained, self)), Override(learn, 'load', partial(load_trained, self))]
         try:
             if learn.opt is not None: self._join()
         except BaseException:
@@ -154,24 +155,6 @@ class FRSKDCallback(Callback):
         create_opt()
         self._join()
 
-    # -- Checkpoints -------------------------------------------------------------------------
-    def _save(self, save, *args, **kwargs):
-        if self.trained is None: return save(*args, **kwargs)
-        return save_with(save, self.learn, 'frskd', dict(levels=list(self.level_names), trust=None if self.trust.loss is None else self.trust.loss.item(), trained=self.trained.state_dict()), *args, **kwargs)
-
-    def _load(self, load, file, *args, with_opt=True, **kwargs):
-        distrib_barrier() # rank 0 may still be writing it
-        saved = saved_with(self.learn, 'frskd', file) if with_opt else None
-        if saved is not None:
-            if self.learn.opt is None: self.learn.create_opt()
-            if self.trained is None: raise ValueError(f"FRSKD: {file} has a self-teacher, but there is no training batch here to build one for; load the student alone: `learn.load(file, with_opt=False)`")
-            check_saved(file, saved['trained'], self.trained.state_dict(), list(saved['levels']), list(self.level_names))
-        load(file, *args, with_opt=with_opt, **kwargs)
-        if saved is not None:
-            self.trained.load_state_dict(saved['trained'])
-            self.trust.loss = None if saved['trust'] is None else torch.tensor(saved['trust'], device=one_param(self.teacher).device)
-        return self.learn
-
     # -- Training ----------------------------------------------------------------------------
     def before_fit(self):
         learn = self.learn
@@ -188,6 +171,7 @@ class FRSKDCallback(Callback):
         if self._half: convert_network(self.trained, torch.float16)
         self._cast = any(p.dtype in (torch.bfloat16,torch.float64) for p in self.student.parameters()) # without autocast; the self-teacher is float32 then
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
+        self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
         self._watch = Override(learn, '_do_epoch', self._watched)
 
@@ -219,8 +203,20 @@ class FRSKDCallback(Callback):
         learn.loss_grad = sum(weights.get(k, 1.)*v for k,v in parts.items())
         learn.loss = learn.loss_grad.clone()
         self.losses = {k:v.detach() for k,v in parts.items()}
+        self._record(factor)
         if self.schedule=='trust': self.trust.update(maybe_gather(self.losses['teacher']) if self._distributed else self.losses['teacher']) # the mean over all processes
         if self._columns: self._columns.add({**{f'{k}_loss':v for k,v in self.losses.items()}, **self._accuracy(logits.detach())}, len(logits))
+
+    def _record(self, factor):
+        dev = self.losses['student'].device
+        scalar = lambda v: v.detach().as_subclass(Tensor).float() if isinstance(v, Tensor) else torch.full((), v, device=dev) # a kernel fills it: nothing waits for a copy
+        self._steps.append(torch.stack([scalar(v) for v in (*(self.losses.get(k, math.nan) for k in self._part_names), factor)]))
+
+    @property
+    def steps(self):
+        "The unweighted parts of the loss and the schedule's `factor` in each step of the last fit up to its last whole epoch; with several processes, this one's"
+        names = [*self._part_names,'factor']
+        return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=names)
 
     def before_backward(self):
         if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
@@ -246,6 +242,19 @@ class FRSKDCallback(Callback):
         maps,pre = maps if self._preact else (maps,None)
         maps = pooled(maps, self.finest)
         return maps,pooled(pre, self.finest) if self._preact else maps
+
+    def run_both(self,
+        *xb, # Inputs, as the model gets them
+    )->tuple: # Student's feature maps as the self-teacher reads them, its logits; refined maps, the self-teacher's logits
+        "Student and self-teacher on `xb`, in evaluation mode and without a trace"
+        if self.teacher is None: raise ValueError("FRSKD: this Learner has no self-teacher yet: train it first (an exported Learner is the student alone)")
+        xb = to_device(xb, one_param(self.student).device)
+        with Taps(self.student, self.found_levels) as taps, unnoticed(self.student, self.trained):
+            pred = self.student(*xb)
+            maps = pooled(taps.pop(), self.finest)
+            if not self._half: maps = to_float(maps) # the self-teacher is float32, whatever the student is
+            refined,logits = self.teacher(maps)
+        return maps,pred,refined,resize(logits, pred.shape[-2:]) if self.dense else logits
 
     def _teach(self, maps, factor):
         "Refined maps and logits of the self-teacher; `factor` of its gradient goes on to the student"
@@ -287,6 +296,8 @@ class FRSKDCallback(Callback):
 
     def after_train(self):
         if self._columns and self._distributed: self._columns.gather()
+        if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the first time that it leaves the device
+        self._steps = []
         self._cleanup_taps()
 
     def after_fit(self):

@@ -197,6 +197,7 @@ def test_a_student_of_another_type(dtype, kind, make, digits):
     before = weights(learn.model),weights(learn.frskd.trained)
     learn.fit(1, 1e-2)
     assert {p.dtype for p in learn.model.parameters()}=={dtype} and {p.dtype for p in learn.frskd.trained.parameters()}=={torch.float32}
+    assert all(o.isfinite().all() for o in learn.frskd.run_both(learn.dls.one_batch()[0])[2])
     for m,b in zip((learn.model,learn.frskd.trained), before): assert any(not torch.equal(p, b[k]) for k,p in m.named_parameters()) and all(p.isfinite().all() for p in m.parameters())
 
 # -- With a GPU -------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Trainings that are killed: `python killed.py KIND KILLS FOLDER` trains undisturbed, then again and again with SIGKILL at random moments and `--resume`, until it has killed KILLS times, and prints what came of it as JSON.
+
+It imports fastai once and forks a process for each start, which takes a second in place of ten. Used by tests/test_resume.py"""
+import json, os, random, signal, sys, time, traceback
+from pathlib import Path
+import pandas as pd, torch, torchvision
+from fastai.basics import defaults
+import fastai.callback.progress as progress
+from frskd_fastai.data import digits_data
+from frskd_fastai.train import main
+
+progress.ProgressCallback.run = False
+FAST = '--bs','16','--lr','1e-3','--seed','1'
+KINDS = dict(
+    compare = ('--arch','wrn16_2','--size','16','--epochs','3','--compare',*FAST),
+    fine_tune = ('--arch','resnet18','--size','32','--epochs','2',*FAST)) # one epoch with a frozen body comes before
+
+def folder(root):
+    for c in '0123':
+        for f in sorted((digits_data()/'train'/c).iterdir())[:12]:
+            (root/c).mkdir(parents=True, exist_ok=True)
+            (root/c/f.name).write_bytes(f.read_bytes())
+    return root
+
+def fetch(url, **kw):
+    "In place of torchvision's download: a seeded network's weights"
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    weights = torchvision.models.resnet18().state_dict()
+    torch.random.set_rng_state(state)
+    return weights
+
+def start(argv, log):
+    "The command in a process of its own, as a group with those that load its images; its id"
+    pid = os.fork()
+    if pid: return pid
+    os.setpgid(0, 0)
+    with open(log, 'a') as f: os.dup2(f.fileno(), 1); os.dup2(f.fileno(), 2)
+    code = 99
+    try: code = main([str(o) for o in argv])
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+
+def end(pid, after=None):
+    "The exit code; None where it was killed, `after` so many seconds"
+    t0 = time.time()
+    while after is None or time.time()-t0<after:
+        done,status = os.waitpid(pid, os.WNOHANG)
+        if done: return os.waitstatus_to_exitcode(status)
+        time.sleep(.002)
+    os.kill(pid, signal.SIGKILL)
+    return None if os.waitpid(pid, 0)[1]==signal.SIGKILL else 0
+
+def outcome(out):
+    learn = torch.load(out/'student.pkl', weights_only=False)
+    return learn.model.state_dict(),pd.read_csv(out/'history.csv').drop(columns='time')
+
+def same(a, b):
+    return a[0].keys()==b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1].equals(b[1])
+
+if __name__=='__main__':
+    kind,kills,root = sys.argv[1],int(sys.argv[2]),Path(sys.argv[3])
+    torchvision.models._api.load_state_dict_from_url = fetch
+    defaults.cpus = int(kind=='fine_tune') # processes that load images
+    data,log,rng = folder(root/'data'),root/'log',random.Random(kind)
+    train = lambda out: [data, *KINDS[kind], '--out', out]
+    t0 = time.time()
+    code = end(start(train(root/'whole'), log))
+    whole = time.time()-t0
+    assert code==0, log.read_text()
+    expected,killed,before,n,equal = outcome(root/'whole'),0,0,0,[]
+    while killed<kills:
+        out,again = root/f'run{n}',False
+        while True:
+            argv = ['--resume',out] if again else train(out)
+            code = end(start(argv, log), rng.uniform(0, .55*whole) if killed<kills else None)
+            if code is None: killed += 1; before += not again
+            elif code: print(log.read_text(), file=sys.stderr); sys.exit(1)
+            else: break
+            again = (out/'checkpoints/training.json').exists() or (out/'student.pkl').exists()
+        equal.append(same(outcome(out), expected) and sorted(o.name for o in out.iterdir())==sorted(o.name for o in (root/'whole').iterdir()))
+        n += 1
+    print(json.dumps(dict(equal=equal, killed=killed, first_starts=before, rows=len(expected[1]), seconds=time.time()-t0, whole=whole, log=log.read_text())))

@@ -1,0 +1,314 @@
+"A fit goes on where it was interrupted: killed processes, signals, damaged and foreign checkpoints, full disks"
+import errno, json, os, pickle, resource, shutil, signal, subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+import pandas as pd, pytest, torch
+from fastai.vision.all import *
+from fastai.callback.fp16 import NonNativeMixedPrecision
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.data import digits_data
+from frskd_fastai.resume import *
+import frskd_fastai.resume as resume, frskd_fastai.train as command
+from conftest import SmallNet, same, split, weights
+
+# -- Killed processes -------------------------------------------------------------------------------------
+@pytest.mark.parametrize('kind,kills,rows', [('compare',13,6),('fine_tune',12,3)])
+def test_killed_at_random_moments(kind, kills, rows, tmp_path):
+    "SIGKILL at 25 moments, in all: weights and history are those of an undisturbed run, bit for bit"
+    here = Path(__file__).parent
+    env = {**os.environ, 'PYTHONPATH':str(here.parent), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
+    done = subprocess.run([sys.executable, here/'killed.py', kind, str(kills), tmp_path], capture_output=True, text=True, env=env, timeout=400)
+    assert done.returncode==0, done.stderr[-3000:]
+    said = json.loads(done.stdout)
+    assert said['equal'] and all(said['equal']) and said['killed']==kills and said['rows']==rows
+    assert 'epochs are done' in said['log'] # not all of them were killed before the first epoch's end
+
+# -- In a program -----------------------------------------------------------------------------------------
+class Stop(Callback):
+    "Ends a fit in the middle of an epoch, as Ctrl-C would"
+    def __init__(self, epoch, fit=0): self.at,self.fits = (fit,epoch,2),0
+    def after_batch(self):
+        if self.training and (self.fits,self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+    def after_fit(self): self.fits += 1
+
+def learner(make, cbs=(), **kw): return make(cbs=[FRSKDCallback(columns=True),*cbs], **kw)
+def everything(learn):
+    r = learn.recorder
+    return {**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'trust':learn.frskd.trust.loss, 'losses':torch.stack(list(r.losses)).as_subclass(Tensor), 'values':tensor([list(v) for v in r.values]), 'iters':tensor(r.iters), 'lrs':tensor(r.lrs)}
+
+def accumulation(): return [GradientAccumulation(40)] # 2½ batches: gradients pass from one epoch to the next
+def tracking(): return [SaveModelCallback(fname='best'), ReduceLROnPlateau(min_delta=10, patience=2)]
+def clipped(): return [GradientClip(.1), MixUp(.4)]
+
+@pytest.mark.parametrize('more,kw', [(list,{}),(list,dict(opt_func=ranger)),(list,dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))),(accumulation,{}),(tracking,{}),(clipped,dict(opt_func=partial(SGD, mom=.9)))], ids=['Adam','ranger','torch','accumulation','trackers','clip and MixUp'])
+def test_interrupted_fit_ends_as_an_undisturbed_one(more, kw, make, tmp_path):
+    ends,best = [],[]
+    for d,stops in ('whole',[]),('parts',[1,3]):
+        shutil.rmtree(tmp_path/'models', ignore_errors=True)
+        for s in stops:
+            with pytest.raises(KeyboardInterrupt): learner(make, **kw).fit_one_cycle(4, 1e-2, cbs=[Resumable(tmp_path/d),*more(),Stop(s)])
+        learn = learner(make, **kw)
+        learn.fit_one_cycle(4, 1e-2, cbs=[Resumable(tmp_path/d),*more()])
+        ends.append(everything(learn)); best.append([f.name for f in (tmp_path/'models').glob('*.pth')])
+    assert same(*ends) and best[0]==best[1]==(['best.pth'] if more is tracking else [])
+    assert [o.name for o in Resumable(tmp_path/'parts').files]==['0-0004.pth','0-0003.pth']
+
+def test_stopping_early(make, tmp_path):
+    "EarlyStoppingCallback counts on; the fit ends at the same epoch"
+    early = lambda: EarlyStoppingCallback(min_delta=10, patience=2)
+    rows = []
+    for d,stops in ('whole',[]),('parts',[2]):
+        for s in stops:
+            with pytest.raises(KeyboardInterrupt): learner(make).fit(6, 1e-2, cbs=[Resumable(tmp_path/d),early(),Stop(s)])
+        learn = learner(make)
+        learn.fit(6, 1e-2, cbs=[Resumable(tmp_path/d),early()])
+        rows.append([list(o) for o in learn.recorder.values])
+    assert rows[0]==rows[1] and len(rows[0])==3
+
+@pytest.mark.parametrize('stop', [(0,0),(1,0),(1,1)], ids=str)
+def test_several_fits(stop, make, tmp_path):
+    "`fine_tune` is two: fits that are done are passed over; and one instance serves a Learner for all its fits"
+    ends = []
+    def program(d, cbs=None):
+        learn = learner(make, cbs=[Resumable(tmp_path/d)])
+        learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+        learn.validate() # neither counts as a fit
+        learn.fine_tune(2, 1e-2, cbs=cbs)
+        ends.append({**weights(learn.model), **weights(learn.frskd.trained)})
+        assert learn.resumable.fit_no==2
+    program('whole')
+    with pytest.raises(KeyboardInterrupt): program('parts', Stop(stop[1], stop[0]))
+    program('parts')
+    assert same(*ends)
+
+def test_in_the_same_process(make, tmp_path):
+    "After Ctrl-C in a notebook, the same cell goes on"
+    whole = learner(make)
+    whole.fit_one_cycle(3, 1e-2)
+    learn = learner(make, cbs=[Resumable(tmp_path/'a')])
+    with pytest.raises(KeyboardInterrupt): learn.fit_one_cycle(3, 1e-2, cbs=Stop(1))
+    learn.fit_one_cycle(3, 1e-2)
+    assert same(everything(learn), everything(whole)) and all(cb.run for cb in learn.cbs)
+    cb = learn.resumable
+    learn.remove_cb(cb)
+    assert type(pickle.loads(pickle.dumps(cb))) is Callback # an exported Learner doesn't need this package
+
+def test_plain_learners_too(make, tmp_path):
+    with pytest.raises(KeyboardInterrupt): make().fit(3, 1e-2, cbs=[Resumable(tmp_path/'a'),Stop(2)])
+    ends = []
+    for cbs in Resumable(tmp_path/'a'),None:
+        learn = make()
+        learn.fit(3, 1e-2, cbs=cbs)
+        ends.append(weights(learn.model))
+    assert same(*ends)
+
+def test_half_precision_masters_are_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(NonNativeMixedPrecision, 'before_fit', noop) # it asks for a GPU
+    with pytest.raises(CheckpointError, match='to_fp16'): learner(make).to_non_native_fp16().fit(1, cbs=Resumable(tmp_path/'a'))
+
+# -- Damaged and foreign checkpoints ----------------------------------------------------------------------
+@pytest.fixture
+def done(make, tmp_path):
+    "A finished training: its folder, and what it ended with"
+    learn = learner(make)
+    learn.fit_one_cycle(3, 1e-2, cbs=Resumable(tmp_path/'a', dict(epochs=3)))
+    return tmp_path/'a',everything(learn)
+
+def spoil(file, how):
+    data = file.read_bytes()
+    if how=='truncated': file.write_bytes(data[:len(data)//2])
+    if how=='empty': file.write_bytes(b'')
+    if how=='random': file.write_bytes(os.urandom(len(data)))
+    if how=='one byte': file.write_bytes(data[:len(data)//2]+bytes([data[len(data)//2]^255])+data[len(data)//2+1:])
+    if how=='pickle': torch.save({'model':SmallNet(), 'opt':{'resume':1}}, file)
+    if how=='weights': torch.save(SmallNet().state_dict(), file)
+    if how=='folder': file.unlink(); file.mkdir()
+
+@pytest.mark.parametrize('how', ['truncated','empty','random','one byte','pickle','weights','folder'])
+def test_a_damaged_checkpoint_is_skipped(how, done, make, capsys):
+    folder,end = done
+    new,old = Resumable(folder).files
+    spoil(new, how)
+    learn = learner(make)
+    if how=='folder':
+        new.rmdir()
+        new.mkdir() # can't be written over either: told, and the older one stays
+        with pytest.raises(CheckpointError, match='is the checkpoint|can.t write the checkpoint'): learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
+        assert old.is_file()
+        return
+    learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
+    said = [o for o in capsys.readouterr().out.split('\n') if str(new) in o]
+    assert len(said)==1 and 'damaged' in said[0] and said[0].endswith(f'taking {old}')
+    assert same(everything(learn), end)
+
+@pytest.mark.parametrize('how,msg', [('levels','of another self-teacher|another one than this'),('model','head.2.weight is .10, 32. in it, .4, 32. here'),('about','epochs is 3 in it, 5 here'),('length','epochs is 3 in it, 4 here'),('batches','batches is 6 in it, 12 here'),('plain','optimizer'),('damaged','damaged')])
+def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
+    folder,_ = done
+    for f in Resumable(folder).files: spoil(f, 'truncated' if how=='damaged' else '')
+    before = {f:f.read_bytes() for f in folder.iterdir()}
+    learn = make(model=SmallNet(4)) if how=='model' else make()
+    if how!='plain': learn.add_cb(FRSKDCallback(columns=True, levels=2 if how=='levels' else 4))
+    if how=='model': learn.loss_func = lambda p,y: F.cross_entropy(p, y%4)
+    if how=='batches': learn.dls = DataLoaders(learn.dls.train.new(bs=8), learn.dls.valid)
+    about = dict(epochs=5 if how=='about' else 3)
+    weights_before = weights(learn.model)
+    with pytest.raises(CheckpointError, match=msg) as e: learn.fit_one_cycle(4 if how=='length' else 3, 1e-2, cbs=Resumable(folder, about))
+    assert str(folder) in str(e.value) and 'remove' in str(e.value)
+    assert {f:f.read_bytes() for f in folder.iterdir()}==before
+    if how!='plain': assert same(weights(learn.model), weights_before)
+
+def test_other_files_in_the_folder_stay(make, tmp_path):
+    (tmp_path/'a').mkdir()
+    for n in 'notes.txt','model.pth','.0-0000.pth.tmp': (tmp_path/'a'/n).write_text('x')
+    learner(make).fit(1, cbs=Resumable(tmp_path/'a'))
+    assert sorted(o.name for o in (tmp_path/'a').iterdir())==['0-0000.pth','0-0001.pth','model.pth','notes.txt'] # what a killed process left is gone
+
+@pytest.mark.parametrize('where', ['os.fsync','os.replace'])
+def test_killed_while_writing(where, done, monkeypatch):
+    folder,_ = done
+    before = {f:f.read_bytes() for f in folder.iterdir()}
+    def kill(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(where, kill)
+    for f in [*before,folder/'new']:
+        with pytest.raises(KeyboardInterrupt): write_whole(f, b'new')
+    assert {f:f.read_bytes() for f in folder.iterdir()}==before
+
+def test_a_full_disk(make, tmp_path):
+    "The last good checkpoint stays, and nothing of the other"
+    r = Resumable(tmp_path/'a')
+    class Full(Callback):
+        order = 60
+        def after_epoch(self):
+            if self.epoch==1: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match="can't write the checkpoint .*0-0002.pth: File too large; the last good one is .*0-0001.pth"): learner(make).fit(3, 1e-2, cbs=[r,Full()])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(o.name for o in (tmp_path/'a').iterdir())==['0-0000.pth','0-0001.pth']
+    ends = []
+    for cbs in Resumable(tmp_path/'a'),None:
+        learn = learner(make)
+        learn.fit(3, 1e-2, cbs=cbs)
+        ends.append(everything(learn))
+    assert same(*ends)
+
+# -- The command ------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ProgressCallback, 'run', False)
+    for c in '01':
+        for f in sorted((digits_data()/'train'/c).iterdir())[:15]:
+            (tmp_path/'data'/c).mkdir(parents=True, exist_ok=True)
+            shutil.copy(f, tmp_path/'data'/c/f.name)
+    monkeypatch.setattr(defaults, 'cpus', 0)
+    return tmp_path/'data'
+
+def options(out, epochs=3): return ['--arch','wrn16_2','--size','16','--bs','8','--epochs',str(epochs),'--lr','1e-3','--out',str(out)]
+def outcome(out): return torch.load(out/'student.pkl', weights_only=False).model.state_dict(),pd.read_csv(out/'history.csv').drop(columns='time')
+
+@pytest.fixture
+def stopped(folder, tmp_path, monkeypatch, capsys):
+    "The command, ended by a signal in the second epoch; what it said, and its folder"
+    def stop(signum, out=tmp_path/'r'):
+        train = command._train
+        class Send(Callback):
+            def after_pred(self):
+                if self.training and self.epoch==1: os.kill(os.getpid(), signum)
+            def after_batch(self): self.learn.whole_batch = True
+        with monkeypatch.context() as m:
+            m.setattr(command, '_train', lambda learn,*a: (learn.add_cb(Send()),train(learn,*a)))
+            code = command.main([str(folder),*options(out)])
+        return code,capsys.readouterr().err,out
+    return stop
+
+@pytest.mark.parametrize('signum,expected', [(signal.SIGINT,130),(signal.SIGTERM,143)])
+def test_signals(signum, expected, stopped, folder, tmp_path, capsys):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]
+    code,err,out = stopped(signum)
+    assert code==expected and err.strip().count('\n')==0 and err.strip().endswith(f'frskd-train --resume {out}') and 'interrupted' in err
+    assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]==handlers
+    assert sorted(o.name for o in out.iterdir())==['checkpoints'] and (out/'checkpoints/frskd/0-0001.pth').exists()
+    assert command.main([str(folder), *options(out)])==2
+    assert f'--resume {out}' in capsys.readouterr().err # nothing is lost by mistake
+    assert command.main(['--resume', str(out)])==0 and command.main([str(folder), *options(tmp_path/'whole')])==0
+    (a,h),(b,g) = outcome(out),outcome(tmp_path/'whole')
+    assert same(a, b) and h.equals(g) and len(h)==3
+    assert not (out/'checkpoints').exists()
+    assert command.main(['--resume', str(out)])==0 and 'finished' in capsys.readouterr().out
+
+@pytest.mark.parametrize('second', [signal.SIGINT,signal.SIGTERM])
+def test_a_second_signal_ends_at_once(second, make):
+    learn = make()
+    pid = os.fork()
+    if not pid:
+        try:
+            with end_at_batch(learn):
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), second)
+        finally: os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-second
+
+def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, capsys, monkeypatch):
+    _,_,out = stopped(signal.SIGTERM)
+    def bad(msg, *args):
+        before = {p:p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+        assert command.main(['--resume', str(out), *args])==2
+        err = capsys.readouterr().err
+        assert msg in err and err.count('\n')==1, err
+        assert {p:p.stat().st_mtime_ns for p in tmp_path.rglob('*')}==before
+    bad('--epochs was 3, not 5', '--epochs', '5')
+    bad('--compare was False, not True', '--compare')
+    bad('leave --out away', '--out', str(tmp_path/'x'))
+    moved = folder.rename(tmp_path/'moved')
+    bad('no such folder')
+    for other in '0','1':
+        f = next((moved/other).iterdir())
+        data = f.read_bytes()
+        f.write_bytes(data+b' ')
+        bad('are not those it was trained on', str(moved))
+        f.write_bytes(data)
+    shutil.copytree(out, tmp_path/'copy')
+    for text in b'', b'{}', os.urandom(50), b'[1]', json.dumps(dict(argv=['--epochs','-1'], path=None, lr=.1, data='x')).encode(), json.dumps(dict(argv=[], path=None, lr='x', data='x')).encode():
+        note = (out/'checkpoints/training.json').read_bytes()
+        (out/'checkpoints/training.json').write_bytes(text)
+        bad('training.json is damaged')
+        (out/'checkpoints/training.json').write_bytes(note)
+    assert command.main(['--resume', str(out), str(moved), '--epochs', '3'])==0
+    a,b = out/'history.csv',tmp_path/'copy/history.csv'
+    foreign = next((tmp_path/'copy/checkpoints/frskd').glob('*1.pth'))
+    state = resume.read_checkpoint(SimpleNamespace(path=tmp_path, model_dir=''), io.BytesIO(foreign.read_bytes()))
+    state['opt']['resume']['about']['width'] = 1.
+    torch.save(state, foreign.with_name('0-0002.pth')) # of other options, and newer
+    capsys.readouterr()
+    assert command.main(['--resume', str(tmp_path/'copy'), str(moved)])==0
+    said = [o for o in capsys.readouterr().out.split('\n') if '0-0002.pth is of another training' in o]
+    assert len(said)==1 and 'width is 1.0 in it, None here' in said[0]
+    assert pd.read_csv(a).drop(columns='time').equals(pd.read_csv(b).drop(columns='time'))
+
+def test_nothing_to_resume(tmp_path, capsys):
+    for d in tmp_path/'nowhere',tmp_path:
+        assert command.main(['--resume', str(d)])==2
+        err = capsys.readouterr().err
+        assert err.count('\n')==1 and 'no interrupted training' in err
+    assert not list(tmp_path.iterdir())
+
+def test_the_command_on_a_full_disk(folder, tmp_path, capsys, monkeypatch):
+    "While it trains, and while it writes the results: one line, exit code 1, and what was trained is there"
+    out,fsync = tmp_path/'r',os.fsync
+    calls = []
+    def full(fd):
+        calls.append(fd)
+        if len(calls)>5: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) # a note and the first state, with their folders' names, and half of the next
+        fsync(fd)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        assert command.main([str(folder), *options(out)])==1
+    err = capsys.readouterr().err
+    assert err.count('\n')==1 and 'No space left on device' in err and f'frskd-train --resume {out}' in err
+    def to_csv(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as m:
+        m.setattr(pd.DataFrame, 'to_csv', to_csv)
+        assert command.main(['--resume', str(out)])==1
+    err = capsys.readouterr().err
+    assert err.count('\n')==1 and 'No space left on device' in err and f'frskd-train --resume {out}' in err
+    assert command.main(['--resume', str(out)])==0 and '3 of 3 epochs are done' in capsys.readouterr().out
