@@ -46,6 +46,12 @@ class Waits(TorchDispatchMode):
         if any(o in str(func) for o in ('_local_scalar_dense','nonzero','masked_select','equal.default')): self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
+def sees_subclasses():
+    try:
+        with Waits(): return (torch.ones(2)+1).as_subclass(TensorBase).shape==(2,)
+    except RuntimeError: return False
+watches = pytest.mark.skipif(not sees_subclasses(), reason='in a mode this torch (2.5) can\'t make a tensor another type, as fastai does')
+
 def watch_after_loss(learn, mode):
     frskd,events = learn.frskd,[]
     after_loss = frskd.after_loss
@@ -56,11 +62,13 @@ def watch_after_loss(learn, mode):
     learn.fit(1, 1e-3)
     return len(events)
 
+@watches
 @pytest.mark.parametrize('kw', [dict(),dict(columns=True),dict(schedule='constant'),dict(feature_loss='hint'),dict(feature_loss='overhaul'),dict(width=1, depth=2)], ids=str)
 def test_no_step_waits_for_the_device(kw, make):
     learn,waits = make(cbs=FRSKDCallback(**kw)),Waits()
     assert watch_after_loss(learn, waits)==6 and waits.seen==[]
 
+@watches
 def test_the_check_sees_what_waits(make):
     def loss(feats, refined): return feats[0].mean()*float(refined[0].mean()>0)
     learn,waits = make(cbs=FRSKDCallback(feature_loss=loss)),Waits()

@@ -1,5 +1,5 @@
 "The promises of the packaging: what the built wheel says and holds, and that the checks of `make test` catch what they are for."
-import email, re, subprocess, sys, zipfile
+import email, os, re, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest, yaml
@@ -68,7 +68,7 @@ def test_requirements(meta):
     got = {Requirement(r) for r in meta.get_all('Requires-Dist')}
     assert got == set(map(Requirement, want))
     # not only as settings.ini has it, but as users are told
-    assert {r for r in got if not r.marker} == set(map(Requirement, ['fastai>=2.8', 'torch', 'torchvision', 'fastcore']))
+    assert {r for r in got if not r.marker} == set(map(Requirement, ['fastai>=2.8.10', 'torch>=2.5', 'torchvision>=0.20', 'fastcore>=2.2.21']))
     assert {Requirement('timm; extra == "timm"'), Requirement('accelerate; extra == "accelerate"')} < got
 
 def test_entry_points(info):
@@ -86,6 +86,32 @@ def test_wheel_files(wheel, info, meta):
             for f in (root/'frskd_fastai').rglob('*.py') if '.ipynb_checkpoints' not in f.parts}
     assert {n for n in wheel.namelist() if n.startswith('frskd_fastai/')} == mods
     assert {f'frskd_fastai/{m}.py' for m in ('__init__', '_modidx', 'train')} <= mods  # what the entry points name
+
+def import_with(tmp_path, **versions):
+    "What `import frskd_fastai` says, as its user sees it, where these versions are installed"
+    site = tmp_path/'site'
+    def dist(name, version, more=''):
+        d = site/f'{name}-{version}.dist-info'
+        d.mkdir(parents=True)
+        (d/'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}')
+    dist('frskd_fastai', version, ''.join(f'Requires-Dist: {o}\n' for o in [*cfg['requirements'].split(), 'timm>=99; extra == "timm"']))
+    for name,v in versions.items(): dist(name, v)
+    env = {**os.environ, 'PYTHONPATH':f'{site}{os.pathsep}{root}'}
+    r = subprocess.run([sys.executable, '-c', 'import frskd_fastai'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert ('ImportError' in r.stderr)==bool(r.returncode)
+    return r.stderr
+
+@pytest.mark.parametrize('name,old,new', [('fastai','2.7.19','2.8.10'),('fastai','2.8.9','2.10'),('torch','2.4.1+cu121','2.5.0+cu124'),('torch','1.13','3.0.0a0+git123'),('torchvision','0.9.1','0.20'),('fastcore','2.2.3','2.2.21.post1')])
+def test_versions_that_are_too_old_are_told_at_import(name, old, new, tmp_path):
+    least = next(o for o in cfg['requirements'].split() if o.startswith(f'{name}>='))
+    said = import_with(tmp_path/'old', **{name:old}).strip().splitlines()[-1]
+    assert said==f"ImportError: FRSKD: frskd_fastai needs {least}, version {old} is installed; upgrade it: pip install '{least}'"
+    assert import_with(tmp_path/'new', **{name:new})==''
+
+def test_oldest_versions_are_read_from_settings():
+    "Not written a second time: `make test-oldest` installs them"
+    out = subprocess.run(['make', '-n', '-B', 'test-oldest'], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "pip install -e '.[dev]' " + cfg['requirements'].replace('>=','==') + ';' in out
 
 def test_pyproject_must_equal_settings(repo):
     changed = 'lib_name', 'description', 'git_url', 'doc_url'

@@ -227,9 +227,8 @@ def check_teacher(teacher, shapes, n_out, logits_shape, dtype, fmt, on, frozen, 
     assert [o.shape for o in refined]==[(o[0],d,*o[2:]) for o,d in zip(shapes, teacher.channels)] and logits.shape==logits_shape
     assert all(o.isfinite().all() for o in (*refined,logits)) and (preact or all((o>=0).all() for o in refined))
     assert all(torch.equal(a, b) for a,b in zip(feats, given)) # the student's own maps: not overwritten
-    total = logits.float().square().mean()+sum(o.float().square().mean() for o in refined)
-    if not total.requires_grad: return
-    total.backward()
+    if not logits.requires_grad: return
+    logits.float().square().mean().backward() # the label loss alone reaches all of the teacher, and the student's maps
     fine = lambda g: g is not None and (dtype==torch.float16 or g.isfinite().all()) # float16 may overflow behind a BatchNorm of two like values; a scaler sees to that
     for o,g in zip(feats, on): assert fine(o.grad) and o.grad.shape==o.shape if g else o.grad is None
     for n,p in teacher.named_parameters(): assert p.grad is None if p in off else fine(p.grad), n

@@ -1,0 +1,85 @@
+"""Long runs: 2,000 steps and 30 fits in one process leave memory, live objects, hooks, callbacks, the optimizer's groups and open files as they were early on"""
+import gc
+import psutil, pytest, torch
+from fastai.vision.all import *
+from frskd_fastai.callback import FRSKDCallback
+from conftest import SmallNet, n_hooks
+
+MORE = 16 # MiB that memory may grow in 1,800 steps: 9 KiB each, which is one small map
+
+def measure(learn):
+    "What could grow. The losses that fastai's Recorder and the callback keep for their plots are let go of"
+    learn.opt.zero_grad(); learn.recorder.losses.clear(); learn.frskd.recorded.clear(); gc.collect()
+    live = Counter(k for o in gc.get_objects() for k in (Tensor,nn.Module,Callback,Learner) if issubclass(type(o), k))
+    opt,process = learn.opt,psutil.Process()
+    return dict(tensors=live[Tensor], modules=live[nn.Module], learners=live[Learner], callbacks=live[Callback], own_callbacks=len(learn.cbs), hooks=n_hooks(learn.model),
+                groups=len(opt.param_lists), parameters=sum(map(len, opt.param_lists)), states=len(opt.state), metrics=len(learn.metrics), files=process.num_fds(), threads=process.num_threads(),
+                overridden=len(learn.__dict__), memory=process.memory_info().rss/2**20)
+
+def check_growth(early, late):
+    grown = {k:(v,late[k]) for k,v in early.items() if late[k]>v+(MORE if k=='memory' else 0)}
+    assert not grown, f'grown, (early, late): {grown}'
+
+@pytest.fixture
+def learner(digits, tmp_path):
+    "A small Learner: 100 steps an epoch"
+    def _make(n=400, **kw):
+        set_seed(0)
+        data = list(zip(digits[0][:,:,::2,::2], digits[1]))
+        dls = DataLoaders(DataLoader(data[:n], bs=4, shuffle=True), DataLoader(data[-16:], bs=16))
+        split = lambda m: L(m.stem, m.stages, m.head).map(params)
+        return Learner(dls, SmallNet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split, path=tmp_path, **kw)
+    return _make
+
+class EveryEpoch(Callback):
+    "Measures after each epoch's validation"
+    order = 1000
+    def __init__(self): self.seen,self.steps = [],0
+    def after_step(self): self.steps += 1
+    def after_epoch(self): self.seen.append(measure(self.learn))
+
+def test_2000_steps(learner):
+    learn,look = learner(cbs=FRSKDCallback(levels=2, columns=True, feature_loss='overhaul')),EveryEpoch()
+    with learn.no_bar(), learn.no_logging(): learn.fit(20, 1e-3, cbs=look)
+    assert look.steps==2000 and len(look.seen)==20
+    check_growth(look.seen[1], look.seen[-1])
+
+def interrupted(learn):
+    class Stop(Callback):
+        def after_backward(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+
+def saved_and_loaded(learn):
+    learn.fit(1, 1e-3)
+    learn.save('x'); learn.load('x')
+
+KINDS = dict(fit=lambda l: l.fit(1, 1e-3), one_cycle=lambda l: l.fit_one_cycle(1, 1e-3), fine_tune=lambda l: l.fine_tune(1, 1e-3), lr_find=lambda l: l.lr_find(num_it=5, show_plot=False), interrupted=interrupted, saved=saved_and_loaded)
+
+@pytest.mark.parametrize('new', [False,True], ids=['one Learner','a Learner each'])
+def test_30_fits(new, learner):
+    "Of six kinds, in turn"
+    learn,seen = None,[]
+    for i in range(5):
+        for fit in KINDS.values():
+            if learn is None or new: learn = learner(n=16, cbs=FRSKDCallback(columns=True, feature_loss='hint'))
+            with learn.no_bar(), learn.no_logging(): fit(learn)
+        seen.append(measure(learn))
+    check_growth(seen[1], seen[-1])
+
+# -- The measure itself -------------------------------------------------------------------------------
+class Leak(Callback):
+    "Of each kind, one a step"
+    def __init__(self): self.kept = []
+    def after_step(self):
+        opt = self.learn.opt
+        self.kept += [self.learn.loss_grad, open(os.devnull), Callback(), np.ones(3*10**5)] # a graph with all that it needs, a file, an object, and 2.4 MB: more than other tests may have left free
+        self.model.stem.register_forward_hook(lambda *args: None)
+        opt.param_lists,opt.hypers = L([*opt.param_lists, []]),L([*opt.hypers, dict(opt.hypers[-1])])
+
+def test_the_measure_sees_leaks(learner):
+    learn,look,leak = learner(n=200, cbs=FRSKDCallback()),EveryEpoch(),Leak()
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-3, cbs=[look,leak])
+    with pytest.raises(AssertionError) as e: check_growth(look.seen[1], look.seen[-1])
+    assert all(f"'{k}'" in str(e.value) for k in ('tensors','callbacks','hooks','groups','files','memory'))
+    for o in leak.kept:
+        if hasattr(o, 'close'): o.close()
