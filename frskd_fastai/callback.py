@@ -188,7 +188,7 @@ class FRSKDCallback(Callback):
     def before_batch(self):
         if self._taps is None: return
         self._taps.clear() # of a batch that was cancelled after its forward pass
-        if self._guard: self._look(self.learn.iter and self.learn.iter%self._guard.every==0)
+        if self._guard: self._look(self.learn.iter>0 and self.learn.iter%self._guard.every==0)
 
     def after_loss(self):
         learn = self.learn
@@ -207,7 +207,7 @@ class FRSKDCallback(Callback):
         learn.loss = learn.loss_grad.clone()
         if self._guard:
             self._guard.step(learn.loss)
-            if self._guard.tell: self._guard.stop({'the batch of images':learn.xb, **{f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, maps[0]))}, **{f"the {dict(teacher='self-teacher').get(k, k).replace('soft_label', 'soft-label')} loss":v for k,v in parts.items()}, 'their weighted sum':learn.loss})
+            if self._guard.tell: self._guard.stop({'the batch of images':learn.xb, **{f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, maps[0]))}, **{f"the {dict(teacher='self-teacher').get(k, k).replace('soft_label', 'soft-label')} loss":v for k,v in parts.items()}}, learn.loss)
         self.losses = {k:v.detach() for k,v in parts.items()}
         if self.schedule=='trust': self.trust.update(maybe_gather(self.losses['teacher']) if self._distributed else self.losses['teacher']) # the mean over all processes
         if self._columns: self._columns.add({**{f'{k}_loss':v for k,v in self.losses.items()}, **self._accuracy(logits.detach())}, len(logits))
@@ -278,7 +278,7 @@ class FRSKDCallback(Callback):
     def _synced(self): return self._distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
 
     def after_train(self):
-        if self._guard: self._look(True)
+        if self._guard: self._look(True, end=True)
         if self._columns and self._distributed: self._columns.gather()
         self._cleanup_taps()
 
@@ -287,12 +287,12 @@ class FRSKDCallback(Callback):
         if self._distributed: same_buffers(nn.ModuleList([self.student, self.trained]))
         self._cleanup()
 
-    def _look(self, counts):
+    def _look(self, counts, end=False):
         "What the last steps have left, cleaned where they were left out"
         self._guard.smooth_loss()
         if not counts: return
         before = self.skipped
-        self._guard.look()
+        self._guard.look(end)
         self.skipped = self._guard.skipped
         if self.skipped>before: warn(f"FRSKD: {self.skipped} steps of this fit had a loss that wasn't finite, and were left out")
 

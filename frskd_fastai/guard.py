@@ -25,7 +25,7 @@ class Guard:
         trained:nn.Module, # What trains beside its model
     ):
         nets = get_model(learn.model),trained
-        self.learn,self.params,self.buffers = learn,[p for m in nets for p in m.parameters()],[b for m in nets for b in m.buffers()]
+        self.learn,self.names,self.params,self.buffers = learn,[n for m in nets for n,_ in m.named_parameters()],[p for m in nets for p in m.parameters()],[b for m in nets for b in m.buffers()]
         self.total,self.row = (torch.zeros((), dtype=torch.long, device=self.params[0].device) for _ in range(2)) # steps left out; in a row up to now
         self.skipped,self.tell,self.bad,self.smooth = 0,False,None,None
         self._keep()
@@ -50,10 +50,15 @@ class Guard:
         for p in self.params:
             if p.grad is not None: p.grad.masked_fill_(self.bad, 0)
 
-    def look(self):
-        "Read the counts; after steps that were left out, set back what they have changed"
+    def look(self,
+        end:bool=False, # Of an epoch's training?
+    ):
+        "Read the counts; after steps that were left out, set back what they have changed. `FloatingPointError` where weights aren't finite"
         skipped,row = torch.stack([self.total,self.row]).tolist()
         self.tell = row>=self.limit
+        if end or skipped!=self.skipped:
+            lost = [n for n,ok in zip(self.names, torch.stack([p.detach().isfinite().all() for p in self.params]).tolist()) if not ok]
+            if lost: raise FloatingPointError(f"FRSKD: {len(lost)} of {len(self.names)} parameters aren't finite any more, for instance {lost[0]}: a gradient wasn't, though the loss was. Start from a checkpoint, with a lower learning rate, or with clipped gradients: `cbs=GradientClip`")
         if skipped==self.skipped: return self._keep()
         self.skipped = skipped
         self._set_back()
@@ -66,9 +71,10 @@ class Guard:
 
     def stop(self,
         tensors:dict, # As for `not_finite`, in the order in which they were computed
+        loss:Tensor|None=None, # Their weighted sum
     ):
         "`FloatingPointError` where something isn't finite in this step, either"
-        names = not_finite(tensors)
+        names = not_finite(tensors) or not_finite({'the weighted sum of the losses':loss})
         if not names: return
         self._set_back()
         raise FloatingPointError(f"FRSKD: the loss wasn't finite in the last {self.limit} steps or more, which were left out; now {names[0]} isn't" + (f" (nor {', '.join(names[1:])})" if names[1:] else '')

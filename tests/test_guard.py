@@ -144,24 +144,42 @@ def test_a_few_in_a_row_are_no_end(short, make):
         learn.fit(3, 1e-3, cbs=Poison(1,2, 5,6, 9,10)) # two each
     assert learn.frskd.skipped==6 and sound(learn)
 
+@pytest.mark.parametrize('epoch', [0,1])
+def test_a_gradient_behind_a_finite_loss(epoch, make):
+    "It is not left out, as in plain fastai; but the fit ends, with a parameter's name, before the epoch does"
+    learn,ends = make(cbs=FRSKDCallback()),[]
+    class End(Callback):
+        def after_epoch(self): ends.append(self.epoch)
+        def after_backward(self):
+            if self.epoch==epoch and self.iter==4: self.model.head[2].weight.grad[0,0] = math.nan
+    with pytest.raises(FloatingPointError, match="1 of [0-9]+ parameters aren't finite any more, for instance head.2.weight"), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(3, 1e-3, cbs=End())
+    assert ends==list(range(epoch)) and n_hooks(learn.model)==0
+
 def test_lr_find_goes_to_its_end(short, make):
     "It is meant to find where losses aren't finite"
     learn = make(cbs=FRSKDCallback())
     learn.lr_find(num_it=12, end_lr=1e8, stop_div=False, show_plot=False, suggest_funcs=None)
     assert len(learn.recorder.lrs)==12 and all(p.isfinite().all() for p in learn.model.parameters())
 
-@pytest.mark.parametrize('option', ['--alpha','--lr'])
-def test_the_command(option, short, tmp_path, capsys, monkeypatch):
+def test_weights_of_the_losses(short, make):
+    "Each part is finite, their sum isn't"
+    stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the weighted sum of the losses')
+
+@pytest.mark.parametrize('option,msg', [('--alpha',"the soft-label loss isn't"),('--lr',"parameters aren't finite any more")])
+def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     "One line, exit code 1, no results, and the checkpoint from before is there"
     monkeypatch.setattr(ProgressCallback, 'run', False)
     monkeypatch.setattr(defaults, 'cpus', 0)
     for c in '01':
         (tmp_path/'data'/c).mkdir(parents=True)
         for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c/f.name)
-    value = {'--alpha':'1e39','--lr':'1e30'}[option]
+    if option=='--alpha': monkeypatch.setattr(callback, 'soft_label_loss', lambda s,t,*a: (s-t).sum()*math.nan)
+    value = {'--alpha':'1','--lr':'1e30'}[option]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         code = command.main([str(tmp_path/'data'),'--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3',option,value,'--out',str(tmp_path/'r')])
     err = capsys.readouterr().err
-    assert code==1 and err.count('\n')==1 and "wasn't finite" in err and f'--resume {tmp_path}/r' in err
+    assert code==1 and err.count('\n')==1 and msg in err and f'--resume {tmp_path}/r' in err
     assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints'] and (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
