@@ -10,7 +10,7 @@ export PYTHONWARNINGS := ignore::FutureWarning
 # One thread a test process: the networks are small, and OpenMP's threads wait by spinning, which makes them crawl on a busy machine
 ONE := OMP_NUM_THREADS=1
 
-.PHONY: help demo test export outputs clean
+.PHONY: help demo test export outputs docs clean
 # also under `make -j`: the stages of `make test` share the two cores that CI has
 .NOTPARALLEL:
 
@@ -42,6 +42,10 @@ outputs: $(BIN)/.installed-dev ## run the notebooks and keep their outputs in th
 	$(BIN)/python tools/tidy_outputs.py
 	$(MAKE) export
 
+docs: $(BIN)/.installed-docs ## write the documentation site from the notebooks, into _docs/
+	$(ONE) $(BIN)/python tools/make_docs.py
+	@echo "To look at it: $(BIN)/python -m http.server -d _docs, then http://localhost:8000"
+
 clean: ## remove what the other targets write, but keep .venv
 	rm -rf demo build dist _docs _proc .pytest_cache *.egg-info
 	find frskd_fastai nbs tests tools -name __pycache__ -prune -exec rm -rf {} +
@@ -58,6 +62,10 @@ $(BIN)/.installed: $(META) | $(BIN)/pip
 	$(call stage,install,$(BIN)/python -m pip install -e .)
 	@touch $@
 
+$(BIN)/.installed-docs: $(META) | $(BIN)/pip
+	$(call stage,install,$(BIN)/python -m pip install -e '.[docs]')
+	@touch $@ $(BIN)/.installed
+
 $(BIN)/.installed-dev: $(META) | $(BIN)/pip
 	$(call stage,install,$(BIN)/python -m pip install -e '.[dev]')
-	@touch $@ $(BIN)/.installed
+	@touch $@ $(BIN)/.installed-docs $(BIN)/.installed

@@ -9,6 +9,7 @@ from .callback import *
 from .segmentation import *
 from .augmentation import *
 from .visualize import *
+from .interpret import *
 from .data import *
 from .models import *
 from .resume import Resumable

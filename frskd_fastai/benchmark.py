@@ -127,11 +127,8 @@ def flops(
     xb,_ = sample_batch(learn)
     student = operations(learn.model, *xb)/len(xb[0])
     if not hasattr(learn, 'frskd'): return student,0
-    frskd = learn.frskd
-    with Taps(learn.model, frskd.found_levels) as taps, unnoticed(learn.model, frskd.teacher):
-        learn.model(*xb)
-        maps = pooled(taps.pop(), frskd.finest)
-        return student,operations(frskd.teacher, maps)/len(xb[0])
+    maps,*_ = learn.frskd.run_both(*xb)
+    return student,operations(learn.frskd.teacher, maps)/len(xb[0])
 
 # %% ../nbs/11_benchmark.ipynb #9450e49d
 def bench(

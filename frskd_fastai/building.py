@@ -102,8 +102,8 @@ def check_preact(
     "`ValueError` where a level has no such map"
     with PreactTaps(model, levels) as taps, unnoticed(model):
         model(*xb)
-        for lv,o in zip(levels, taps.pop()[1]):
-            if (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
+        for lv,f,o in zip(levels, *taps.pop()):
+            if o is f and (o>=0).all(): raise ValueError(f"FRSKD: feature_loss={feature_loss!r} takes feature maps before the ReLU, but that of level {lv.name!r} has no negative value and doesn't come from an `nn.ReLU`; name another module (`levels=[...]`), or take another feature loss")
 
 # %% ../nbs/02_building.ipynb #8e96e6dc
 class Compiled:

@@ -61,7 +61,7 @@ class FRSKDCallback(Callback):
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
         self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
-        self._overrides,self._half,self._paper,self._compiled = [],False,None,{}
+        self._overrides,self._half,self._paper,self._compiled,self.recorded,self._steps = [],False,None,{},[],[]
         self.skipped = 0 # Steps of the last fit that were left out; known every 50 steps, and at the end of an epoch
 
     @classmethod
@@ -171,7 +171,9 @@ class FRSKDCallback(Callback):
         self._ignored = ignored_labels(learn.loss_func)
         self._half = any(p.dtype==torch.float16 for p in self.student.parameters()) # by `to_non_native_fp16`
         if self._half: convert_network(self.trained, torch.float16)
+        self._cast = any(p.dtype in (torch.bfloat16,torch.float64) for p in self.student.parameters()) # without autocast; the self-teacher is float32 then
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
+        self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
         self._watch,self.skipped = Override(learn, '_do_epoch', self._watched),0
 
@@ -209,8 +211,20 @@ class FRSKDCallback(Callback):
             self._guard.step(learn.loss)
             if self._guard.tell: self._guard.stop({'the batch of images':learn.xb, **{f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, maps[0]))}, **{f"the {dict(teacher='self-teacher').get(k, k).replace('soft_label', 'soft-label')} loss":v for k,v in parts.items()}}, learn.loss)
         self.losses = {k:v.detach() for k,v in parts.items()}
+        self._record(factor)
         if self.schedule=='trust': self.trust.update(maybe_gather(self.losses['teacher']) if self._distributed else self.losses['teacher']) # the mean over all processes
         if self._columns: self._columns.add({**{f'{k}_loss':v for k,v in self.losses.items()}, **self._accuracy(logits.detach())}, len(logits))
+
+    def _record(self, factor):
+        dev = self.losses['student'].device
+        scalar = lambda v: v.detach().as_subclass(Tensor).float() if isinstance(v, Tensor) else torch.full((), v, device=dev) # a kernel fills it: nothing waits for a copy
+        self._steps.append(torch.stack([scalar(v) for v in (*(self.losses.get(k, math.nan) for k in self._part_names), factor)]))
+
+    @property
+    def steps(self):
+        "The unweighted parts of the loss and the schedule's `factor` in each step of the last fit up to its last whole epoch; with several processes, this one's"
+        names = [*self._part_names,'factor']
+        return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=names)
 
     def before_backward(self):
         if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
@@ -235,9 +249,23 @@ class FRSKDCallback(Callback):
     def _pop_maps(self):
         "The student's feature maps of the last forward pass, as the self-teacher and as the feature loss read them"
         maps = self._taps.pop()
+        if self._cast: maps = to_float(maps)
         maps,pre = maps if self._preact else (maps,None)
         maps = pooled(maps, self.finest)
         return maps,pooled(pre, self.finest) if self._preact else maps
+
+    def run_both(self,
+        *xb, # Inputs, as the model gets them
+    )->tuple: # Student's feature maps as the self-teacher reads them, its logits; refined maps, the self-teacher's logits
+        "Student and self-teacher on `xb`, in evaluation mode and without a trace"
+        if self.teacher is None: raise ValueError("FRSKD: this Learner has no self-teacher yet: train it first (an exported Learner is the student alone)")
+        xb = to_device(xb, one_param(self.student).device)
+        with Taps(self.student, self.found_levels) as taps, unnoticed(self.student, self.trained):
+            pred = self.student(*xb)
+            maps = pooled(taps.pop(), self.finest)
+            if not self._half: maps = to_float(maps) # the self-teacher is float32, whatever the student is
+            refined,logits = self.teacher(maps)
+        return maps,pred,refined,resize(logits, pred.shape[-2:]) if self.dense else logits
 
     def _teach(self, maps, factor):
         "Refined maps and logits of the self-teacher; `factor` of its gradient goes on to the student"
@@ -280,6 +308,8 @@ class FRSKDCallback(Callback):
     def after_train(self):
         if self._guard: self._look(True, end=True)
         if self._columns and self._distributed: self._columns.gather()
+        if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the first time that it leaves the device
+        self._steps = []
         self._cleanup_taps()
 
     def after_fit(self):

@@ -48,6 +48,9 @@ def leave_opt(
 # %% ../nbs/02_companion.ipynb #81564c5f
 class Companion(nn.ModuleDict):
     "Modules that train beside the model; called with a function, it runs that, so that one `DistributedDataParallel` sees all that they do in a step"
+    def __init__(self,
+        modules:dict, # The modules, by name
+    ): super().__init__(modules)
     def forward(self, step): return step()
 
 def like_model(

@@ -35,7 +35,7 @@ class _Energy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last): return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()/x.shape[1] # no copy of the map; slow on a CPU in the other format
+        if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last): return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).square().float()/x.shape[1] # no copy of the map; slow on a CPU in the other format
         return x.float().square().mean(1)
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -236,8 +236,8 @@ def train(
     if rank_distrib(): return args.out
     history = pd.DataFrame(rows)
     history.to_csv(args.out/'history.csv', index=False)
-    figs = {'curves.png':plot_curves(history, first(tasks[args.task])), 'attention.png':show_attention(learn)}
-    if args.codes: figs['predictions.png'] = show_masks(learn, ignored={void_label(args.codes)})
+    figs = {'curves.png':plot_curves(history, first(tasks[args.task])), 'attention.png':learn.frskd.show_attention()}
+    if args.codes: figs['predictions.png'] = show_masks(learn)
     for name,fig in figs.items():
         fig.savefig(args.out/name, dpi=120)
         plt.close(fig)

@@ -2,7 +2,7 @@
 import email, re, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
-import pytest
+import pytest, yaml
 from packaging.requirements import Requirement
 
 root = Path(__file__).resolve().parent.parent
@@ -63,8 +63,8 @@ def test_metadata(meta):
 
 def test_requirements(meta):
     extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
-    assert set(extras) == set(meta.get_all('Provides-Extra')) == {'timm', 'accelerate', 'dev'}
-    want = cfg['requirements'].split() + [f'{r}; extra == "{e}"' for e,rs in extras.items() for r in rs]
+    assert set(extras) == set(meta.get_all('Provides-Extra')) == {'timm', 'accelerate', 'docs', 'dev'}
+    want = cfg['requirements'].split() + [f'{r}{" and" if ";" in r else ";"} extra == "{e}"' for e,rs in extras.items() for r in rs]
     got = {Requirement(r) for r in meta.get_all('Requires-Dist')}
     assert got == set(map(Requirement, want))
     # not only as settings.ini has it, but as users are told
@@ -120,3 +120,19 @@ def test_sync_check(repo, monkeypatch):
               'README.md: differs'): assert f in out
     assert out.count('\n  ') == 4, out
     assert state() == before
+
+def test_workflows():
+    "They are YAML, run what the Makefile has, on the oldest Python that settings.ini allows, and each action has a version"
+    flows = {f.stem: yaml.safe_load(f.read_text(encoding='utf-8')) for f in (root/'.github/workflows').glob('*.yaml')}
+    assert set(flows)=={'test','deploy'}
+    steps = {n: [s for j in d['jobs'].values() for s in j['steps']] for n,d in flows.items()}
+    targets = re.findall(r'^([a-z]+):', (root/'Makefile').read_text(), re.M)
+    for n,ss in steps.items():
+        assert all(('run' in s)!=('uses' in s) for s in ss), n
+        assert all(re.fullmatch(r'actions/[\w-]+@v\d+', s['uses']) for s in ss if 'uses' in s), n
+        made = [t for s in ss for t in re.findall(r'\bmake (\w+)', s.get('run', ''))]
+        assert made==[{'test':'test','deploy':'docs'}[n]] and set(made) <= set(targets), n
+    on,test = flows['test'][True],flows['test']['jobs']['test'] # `on` is YAML for true
+    assert {'push','pull_request'} <= set(on)
+    assert test['strategy']['matrix']['python'][0]==cfg['min_python']
+    assert flows['deploy']['permissions']=={'contents':'read', 'pages':'write', 'id-token':'write'}

@@ -186,6 +186,20 @@ def test_non_native_accumulates(make):
         one,two = grads[16],grads[32] # weights and batches are the same, at a learning rate of 0
         torch.testing.assert_close(two[1][i].float(), (one[0][i].float()+one[1][i].float())/2, rtol=.05, atol=2e-3)
 
+@pytest.mark.parametrize('kind', ['attention','hint','overhaul','SLA'])
+@pytest.mark.parametrize('dtype', [torch.float64,torch.bfloat16], ids=str)
+def test_a_student_of_another_type(dtype, kind, make, digits):
+    "`learn.model.double()`, or bfloat16 without autocast: the self-teacher stays in float32, and both learn"
+    class Net(SmallNet):
+        def forward(self, x): return super().forward(x.to(dtype)).float() # for fastai's losses
+    learn = make(model=Net().to(dtype), cbs=(FRSKDSLACallback if kind=='SLA' else FRSKDCallback)(feature_loss='attention' if kind=='SLA' else kind))
+    learn.create_opt()
+    before = weights(learn.model),weights(learn.frskd.trained)
+    learn.fit(1, 1e-2)
+    assert {p.dtype for p in learn.model.parameters()}=={dtype} and {p.dtype for p in learn.frskd.trained.parameters()}=={torch.float32}
+    assert all(o.isfinite().all() for o in learn.frskd.run_both(learn.dls.one_batch()[0])[2])
+    for m,b in zip((learn.model,learn.frskd.trained), before): assert any(not torch.equal(p, b[k]) for k,p in m.named_parameters()) and all(p.isfinite().all() for p in m.parameters())
+
 # -- With a GPU -------------------------------------------------------------------------------------------
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU: fastai\'s MixedPrecision autocasts nothing else')
 

@@ -11,7 +11,7 @@ from frskd_fastai.dense import DenseSelfTeacher
 from frskd_fastai.levels import find_levels, list_levels
 from frskd_fastai.losses import soft_label_loss
 from frskd_fastai.targets import ignored_labels
-from frskd_fastai.visualize import show_attention
+from frskd_fastai.visualize import * # pictures as methods
 from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights
 
 CAMVID = Path(__file__).parents[2]/'shared/data/camvid-half.zip'
@@ -281,7 +281,8 @@ def test_camvid(tmp_path):
         learn.fine_tune(1, 1e-3)
         learn.show_results(max_n=2); plt.close('all')
     assert learn.frskd.dense and all(math.isfinite(o) for o in learn.recorder.values[-1])
-    fig = show_attention(learn); plt.close(fig)
+    fig = learn.frskd.show_attention(); plt.close(fig)
+    fig = learn.frskd.plot_losses().figure; plt.close(fig)
     learn.export('e.pkl')
     assert not any(m.startswith('frskd') for m in pickled_modules(path/'e.pkl'))
     with learn.no_bar(): assert load_learner(path/'e.pkl').predict(get_image_files(path/'train/images')[0])[0].shape==(45,60)
