@@ -23,6 +23,7 @@ from .targets import *
 from .checkpoint import *
 from .columns import *
 from .companion import *
+from .guard import *
 from .building import *
 
 # %% ../nbs/03_callback.ipynb #80aa1a5d
@@ -59,8 +60,9 @@ class FRSKDCallback(Callback):
         store_attr(but='teacher')
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
-        self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self.trained = None
+        self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
         self._overrides,self._half,self._paper,self._compiled,self.recorded,self._steps = [],False,None,{},[],[]
+        self.skipped = 0 # Steps of the last fit that were left out; known every 50 steps, and at the end of an epoch
 
     @classmethod
     def paper(cls,
@@ -173,7 +175,7 @@ class FRSKDCallback(Callback):
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
-        self._watch = Override(learn, '_do_epoch', self._watched)
+        self._watch,self.skipped = Override(learn, '_do_epoch', self._watched),0
 
     def before_train(self):
         self._cleanup_taps()
@@ -181,11 +183,14 @@ class FRSKDCallback(Callback):
         if self._distributed: check_share(self.learn.dl)
         self.trained.train()
         if self._columns: self._columns.reset()
+        if self._guard is None and not hasattr(self.learn, 'lr_finder'): self._guard = Guard(self.learn, self.trained)
         self._taps = (PreactTaps if self._preact else Taps)(self.student, self.found_levels)
         self._all_params = Override(self.learn, 'parameters', lambda params,*args: itertools.chain(params(*args), self.trained.parameters())) # what `GradientClip` clips
 
     def before_batch(self):
-        if self._taps is not None: self._taps.clear() # of a batch that was cancelled after its forward pass
+        if self._taps is None: return
+        self._taps.clear() # of a batch that was cancelled after its forward pass
+        if self._guard: self._look(self.learn.iter>0 and self.learn.iter%self._guard.every==0)
 
     def after_loss(self):
         learn = self.learn
@@ -202,6 +207,9 @@ class FRSKDCallback(Callback):
         weights = self._weights(factor)
         learn.loss_grad = sum(weights.get(k, 1.)*v for k,v in parts.items())
         learn.loss = learn.loss_grad.clone()
+        if self._guard:
+            self._guard.step(learn.loss)
+            if self._guard.tell: self._guard.stop({'the batch of images':learn.xb, **{f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, maps[0]))}, **{f"the {dict(teacher='self-teacher').get(k, k).replace('soft_label', 'soft-label')} loss":v for k,v in parts.items()}}, learn.loss)
         self.losses = {k:v.detach() for k,v in parts.items()}
         self._record(factor)
         if self.schedule=='trust': self.trust.update(maybe_gather(self.losses['teacher']) if self._distributed else self.losses['teacher']) # the mean over all processes
@@ -220,6 +228,9 @@ class FRSKDCallback(Callback):
 
     def before_backward(self):
         if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
+
+    def before_step(self):
+        if self._guard and self._taps is not None: self._guard.leave_out()
 
     def _parts(self, maps, factor):
         "The parts of the loss, by name and unweighted, and the self-teacher's logits"
@@ -295,6 +306,7 @@ class FRSKDCallback(Callback):
     def _synced(self): return self._distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
 
     def after_train(self):
+        if self._guard: self._look(True, end=True)
         if self._columns and self._distributed: self._columns.gather()
         if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the first time that it leaves the device
         self._steps = []
@@ -304,6 +316,15 @@ class FRSKDCallback(Callback):
         if self.learn.lock.locked(): return
         if self._distributed: same_buffers(nn.ModuleList([self.student, self.trained]))
         self._cleanup()
+
+    def _look(self, counts, end=False):
+        "What the last steps have left, cleaned where they were left out"
+        self._guard.smooth_loss()
+        if not counts: return
+        before = self.skipped
+        self._guard.look(end)
+        self.skipped = self._guard.skipped
+        if self.skipped>before: warn(f"FRSKD: {self.skipped} steps of this fit had a loss that wasn't finite, and were left out")
 
     # -- Leaving nothing behind --------------------------------------------------------------
     def _watched(self, epoch):
@@ -326,7 +347,7 @@ class FRSKDCallback(Callback):
         if self._watch is not None and learn.__dict__.get('_do_epoch') is self._watch: self._watch.remove()
         if self._columns: self._columns.remove()
         if self._half: self.trained.float()
-        self._watch=self._columns=self._wrapped = None
+        self._watch=self._columns=self._wrapped=self._guard = None
         self._half,self._compiled = False,{}
 
     # -- The progress table ------------------------------------------------------------------

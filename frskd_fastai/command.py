@@ -55,10 +55,12 @@ def number(
     low, # The least one
     strict:bool=False, # More than that?
 )->Callable: # As `argparse` takes for a type
-    "A finite number of an option"
+    "A number of an option, small enough to be computed with"
+    high = 2**62 if kind is int else 1e30
     def conv(s):
         try: v = kind(s)
         except ValueError: v = math.nan
+        if v>high and v<math.inf: raise argparse.ArgumentTypeError(f"must be at most {high:.2g}, got {s!r}")
         if not (low<v<math.inf or (v==low and not strict)): raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number, {'more than' if strict else 'at least'} {low}, got {s!r}")
         return v
     return conv

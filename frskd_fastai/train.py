@@ -252,9 +252,8 @@ def train(
 # %% ../nbs/10_train.ipynb #870b0830
 def _lr(s):
     if s=='auto': return s
-    try: lr = float(s)
-    except ValueError: lr = math.nan
-    if not 0<lr<math.inf: raise argparse.ArgumentTypeError(f"must be 'auto' or a positive number, got {s!r}")
+    try: lr = number(float, 0, True)(s)
+    except argparse.ArgumentTypeError: raise argparse.ArgumentTypeError(f"must be 'auto' or a positive number, up to 1e30, got {s!r}") from None
     return lr
 
 def parser()->argparse.ArgumentParser:
@@ -319,6 +318,9 @@ def main(
         with contextlib.suppress(OSError): args.resume or Path(args.out).rmdir() # empty, if it was made
         say(e)
         return 2
+    except (MemoryError,torch.OutOfMemoryError) as e:
+        say(f"out of memory ({str(e).strip().splitlines()[0] if str(e).strip() else f'images of {args.size} px'}); take a smaller --size or --bs, or another --arch")
+        return 1
     except (CheckpointError,FloatingPointError,OSError) as e:
         say(f"{e}{_how(args.out)}")
         return 1

@@ -210,6 +210,36 @@ def steps(world_bs=16, n=48, epochs=1, lr=.1, cbs=None, **kw):
     return {**end(learn), 'losses':parts}
 
 @scenario
+def resumes(path):
+    "A training with `Resumable`, undisturbed, and interrupted on all ranks in its second epoch"
+    from frskd_fastai.resume import Resumable
+    res = {}
+    for name,stops in ('whole',[None]),('parts',[9,None]):
+        for stop in stops:
+            set_seed(0)
+            learn = learner(data(shuffle=True), seed=0)
+            set_seed(rank_distrib()) # each has random states of its own
+            try:
+                with ctx(learn): learn.fit_one_cycle(3, 1e-2, cbs=[Resumable(f'{path}/{name}'), *([] if stop is None else [Stop(stop, KeyboardInterrupt)]), MixUp(.4)])
+            except KeyboardInterrupt: assert stop is not None
+        res[name] = {**end(learn), 'random':torch.rand(3)}
+    return res
+
+@scenario
+def poisoned():
+    "Images that aren't finite, on rank 1 alone, in one step"
+    class Poison(Callback):
+        run_valid = False
+        def before_batch(self):
+            if self.train_iter==2 and rank_distrib(): self.learn.xb = (self.xb[0]*math.nan,)
+    together = Together()
+    learn = learner()
+    with ctx(learn), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(2, 1e-2, cbs=[Poison(),together])
+    return {**end(learn, together), 'skipped':learn.frskd.skipped}
+
+@scenario
 def segments():
     "A U-Net: mean IoU over both ranks' images, and what one process measures"
     learn = learner(data(n=32, dense=True), model=small_unet(), splitter=trainable_params, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), metrics=[MeanIoU(VOID),PixelAccuracy(VOID)])

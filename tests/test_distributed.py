@@ -99,6 +99,20 @@ def test_checkpoints_move_between_one_process_and_several(pair, tmp_path):
     check_ended(*(o['ended'] for o in there))
     assert all(all(s) for s in there[0]['ended']['same'])
 
+def test_a_fit_goes_on(pair, tmp_path):
+    "`Resumable` on two processes: bit for bit, with the random states of each; rank 0 alone writes"
+    both = pair.run('resumes', path=str(tmp_path))
+    for name in 'whole','parts': check_ended(*(o[name] for o in both))
+    for o in both: assert same(o['whole']['model'], o['parts']['model']) and same(o['whole']['trained'], o['parts']['trained']) and torch.equal(o['whole']['random'], o['parts']['random'])
+    assert not torch.equal(both[0]['parts']['random'], both[1]['parts']['random'])
+    assert sorted(o.name for o in (tmp_path/'parts').iterdir())==['0-0002.pth','0-0003.pth'] and not same(both[0]['whole']['model'], weights(ranks.SmallNet()))
+
+def test_a_loss_that_is_not_finite_on_one_rank(pair):
+    "Its gradient would be everyone's: the step is left out on all"
+    both = pair.run('poisoned')
+    check_ended(*both)
+    for o in both: assert o['skipped']==1 and [b for _,b in o['same']]==[True]*8 # parameters finite and equal after each step
+
 def test_settings_of_the_wrapper_hold_for_both(pair):
     "`distrib_ctx(kwargs_handlers=[DistributedDataParallelKwargs(...)])`, here gradients averaged in float16"
     both = pair.run('trains', how='comm_hook')

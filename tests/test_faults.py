@@ -1,0 +1,189 @@
+"Bad input: images, folders, names, files of random bytes, numbers out of range. One clear line or handled; nothing lost, nothing written but below --out"
+import errno, math, os, shutil, struct, zlib
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from fastai.vision.all import *
+import frskd_fastai.benchmark as bench, frskd_fastai.train as command
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.data import DataError, find_images, find_masks, image_files
+from conftest import same, weights
+
+def picture(seed=0, size=(20,20)): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8))
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    "Two classes of six images"
+    monkeypatch.setattr(ProgressCallback, 'run', False)
+    monkeypatch.setattr(defaults, 'cpus', 0)
+    monkeypatch.chdir(tmp_path)
+    for c in '01':
+        (tmp_path/'data'/c).mkdir(parents=True)
+        for i in range(6): picture(i).save(tmp_path/'data'/c/f'{i}.png')
+    return tmp_path/'data'
+
+def state(root): return {p:(p.lstat().st_mtime_ns,p.read_bytes() if p.is_file() else None) for p in root.rglob('*') if root/'r' not in (p,*p.parents)}
+def run(folder, tmp_path, *args, capsys):
+    "The exit code, and what it said, which is a line; only --out has changed"
+    before = state(tmp_path)
+    code = command.main([str(folder),'--arch','wrn16_2','--size','16','--bs','4','--epochs','1','--lr','1e-3',*args,'--out',str(tmp_path/'r')])
+    assert state(tmp_path)==before
+    err = capsys.readouterr().err
+    assert (code,err)==(0,'') or code in (1,2) and err.startswith('frskd-train: ') and err.count('\n')==1 and err.endswith('\n'), (code,err)
+    if code==2: assert not (tmp_path/'r').exists()
+    return code,err
+
+# -- Images -----------------------------------------------------------------------------------------------
+def bomb(w, h):
+    "A PNG of a megabyte of zeros that says it is w×h"
+    chunk = lambda t,d: struct.pack('>I', len(d))+t+d+struct.pack('>I', zlib.crc32(t+d))
+    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*10**6))+chunk(b'IEND', b'')
+def deep(f): Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20,20)*160).save(f)
+def cut(f): picture(size=(200,200)).save(f); f.write_bytes(f.read_bytes()[:2000])
+
+BAD = {'cut.png':cut, 'cut.jpg':cut, 'empty.png':lambda f: f.write_bytes(b''), 'text.png':lambda f: f.write_text('hello'), 'random.jpg':lambda f: f.write_bytes(os.urandom(999)), 'huge.png':lambda f: f.write_bytes(bomb(30000,30000)),
+       'large.png':lambda f: f.write_bytes(bomb(12000,9000)), 'drawing.svg':lambda f: f.write_text('<svg/>'), 'link.png':lambda f: f.symlink_to('/nowhere'), '16.png':deep, 'float.tif':lambda f: Image.fromarray(np.ones((9,9), np.float32)).save(f),
+       '{0}.png':lambda f: f.write_bytes(b'')}
+@pytest.mark.parametrize('name', BAD)
+def test_images_that_cannot_be_used_are_named(name, folder, tmp_path, capsys):
+    BAD[name](folder/'0'/name)
+    code,err = run(folder, tmp_path, capsys=capsys)
+    assert code==2 and str(folder/'0'/name) in err and ('8 bits' if name in ('16.png','float.tif') else 'unreadable') in err
+
+def test_images_that_can_be_used(folder, tmp_path, capsys):
+    "Wrongly named, palette, with transparency, CMYK, gray, one bit, animated, of one pixel; other files are left out"
+    im,d = picture(),folder/'0'
+    im.save(d/'really.png', format='JPEG')
+    im.convert('P').save(d/'palette.png')
+    im.convert('P').save(d/'transparent.png', transparency=0)
+    for mode,name in ('CMYK','cmyk.jpg'),('RGBA','alpha.png'),('LA','gray alpha.png'),('L','gray.png'),('1','bit.png'): im.convert(mode).save(d/name)
+    for name in 'moving.gif','moving.webp','pages.tif': im.save(d/name, save_all=True, append_images=[im.rotate(90)]*3)
+    im.resize((1,1)).save(d/'small.png'); im.resize((900,1)).save(d/'thin.png')
+    (d/'readme.txt').write_text('hi'); (d/'.hidden.png').write_bytes(b'x'); (d/'folder.png').mkdir(); os.mkfifo(d/'pipe.png') # reading a pipe would wait for ever
+    assert run(folder, tmp_path, capsys=capsys)==(0,'')
+    assert '20 training and 5 validation images of 2 classes' in (tmp_path/'r/summary.md').read_text()
+
+@pytest.mark.parametrize('name', ['16.png','huge.png','cut.png'])
+def test_segmentation_too(name, tmp_path):
+    for d in 'images','labels': (tmp_path/d).mkdir()
+    (tmp_path/'codes.txt').write_text('paper\nink\n')
+    for i in range(4):
+        picture(i).save(tmp_path/f'images/{i}.png')
+        Image.fromarray((np.arange(400)%2).astype(np.uint8).reshape(20,20)).save(tmp_path/f'labels/{i}.png')
+    find_masks(tmp_path)
+    BAD[name](tmp_path/'images/1.png')
+    with pytest.raises(DataError, match='images/1.png') as e: find_masks(tmp_path)
+    assert '\n' not in str(e.value)
+
+# -- Folders and names --------------------------------------------------------------------------------------
+@pytest.mark.parametrize('how', ['to itself','to the class','to the root','to and fro','above'])
+def test_links_in_a_circle(how, folder, tmp_path, capsys):
+    "Their images would come again and again, with the labels of other classes"
+    link,to = {'to itself':('0/x','0/x'), 'to the class':('0/x','0'), 'to the root':('0/x','.'), 'to and fro':('0/x','1'), 'above':('x','..')}[how]
+    (folder/link).symlink_to(folder/to)
+    if how=='to and fro': (folder/'1/y').symlink_to(folder/'0')
+    code,err = run(folder, tmp_path, capsys=capsys)
+    if how=='to itself': assert code==0 and '10 training and 2 validation' in (tmp_path/'r/summary.md').read_text() # it leads nowhere
+    else: assert code==2 and 'leads in a circle' in err
+
+def test_links_that_lead_on(folder, tmp_path):
+    (folder/'2').symlink_to(shutil.copytree(folder/'0', tmp_path/'other'))
+    (folder/'1/file.png').symlink_to(folder/'1/0.png')
+    train,valid = find_images(folder)
+    assert Counter(c for _,c in train+valid)=={'0':6, '1':7, '2':6}
+
+def test_a_folder_that_cannot_be_read(folder, tmp_path, capsys, monkeypatch):
+    "Not passed over: a class would be missing. (Root may read all, so the refusal is simulated)"
+    scandir = os.scandir
+    def refuse(p):
+        if Path(p)==folder/'1': raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(p))
+        return scandir(p)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'scandir', refuse)
+        code = command.main([str(folder),'--arch','wrn16_2','--out',str(tmp_path/'r')])
+    assert code==2 and f"{folder/'1'} can't be read (Permission denied)" in capsys.readouterr().err and not (tmp_path/'r').exists()
+
+def test_class_names(folder, tmp_path, capsys):
+    names = ['a b',' a','-x','--out','ä→ß','日本','é','e\u0301','a,b;"c\'','new\nline','$HOME','100%','{0}','<b>','a|b']
+    for n in names: shutil.copytree(folder/'0', folder/n)
+    assert run(folder, tmp_path, capsys=capsys)==(0,'')
+    learn = load_learner(tmp_path/'r/student.pkl')
+    assert set(learn.dls.vocab)=={*names,'0','1'}
+    with learn.no_bar(): assert learn.predict(folder/'0/0.png')[0] in learn.dls.vocab
+
+@pytest.mark.parametrize('odd', [b'\xff\xfe',b'caf\xe9'])
+def test_names_that_are_no_text(odd, folder, tmp_path, capsys):
+    shutil.copytree(os.fsencode(folder/'0'), os.fsencode(folder)+b'/'+odd)
+    code,err = run(folder, tmp_path, capsys=capsys)
+    assert code==2 and 'no text' in err and '\\udc' in err
+
+def test_paths_with_dashes_and_spaces(folder, tmp_path, capsys):
+    odd = folder.rename(tmp_path/'-my images')
+    assert run(f'./{odd.name}', tmp_path, capsys=capsys)==(0,'')
+
+@pytest.mark.parametrize('out', ['f/r','f','full'])
+def test_out_that_cannot_be_written(out, folder, tmp_path, capsys, monkeypatch):
+    (tmp_path/'f').write_text('x')
+    if out=='full':
+        def mkdir(self, *a, **k): raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        monkeypatch.setattr(Path, 'mkdir', mkdir)
+    code = command.main([str(folder),'--arch','wrn16_2','--size','16','--lr','1e-3','--out',str(tmp_path/out)])
+    err = capsys.readouterr().err
+    assert code in (1,2) and err.count('\n')==1 and str(tmp_path/out if out=='full' else tmp_path/'f') in err and (tmp_path/'f').read_text()=='x'
+
+# -- Files of random bytes ----------------------------------------------------------------------------------
+@pytest.mark.parametrize('seed', range(4))
+def test_checkpoints_of_random_bytes(seed, make, tmp_path):
+    "`learn.load` raises, and has changed nothing; so has `load_learner`"
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3); learn.save('good')
+    good = (tmp_path/'models/good.pth').read_bytes()
+    rng = np.random.default_rng(seed)
+    data = [rng.bytes(2000), good[:rng.integers(1, len(good))], b'', good[:100]+rng.bytes(len(good)-100)][seed]
+    (tmp_path/'models/bad.pth').write_bytes(data)
+    before = weights(learn.model),weights(learn.frskd.trained)
+    with pytest.raises(Exception): learn.load('bad')
+    with pytest.raises(Exception): load_learner(tmp_path/'models/bad.pth')
+    assert same(weights(learn.model), before[0]) and same(weights(learn.frskd.trained), before[1])
+    learn.fit(1, 1e-3)
+
+def test_a_checkpoint_runs_nothing(make, tmp_path):
+    "A pickle that would make a file when it is loaded"
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'evil'),)
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3); learn.save('good')
+    torch.save({'model':learn.model.state_dict(), 'opt':{**learn.opt.state_dict(), 'frskd':Evil(), 'resume':Evil()}}, tmp_path/'models/bad.pth')
+    with pytest.raises(Exception, match='[Ww]eights'): learn.load('bad')
+    from frskd_fastai.resume import CheckpointError, Resumable
+    (tmp_path/'c').mkdir()
+    shutil.copy(tmp_path/'models/bad.pth', tmp_path/'c/0-0001.pth')
+    with pytest.raises(CheckpointError, match='damaged'): learn.fit(2, cbs=Resumable(tmp_path/'c'))
+    assert not (tmp_path/'evil').exists()
+
+# -- Numbers ------------------------------------------------------------------------------------------------
+def numeric(p, kinds=('--epochs','--bs','--size','--lr','--alpha','--beta','--temperature','--width','--seed','--rounds','--steps','--warmup','--budget')):
+    return [o for a in p._actions for o in a.option_strings if o in kinds]
+
+@pytest.mark.parametrize('which', [command,bench], ids=['frskd-train','frskd-bench'])
+def test_numbers_out_of_range(which, folder, tmp_path, capsys):
+    "Every numeric option: refused with its name, before anything is done"
+    options,before = numeric(which.parser()),state(tmp_path)
+    assert {'--bs','--size'}<=set(options) and all(a.type is None or a.option_strings[0] in options for a in which.parser()._actions if a.option_strings and a.type not in (None,str))
+    for o in options:
+        for v in 'nan','inf','-inf','-1','1e31','1e999','9'*40,'9'*400,'','x','٣x','0x10','1,5':
+            with pytest.raises(SystemExit) as e: which.main([f'{o}={v}'])
+            err = capsys.readouterr().err.strip().split('\n')[-1]
+            assert e.value.code==2 and o in err, (o,v,err)
+    assert state(tmp_path)==before
+
+@pytest.mark.parametrize('args,code,msg', [('--size 1000000000',1,'out of memory'),('--width 1e30',2,"can't train"),('--alpha 1e30',None,''),('--temperature 1e-40',None,''),('--temperature 1e30',0,''),('--lr 1e30',None,''),('--beta 1e30',None,''),('--width 1e-30',0,''),('--seed 4611686018427387904',0,'')])
+def test_numbers_at_the_edge(args, code, msg, folder, tmp_path, capsys):
+    "What torch can take is trained on, or told; never a traceback"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # steps that are left out
+        got,err = run(folder, tmp_path, *args.split(), capsys=capsys)
+    assert (code is None or got==code) and msg in err
+    if got==0:
+        learn = load_learner(tmp_path/'r/student.pkl')
+        assert all(p.isfinite().all() for p in learn.model.parameters())

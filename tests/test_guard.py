@@ -1,0 +1,185 @@
+"Losses and activations that aren't finite: what is left out, what stays sound, what ends a fit"
+import json, math, shutil, warnings
+import pandas as pd, pytest, torch
+from fastai.vision.all import *
+from fastai.callback.fp16 import autocast, GradScaler
+import frskd_fastai.callback as callback, frskd_fastai.train as command
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.augmentation import FRSKDSLACallback
+from frskd_fastai.data import digits_data
+from frskd_fastai.guard import Guard
+from conftest import n_hooks, same, weights
+
+class Poison(Callback):
+    "One value of the images of some steps isn't finite"
+    def __init__(self, *steps, value=math.nan): self.steps,self.value = steps,value
+    def before_batch(self):
+        if self.training and (not self.steps or self.train_iter in self.steps):
+            x = self.xb[0].clone()
+            x[0,0,0,0] = self.value
+            self.learn.xb = (x,)
+
+def sound(learn):
+    "Is all finite that a later step reads?"
+    f = learn.frskd
+    state = [v for *_,s,_ in learn.opt.all_params() for v in s.values() if v is not None]
+    return all(torch.as_tensor(o).isfinite().all() for o in [*learn.model.state_dict().values(), *f.trained.state_dict().values(), f.trust.loss, learn.recorder.smooth_loss.val, *state, *(p.grad for p in learn.model.parameters() if p.grad is not None)])
+
+def test_plain_fastai_loses_the_training(make):
+    "What this is for; without the callback nothing is changed"
+    learn = make()
+    learn.fit(1, 1e-3, cbs=Poison(2))
+    assert all(p.isnan().all() for p in learn.model.parameters())
+
+@pytest.mark.parametrize('kw', [dict(),dict(opt_func=partial(SGD, mom=.9)),dict(opt_func=ranger),dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),dict(cbs=[GradientAccumulation(32)]),dict(cbs=[GradientClip(.1)]),dict(cbs=[MixUp(.4)])], ids=['Adam','SGD','ranger','torch','accumulation','clip','MixUp'])
+@pytest.mark.parametrize('value', [math.nan,math.inf])
+def test_a_step_that_is_not_finite_does_no_harm(kw, value, make):
+    learn = make(**{**kw, 'cbs':[FRSKDCallback(), *kw.get('cbs', [])]})
+    with pytest.warns(UserWarning, match="3 steps of this fit had a loss that wasn't finite"): learn.fit(2, 1e-3, cbs=Poison(0, 2, 5, value=value))
+    assert sound(learn) and learn.frskd.skipped==3 and n_hooks(learn.model)==0
+    assert all(math.isfinite(v) for row in learn.recorder.values for v in row)
+    assert learn.validate()[1]>=0
+
+def test_label_augmentation_too(make):
+    learn = make(cbs=FRSKDSLACallback())
+    with pytest.warns(UserWarning, match='left out'): learn.fit(1, 1e-3, cbs=Poison(1))
+    assert sound(learn) and learn.frskd.skipped==1
+
+def test_it_is_left_out(make):
+    "With plain SGD, the fit is the one without that step; BatchNorm's statistics are those of at most `every` steps before"
+    ends = []
+    class Skip(Callback):
+        order = 100
+        def after_pred(self): self.at.append(weights(self.model))
+        def before_fit(self): self.at = []
+    for steps in (3,),():
+        learn,skip = make(cbs=FRSKDCallback(schedule='constant'), opt_func=SGD, wd=0.),Skip()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            learn.fit(1, 1e-2, cbs=[Poison(*steps),skip] if steps else [skip])
+        ends.append(skip.at)
+    params = [k for k,_ in learn.model.named_parameters()]
+    eq = lambda a,b: [k for k in params if not torch.equal(a[k], b[k])]
+    assert not eq(ends[0][3], ends[0][4]) and not eq(ends[0][3], ends[1][3]) and eq(ends[1][3], ends[1][4]) and eq(ends[0][4], ends[0][5])
+
+def test_a_sound_fit_is_what_it_was(make, monkeypatch):
+    "Bit for bit, with looks in the middle of it"
+    monkeypatch.setattr(Guard, 'every', 2)
+    ends = []
+    for on in True,False:
+        if not on:
+            for o in 'step','leave_out','look': monkeypatch.setattr(Guard, o, noop)
+        learn = make(cbs=FRSKDCallback(columns=True))
+        learn.fit_one_cycle(2, 1e-2)
+        ends.append({**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'values':tensor([list(o) for o in learn.recorder.values])})
+    assert same(*ends)
+
+class CPUScaler(MixedPrecision):
+    "fp16's loss scaler, without a GPU"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', enabled=False),GradScaler('cpu', init_scale=1024.),L()
+
+def test_fp16s_scaler_skips_it(make):
+    "The whole step, as in plain fastai; and the statistics are set back here, too"
+    learn = make(cbs=[FRSKDCallback(),CPUScaler()])
+    class Look(Callback):
+        def before_fit(self): self.at,self.scale = [],[]
+        def after_step(self): self.at.append([deepcopy({k:v for k,v in s.items()}) for *_,s,_ in self.opt.all_params()]); self.scale.append(self.learn.scaler.get_scale())
+    look = Look()
+    with pytest.warns(UserWarning, match='left out'): learn.fit(1, 1e-3, cbs=[look,Poison(3)])
+    assert sound(learn) and look.scale[2]==1024 and look.scale[-1]==512
+    for a,b in zip(look.at[2], look.at[3]): assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+
+# -- The end of a fit ---------------------------------------------------------------------------------------
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(Guard, 'every', 2); monkeypatch.setattr(Guard, 'limit', 3)
+
+def stops(learn, name, epochs=3, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(FloatingPointError) as e: learn.fit(epochs, 1e-3, **kw)
+    said = str(e.value).split('\n')[-1]
+    assert f'; now {name} isn\'t' in said and 'lower learning rate' in said, said
+    assert sound(learn) and n_hooks(learn.model)==0 and '_do_epoch' not in learn.__dict__
+    return said
+
+def test_the_images(short, make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    before = {k:v for k,v in weights(learn.model).items() if 'running' in k or 'num_batches' in k}
+    stops(learn, 'the batch of images', cbs=Poison())
+    assert same({k:v for k,v in weights(learn.model).items() if k in before}, before)
+    learn.fit(1, 1e-3) # and the Learner can go on
+    assert sound(learn) and learn.frskd.skipped==0
+
+def test_a_level(short, make):
+    learn = make(cbs=FRSKDCallback())
+    class Bad(nn.Module):
+        def forward(self, x): return x*math.inf if self.training else x
+    learn.model.stages[1].add_module('bad', Bad())
+    said = stops(learn, "level 1's map (stages.1)")
+    assert "nor level 2's map (stages.2), the student loss" in said
+
+def test_the_parts_of_the_loss(short, make, monkeypatch):
+    class Loss(CrossEntropyLossFlat):
+        "Of the two calls in a training step, one isn't finite"
+        calls,bad = 0,None
+        def __call__(self, inp, targ, **kw):
+            self.calls += torch.is_grad_enabled()
+            return super().__call__(inp, targ, **kw)*(math.nan if torch.is_grad_enabled() and self.calls%2==self.bad else 1)
+    for bad,name in (1,'the student loss'),(0,'the self-teacher loss'):
+        learn = make(cbs=FRSKDCallback())
+        learn.loss_func = Loss()
+        learn.loss_func.bad = bad
+        assert '(nor' not in stops(learn, name)
+    stops(make(cbs=FRSKDCallback(feature_loss=lambda f,t: f[0].mean()*math.nan)), 'the feature loss')
+    soft = callback.soft_label_loss
+    monkeypatch.setattr(callback, 'soft_label_loss', lambda *a: soft(*a)*math.nan)
+    stops(make(cbs=FRSKDCallback()), 'the soft-label loss')
+
+def test_a_few_in_a_row_are_no_end(short, make):
+    learn = make(cbs=FRSKDCallback())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(3, 1e-3, cbs=Poison(1,2, 5,6, 9,10)) # two each
+    assert learn.frskd.skipped==6 and sound(learn)
+
+@pytest.mark.parametrize('epoch', [0,1])
+def test_a_gradient_behind_a_finite_loss(epoch, make):
+    "It is not left out, as in plain fastai; but the fit ends, with a parameter's name, before the epoch does"
+    learn,ends = make(cbs=FRSKDCallback()),[]
+    class End(Callback):
+        def after_epoch(self): ends.append(self.epoch)
+        def after_backward(self):
+            if self.epoch==epoch and self.iter==4: self.model.head[2].weight.grad[0,0] = math.nan
+    with pytest.raises(FloatingPointError, match="1 of [0-9]+ parameters aren't finite any more, for instance head.2.weight"), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(3, 1e-3, cbs=End())
+    assert ends==list(range(epoch)) and n_hooks(learn.model)==0
+
+def test_lr_find_goes_to_its_end(short, make):
+    "It is meant to find where losses aren't finite"
+    learn = make(cbs=FRSKDCallback())
+    learn.lr_find(num_it=12, end_lr=1e8, stop_div=False, show_plot=False, suggest_funcs=None)
+    assert len(learn.recorder.lrs)==12 and all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_weights_of_the_losses(short, make):
+    "Each part is finite, their sum isn't"
+    stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the weighted sum of the losses')
+
+@pytest.mark.parametrize('option,msg', [('--alpha',"the soft-label loss isn't"),('--lr',"parameters aren't finite any more")])
+def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
+    "One line, exit code 1, no results, and the checkpoint from before is there"
+    monkeypatch.setattr(ProgressCallback, 'run', False)
+    monkeypatch.setattr(defaults, 'cpus', 0)
+    for c in '01':
+        (tmp_path/'data'/c).mkdir(parents=True)
+        for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c/f.name)
+    if option=='--alpha': monkeypatch.setattr(callback, 'soft_label_loss', lambda s,t,*a: (s-t).sum()*math.nan)
+    value = {'--alpha':'1','--lr':'1e30'}[option]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        code = command.main([str(tmp_path/'data'),'--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3',option,value,'--out',str(tmp_path/'r')])
+    err = capsys.readouterr().err
+    assert code==1 and err.count('\n')==1 and msg in err and f'--resume {tmp_path}/r' in err
+    assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints'] and (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
