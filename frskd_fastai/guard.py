@@ -65,6 +65,7 @@ class Guard:
 
     def smooth_loss(self):
         "After a step: the Recorder's smoothed loss without it, where its loss wasn't finite. The Recorder has it on the CPU"
+        if not hasattr(self.learn, 'recorder'): return # a Learner may do without
         s = self.learn.recorder.smooth_loss
         if s.val.isfinite() or self.smooth is None: self.smooth = s.count,s.val
         else: s.count,s.val = self.smooth

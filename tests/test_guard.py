@@ -183,3 +183,10 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert code==1 and err.count('\n')==1 and msg in err and f'--resume {tmp_path}/r' in err
     assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints'] and (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
+
+def test_without_a_recorder(make):
+    "A Learner may do without fastai's Recorder"
+    learn = make(cbs=FRSKDCallback())
+    learn.remove_cbs([Recorder,ProgressCallback])
+    learn.fit(1, 1e-3)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
