@@ -1,5 +1,5 @@
 """Long runs: 2,000 steps and 30 fits in one process leave memory, live objects, hooks, callbacks, the optimizer's groups and open files as they were early on"""
-import gc
+import gc, mmap
 import psutil, pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
@@ -72,7 +72,8 @@ class Leak(Callback):
     def __init__(self): self.kept = []
     def after_step(self):
         opt = self.learn.opt
-        self.kept += [self.learn.loss_grad, open(os.devnull), Callback(), np.ones(3*10**5)] # a graph with all that it needs, a file, an object, and 2.4 MB: more than other tests may have left free
+        self.kept += [self.learn.loss_grad, open(os.devnull), Callback(), mmap.mmap(-1, 2**21)] # a graph with all that it needs, a file, an object, and 2 MiB of its own: what other tests have left free would hide an array
+        self.kept[-1].write(bytes(2**21))
         self.model.stem.register_forward_hook(lambda *args: None)
         opt.param_lists,opt.hypers = L([*opt.param_lists, []]),L([*opt.hypers, dict(opt.hypers[-1])])
 

@@ -11,7 +11,7 @@ from frskd_fastai.recipes import ClipValue, recipe_dls, recipe_items, recipes
 from frskd_fastai.segmentation import BiFPNSegmenter
 from frskd_fastai.train import results
 from conftest import pickled_modules
-from test_train import SHARED, quiet, run
+from test_train import SHARED, run
 
 def digit(to, c, i):
     "The i-th image of digit c, as the file `to`"

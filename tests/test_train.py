@@ -190,7 +190,7 @@ def test_segmentation(masks, tmp_path, capsys):
     out = tmp_path/'r'
     code,printed,err = run(masks, *SEG, '--compare', '--out', out, capsys=capsys)
     assert code==0, err
-    assert sorted(o.name for o in out.iterdir())==sorted([*results,'predictions.png'])
+    assert sorted(o.name for o in out.iterdir())==sorted([*results,'predictions.png','differences.png'])
     h = pd.read_csv(out/'history.csv')
     assert h.run.tolist()==['plain','frskd'] and h[['mean_iou','pixel_accuracy']].notna().all().all() and h.mean_iou.between(0, 1).all()
     text = (out/'summary.md').read_text()
