@@ -236,7 +236,7 @@ def test_frskd_train_under_accelerate(tmp_path):
             for f in sorted((ranks.digits_data()/part/c).iterdir())[:n]: (folder/part/c/f.name).write_bytes(f.read_bytes())
     code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', folder, '--no-pretrained', '--arch', 'mobilenet_v3_small', '--epochs', 2, '--size', 32, '--bs', 64, '--compare', '--out', out)
     assert code==0, err[-3000:]
-    assert sorted(o.name for o in out.iterdir())==sorted(results)
+    assert sorted(o.name for o in out.iterdir())==sorted((*results,'differences.png'))
     h = pd.read_csv(out/'history.csv')
     assert h.run.tolist()==['plain']*2+['frskd']*2 and h.teacher_accuracy.notna().tolist()==[False]*2+[True]*2 and h.train_loss.notna().all()
     for run in 'plain','frskd': assert abs(15*h[h.run==run].accuracy.iloc[-1]-round(15*h[h.run==run].accuracy.iloc[-1]))<1e-4 # of 15 images, none counted twice
