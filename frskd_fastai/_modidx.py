@@ -531,5 +531,6 @@ d = { 'settings': { 'branch': 'main',
                                         'frskd_fastai.visualize.attention_maps': ( 'visualize.html#attention_maps',
                                                                                    'frskd_fastai/visualize.py'),
                                         'frskd_fastai.visualize.class_names': ('visualize.html#class_names', 'frskd_fastai/visualize.py'),
+                                        'frskd_fastai.visualize.label_text': ('visualize.html#label_text', 'frskd_fastai/visualize.py'),
                                         'frskd_fastai.visualize.plot_curves': ('visualize.html#plot_curves', 'frskd_fastai/visualize.py'),
                                         'frskd_fastai.visualize.show_masks': ('visualize.html#show_masks', 'frskd_fastai/visualize.py')}}}

@@ -194,6 +194,7 @@ results = ('bench.csv','bench.png','bench.md')
 def _own(spec):
     "The variant of `--teacher MODULE:NAME`"
     module,_,name = spec.partition(':')
+    if not module or not name: raise UsageError(f"--teacher {spec}: write MODULE:NAME, a module that Python finds and a function or class in it that makes a self-teacher from the levels' channels and the number of logits")
     try:
         if '' not in sys.path: sys.path.insert(0, '') # a module in the working directory, as `python` finds it
         teacher = getattr(importlib.import_module(module), name)

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from .features import *
 from .targets import *
 from .callback import *
-from .visualize import class_names, _colors
+from .visualize import class_names, label_text, _colors
 
 # %% ../nbs/06_interpret.ipynb #055d645d
 def _answers(
@@ -86,12 +86,15 @@ class StudentComparison:
         self.learners,self.names = (learn,other),names
         classes = [class_names(o.dls) for o in self.learners]
         if classes[0]!=classes[1]: raise ValueError(f"FRSKD: these two Learners know different classes, {' and '.join(', '.join((o or ['none'])[:5]) for o in classes)}, …: compare models of the same data")
+        items = [getattr(o.dls.valid.dataset, 'items', None) for o in self.learners]
+        if dl is None and all(isinstance(o, (list,L)) and len(o) and isinstance(o[0], (str,Path)) for o in items) and list(items[0])!=list(items[1]): raise ValueError("FRSKD: these two Learners have different validation sets, so one may have trained on the images of the other's: make both with the same DataLoaders or the same `seed`, or say what to compare them on, `dl=learn.dls.test_dl(items, with_labels=True)`")
         right,p = [],[]
         for b in self.dl:
             both = [_answers(self._logits(o, b), to_device(b[1], one_param(o.model).device), learn.loss_func) for o in self.learners]
             keep = both[0][3]
             mean = lambda o: ((o*keep).sum(1)/keep.sum(1).clamp(min=1)).cpu()
             right.append(torch.stack([mean(o[0]) for o in both], dim=1)); p.append(torch.stack([mean(o[2]) for o in both], dim=1))
+        if not right: raise ValueError("FRSKD: the first Learner has no validation images (an exported one has no data): say what to compare the two on, `dl=`")
         self.right,self.probs = torch.cat(right),torch.cat(p) # N×2, of each image: part of the answers that are right, mean probability of the right answer
 
     @staticmethod
@@ -109,16 +112,20 @@ class StudentComparison:
         n:int=8, # How many images
         size:float=1.8, # Width of one, in inches
     )->plt.Figure:
-        "The images on which the two differ most in the probability of the right answer: first those that FRSKD does better, then those that it does worse, half of each"
-        gain = self.probs[:,0]-self.probs[:,1]
+        "Images on which the two differ: first those that FRSKD does better, then those that it does worse, half of each; those where only one is right come before those where only the probabilities differ, most first"
+        if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
+        gain = 2*(self.right[:,0]-self.right[:,1]) + self.probs[:,0]-self.probs[:,1] # a difference in what is right outweighs any in probability
         order = gain.argsort(descending=True, stable=True).tolist()
-        pick = [i for i in order if gain[i]>0][:(n+1)//2] + [i for i in order if gain[i]<0][-(n//2):]
+        better,worse = [i for i in order if gain[i]>0][:(n+1)//2],[i for i in reversed(order) if gain[i]<0][:n//2]
+        pick = better+worse
         if not pick: raise ValueError(f"FRSKD: {self.names[0]} and {self.names[1]} don't differ on any image")
         dl = self.dl.new(bs=len(pick), num_workers=0, get_idxs=lambda: pick)
         b = dl.one_batch()
         images,logits = dl.decode_batch(b, max_n=len(pick)),[self._logits(o, b).cpu() for o in self.learners]
         draw = self._masks if logits[0].ndim==4 else self._titles
-        return draw(images, b, logits, pick, size)
+        fig = draw(images, b, logits, pick, size)
+        fig.suptitle(f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}", fontsize=9)
+        return fig
 
     def _titles(self, images, b, logits, pick, size):
         cols,names,multi = min(4, len(pick)),_names(self.learners[0], logits[0].shape[1]),is_multi_label(self.learners[0].loss_func, (b[1],))
@@ -126,9 +133,10 @@ class StudentComparison:
         fig,axs = plt.subplots(rows, cols, figsize=(size*cols*1.2, size*rows*1.45), squeeze=False, layout='constrained')
         for ax in axs.flat: ax.axis('off')
         for ax,(image,y,*_),i,*ls in zip(axs.flat, images, pick, *logits):
-            said = [';'.join(names[j] for j in (l>0).nonzero().flatten()) or 'none' if multi else names[l.argmax()] for l in ls]
+            said = [label_text([names[j] for j in (l>0).nonzero().flatten()]) if multi else names[l.argmax()] for l in ls]
             show_image(image, ctx=ax)
-            ax.set_title('\n'.join([str(y), *(f'{who}: {what} ({p:.2f})' for who,what,p in zip(self.names, said, self.probs[i]))]), fontsize=8)
+            lines = [f'{who} {p:.2f}' + (f' → {what}' if r<1 else '') for who,what,p,r in zip(self.names, said, self.probs[i], self.right[i])]
+            ax.set_title('\n'.join([label_text(y), *lines]), fontsize=8, wrap=True)
         return fig
 
     def _masks(self, images, b, logits, pick, size):

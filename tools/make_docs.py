@@ -64,8 +64,14 @@ class Entry(BasicMarkdownRenderer):
                 e = Entry(getattr(self.sym, n), title_level=self.title_level+1)
                 if e.nm==f'{self.nm}.{n}': yield e # not a function that is a default
 
-    def _repr_markdown_(self):
+    def source(self):
+        "Where it is defined; nbdev's own link has no line for most names"
         src = NbdevLookup().code(self.fn)
+        o = inspect.unwrap(self.sym.fget if self.prop else getattr(self.sym, '__func__', self.sym))
+        return src and (src.partition('#')[0] + (f'#L{inspect.getsourcelines(o)[1]}' if inspect.isclass(o) or inspect.isroutine(o) else ''))
+
+    def _repr_markdown_(self):
+        src = self.source()
         res = [f'{"#"*self.title_level} {self.nm} {{ #{self.nm.lower()} }}', src and f'[source]({src}){{ .source }}', '' if self.prop else fenced(self.call(), 'python'),
                self.docs, *self.rows(), *(m._repr_markdown_() for m in self.methods())]
         return '\n\n'.join(filter(None, res))
