@@ -9,7 +9,7 @@ __all__ = ['variants', 'parts', 'results', 'bench_learner', 'profile_step', 'flo
            'parser', 'main']
 
 # %% ../nbs/11_benchmark.ipynb #189f52b4
-import argparse, importlib, platform, shlex, sys, time, warnings
+import argparse, importlib, os, platform, shlex, sys, time, warnings
 with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch.jit`: nothing for a command's user
     warnings.simplefilter('ignore', FutureWarning)
     import fastai
@@ -247,6 +247,7 @@ def main(
 )->int: # Exit code: 0; 2 for bad input; 130 after Ctrl-C
     "The command `frskd-bench`"
     plt.switch_backend('agg') # pictures go to files; there may be no display
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # torch's profiler prints its own notes otherwise, an error where there is no GPU among them
     warnings.filterwarnings('ignore', category=UserWarning, module='torch')
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
