@@ -68,6 +68,14 @@ def test_links_to_the_repository(pages):
     assert not [l for l in links if not (root/unquote(l).split('/main/', 1)[1]).exists()]
     assert not [l for p in pages.values() for l in p.links if re.match(r'(https?:)?//', l) and l.endswith(('.css','.js','.woff2'))] # nothing is fetched from elsewhere
 
+def test_source_links(pages):
+    "An entry's link leads to the line where it is defined"
+    links = {urlsplit(l) for p in pages.values() for l in p.links if re.search(r'/blob/main/frskd_fastai/\w+\.py#', l)}
+    assert len(links) > 100
+    for o in links:
+        lines = (root/o.path.split('/main/', 1)[1]).read_text(encoding='utf-8').splitlines()
+        assert re.match(r'L\d+$', o.fragment) and re.match(r' *(@|class |def )', lines[int(o.fragment[1:])-1]), o.geturl()
+
 def test_reference(pages):
     "Each public function and class has an entry where nbdev says that it is, each documented method of a class, too; and names in backticks lead there"
     names = {n:at for syms in modidx['syms'].values() for n,(at,_) in syms.items() if not any(o[0]=='_' for o in n.split('.'))}

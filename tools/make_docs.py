@@ -4,8 +4,9 @@
 
 nbdev makes the API reference and links the names in backticks, as it does for quarto. Pages have the addresses that nbdev gives them,
 so links from other projects' docs lead here, too. Only FOLDER is written."""
-import base64, html, inspect, json, os, re, shutil, subprocess, sys, tempfile, warnings
+import ast, base64, html, inspect, json, os, re, shutil, subprocess, sys, tempfile, warnings
 from configparser import ConfigParser
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from textwrap import indent, wrap
@@ -32,6 +33,12 @@ def _default(o):
     return '…' if s and '<' in s else s # <function ...> says nothing
 def _type(o): return '' if o is empty else re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(o)).replace('NoneType', 'None') # Learner, not fastai.learner.Learner
 def _code(s): return '<code>' + html.escape(s).replace('*', '&#42;').replace('_', '&#95;') + '</code>' # in backticks, nbdev would link a parameter to a function of its name
+
+@cache
+def _lines(file):
+    "The lines on which a module's functions, classes and methods begin"
+    nodes = ast.parse(file.read_text(encoding='utf-8')).body
+    return {f'{c.name}.{n.name}':n.lineno for c in nodes if isinstance(c, ast.ClassDef) for n in c.body if hasattr(n, 'name')} | {n.name:n.lineno for n in nodes if hasattr(n, 'name')}
 
 class Entry(BasicMarkdownRenderer):
     "What `show_doc` shows, fit for a phone: the call, the docstring, a list of the parameters; for a class, its documented methods, too"
@@ -67,8 +74,11 @@ class Entry(BasicMarkdownRenderer):
     def source(self):
         "Where it is defined; nbdev's own link has no line for most names"
         src = NbdevLookup().code(self.fn)
-        o = inspect.unwrap(self.sym.fget if self.prop else getattr(self.sym, '__func__', self.sym))
-        return src and (src.partition('#')[0] + (f'#L{inspect.getsourcelines(o)[1]}' if inspect.isclass(o) or inspect.isroutine(o) else ''))
+        if not src: return
+        file = src.partition('#')[0]
+        at = _lines(root/cfg['lib_name']/Path(file).name) # not `inspect`: the class may be the notebook's, which has other lines
+        line = at.get(self.nm) or at.get(self.nm.rpartition('.')[2]) # a method by `@patch` is a function there
+        return file + (f'#L{line}' if line else '')
 
     def _repr_markdown_(self):
         src = self.source()
