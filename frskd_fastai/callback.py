@@ -226,6 +226,9 @@ class FRSKDCallback(Callback):
         names = [*self._part_names,'factor']
         return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=names)
 
+    def state_dict(self): return dict(recorded=list(self.recorded), skipped=self.skipped) # for `Resumable`
+    def load_state_dict(self, state): self.recorded,self.skipped = list(state['recorded']),state['skipped']
+
     def before_backward(self):
         if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
 

@@ -34,7 +34,7 @@ class Stop(Callback):
 def learner(make, cbs=(), **kw): return make(cbs=[FRSKDCallback(columns=True),*cbs], **kw)
 def everything(learn):
     r = learn.recorder
-    return {**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'trust':learn.frskd.trust.loss, 'losses':torch.stack(list(r.losses)).as_subclass(Tensor), 'values':tensor([list(v) for v in r.values]), 'iters':tensor(r.iters), 'lrs':tensor(r.lrs)}
+    return {**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'trust':learn.frskd.trust.loss, 'losses':torch.stack(list(r.losses)).as_subclass(Tensor), 'values':tensor([list(v) for v in r.values]), 'iters':tensor(r.iters), 'lrs':tensor(r.lrs), 'steps':tensor(learn.frskd.steps.values)}
 
 def accumulation(): return [GradientAccumulation(40)] # 2½ batches: gradients pass from one epoch to the next
 def tracking(): return [SaveModelCallback(fname='best'), ReduceLROnPlateau(min_delta=10, patience=2)]
