@@ -12,6 +12,7 @@ runs that are there already are skipped. `--table` prints the table from that fi
 import argparse, io, os, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
+from frskd_fastai.losses import Trust
 
 class Shared(SelfTeacher):
     "The two passes share the laterals and the convolutions of their nodes; fusion weights and the nodes' BatchNorms are their own"
@@ -40,6 +41,22 @@ class Bottleneck(SelfTeacher):
                 nodes[i] = nn.Sequential(nn.Conv2d(d, d//4, 1, bias=False), nn.BatchNorm2d(d//4), nn.ReLU(inplace=True),
                     nn.Conv2d(d//4, d//4, 3, padding=1, groups=d//4, bias=False), nn.Conv2d(d//4, d, 1, bias=False), nn.BatchNorm2d(d))
 
+class TrustBoth(FRSKDCallback):
+    "Follows the self-teacher as far as both networks know the training set: exp(−label losses of both)"
+    def before_fit(self):
+        super().before_fit()
+        self.ready = Trust()
+    @property
+    def factor(self): return super().factor*self.ready.factor
+    def after_loss(self):
+        super().after_loss()
+        if self.training: self.ready.update(self.losses['student'])
+
+class TrustStudent(TrustBoth):
+    "Follows the self-teacher as far as the student itself knows the training set"
+    @property
+    def factor(self): return self.ready.factor
+
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 
 W1 = dict(width=1., depth=2, finest=0) # the self-teacher of the default until 2026-11-24
@@ -67,6 +84,8 @@ ARMS = {
     'w1 d1 f1 r':   dict(width=1., depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1 r':  dict(width=.5, depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1':    dict(width=.5, depth=1, finest=1),
+    'trust both':   dict(make=TrustBoth),                  # trust in something else than the self-teacher
+    'trust student': dict(make=TrustStudent),
     'hint':         dict(W1, feature_loss='hint'),         # another feature loss, or none
     'overhaul':     dict(W1, feature_loss='overhaul'),
     'nofeature':    dict(W1, beta=0.),
@@ -115,7 +134,8 @@ def small_resnet(n_out, widths=(16,32,64,128), block=Block):
 
 def learner(data, args, seed, arm):
     set_seed(seed)
-    cbs = [] if ARMS[arm] is None else [FRSKDCallback(**ARMS[arm])]
+    cbs = [] if ARMS[arm] is None else [{'make':FRSKDCallback, **ARMS[arm]}]
+    cbs = [o.pop('make')(**o) for o in cbs]
     if args.data=='digits':
         dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
         set_seed(seed)
