@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/resume.html.md"""
 
 # %% auto #0
 __all__ = ['CheckpointError', 'write_whole', 'random_states', 'restore_random', 'callback_states', 'restore_callbacks',
-           'Resumable', 'data_id', 'Interrupted', 'signals', 'end_at_batch']
+           'Resumable', 'data_id', 'Interrupted', 'signals', 'end_at_batch', 'end_at_once']
 
 # %% ../nbs/09_resume.ipynb #218efcb8
 import hashlib, io, signal, threading, warnings, zipfile
@@ -270,3 +270,27 @@ def end_at_batch(
         if got: raise Interrupted(got[0])
     with signals(note), learn.added_cbs(Callback(after_batch=after_batch)): yield
     if got: raise Interrupted(got[0]) # it came after the last batch
+
+@contextmanager
+def end_at_once(
+    say:Callable, # Called with the number of the signal, by another thread
+):
+    "Context in which a signal ends the process, also while it waits for others: Python's own handlers come too late then"
+    if threading.current_thread() is not threading.main_thread() or os.name!='posix': yield; return
+    r,w = os.pipe()
+    os.set_blocking(w, False)
+    fds = [w]
+    def wait():
+        while s := os.read(r, 1):
+            if s[0] in (signal.SIGINT,signal.SIGTERM):
+                try: say(s[0])
+                finally: os._exit(128+s[0])
+    os.register_at_fork(after_in_child=lambda: fds and signal.set_wakeup_fd(-1)) # a process that loads images doesn't speak for this one
+    threading.Thread(target=wait, daemon=True).start()
+    with signals(noop):
+        old = signal.set_wakeup_fd(w)
+        try: yield
+        finally:
+            signal.set_wakeup_fd(old)
+            fds.clear()
+            os.close(w)

@@ -104,7 +104,7 @@ def _learner(args, dls, frskd):
 def _fit(learn, args, lr):
     set_seed(args.seed+rank_distrib(), reproducible=True) # other augmentations on each process
     keep = Resumable(checkpoints(args.out)/learn.history.run_name, {**about(args), 'learning rate':lr, 'data':args.data})
-    ending = end_at_batch(learn) if n_processes()==1 else contextlib.nullcontext() # several would wait for the one that got the signal first
+    ending = end_at_batch(learn) if n_processes()==1 else contextlib.nullcontext() # several end at once, see `main`
     with together(learn), ending, learn.added_cbs(keep): _train(learn, args, lr)
     if n_processes()>1: # in the fit, fastai shares out the validation images and repeats some, so that all processes have as many
         with learn.no_bar(): learn.history.rows[-1].update(zip(('valid_loss',*tasks[args.task]), learn.validate()))
@@ -217,8 +217,9 @@ def main(
     errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once on each machine
     def say(e): print(f"frskd-train: {str(e).strip().splitlines()[-1].strip()}", file=errors) # the last line of a loading process's, or fastai's, whole report
     def stop(signum): raise Interrupted(signum)
+    def ended(signum): say(f"interrupted{how_to_go_on(args.out) or '; results are written at the end, so there are none'}")
     try:
-        with signals(stop), contextlib.redirect_stdout(io.StringIO()) if rank_distrib() else contextlib.nullcontext():
+        with end_at_once(ended) if n_processes()>1 else signals(stop), contextlib.redirect_stdout(io.StringIO()) if rank_distrib() else contextlib.nullcontext():
             if args.resume is None: train(args)
             else:
                 args.out = args.resume
@@ -239,6 +240,6 @@ def main(
     except KeyboardInterrupt as e:
         signum = getattr(e, 'signum', signal.SIGINT)
         print(file=errors)
-        say(f"interrupted{how_to_go_on(args.out) or '; results are written at the end, so there are none'}")
+        ended(signum)
         return 128+signum
     return 0

@@ -1,5 +1,5 @@
 """Several processes, on the CPU: two train together by gloo, started once for all tests but the last ones, which start their own by the launchers that users have. Every test has a time limit"""
-import os, subprocess, sys
+import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
@@ -213,10 +213,16 @@ def test_synchronised_batchnorm(tmp_path):
     assert all(all(s) for s in both[0]['same'])
 
 # -- The launchers ----------------------------------------------------------------------------------------
-def launch(*args, limit=150, **env):
-    "Run a command in a process group of its own, which is killed after `limit` seconds"
+def end_when(p, until):
+    while p.poll() is None:
+        if until(): os.killpg(p.pid, signal.SIGTERM); return
+        time.sleep(.01)
+
+def launch(*args, limit=150, until=None, **env):
+    "Run a command in a process group of its own, which is killed after `limit` seconds, or gets SIGTERM when `until` says so"
     env = {**os.environ, 'PYTHONPATH':f'{HERE.parent}:{HERE}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'GLOO_SOCKET_IFNAME':'lo', 'ACCELERATE_USE_CPU':'1', **env}
     p = subprocess.Popen([sys.executable, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    if until: threading.Thread(target=end_when, args=(p,until), daemon=True).start()
     try: out,err = p.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(p.pid, 9)
@@ -228,13 +234,14 @@ ACCELERATE = '-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','-
 TORCHRUN = '-m','torch.distributed.run','--standalone','--nproc-per-node','2'
 
 def test_frskd_train_under_accelerate(tmp_path):
-    "The same command, one folder of results; the learning rate is found by the first process; rank 0 alone prints. The last batch size and the accuracy are right for few images, an odd number of them"
+    "The same command, one folder of results; the learning rate is found by the first process; rank 0 alone prints. SIGTERM ends it, it says how to go on, and then ends as if it had not been interrupted. The last batch size and the accuracy are right for few images, an odd number of them"
     out,folder = tmp_path/'out',tmp_path/'images'
     for part,n in ('train',11),('valid',3):
         for c in '01345':
             (folder/part/c).mkdir(parents=True)
             for f in sorted((ranks.digits_data()/part/c).iterdir())[:n]: (folder/part/c/f.name).write_bytes(f.read_bytes())
-    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', folder, '--no-pretrained', '--arch', 'mobilenet_v3_small', '--epochs', 2, '--size', 32, '--bs', 64, '--compare', '--out', out)
+    command = *ACCELERATE, HERE/'train_on_cpu.py', folder, '--no-pretrained', '--arch', 'mobilenet_v3_small', '--epochs', 2, '--size', 32, '--bs', 64, '--compare', '--out'
+    code,printed,err = launch(*command, out)
     assert code==0, err[-3000:]
     assert sorted(o.name for o in out.iterdir())==sorted((*results,'differences.png'))
     h = pd.read_csv(out/'history.csv')
@@ -245,6 +252,11 @@ def test_frskd_train_under_accelerate(tmp_path):
     assert 'batch size 64, 32 on each of 2 processes' in text and f'{h.accuracy.iloc[-1]:.2%}' in text
     learn = load_learner(out/'student.pkl')
     with learn.no_bar(): assert learn.predict(first(get_image_files(folder)))[0] in list('01345')
+    code,_,err = launch(*command, tmp_path/'ended', until=lambda: list(tmp_path.glob('ended/checkpoints/frskd/0-0001.pth')))
+    assert code!=0 and err.count(f"frskd-train --resume {tmp_path/'ended'}")==1, err[-3000:]
+    code,printed,err = launch(*ACCELERATE, HERE/'train_on_cpu.py', '--resume', tmp_path/'ended')
+    assert code==0 and printed.count('1 of 2 epochs are done')==1, printed[-1000:]+err[-3000:]
+    assert pd.read_csv(tmp_path/'ended/history.csv').drop(columns='time').equals(h.drop(columns='time')) and same(weights(load_learner(tmp_path/'ended/student.pkl').model), weights(learn.model))
 
 def test_frskd_train_under_torchrun_tells_bad_input_once(tmp_path):
     code,printed,err = launch(*TORCHRUN, HERE/'train_on_cpu.py', '--bs', 33, '--out', tmp_path/'out')

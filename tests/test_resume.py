@@ -1,5 +1,5 @@
 "A fit goes on where it was interrupted: killed processes, signals, damaged and foreign checkpoints, full disks"
-import errno, json, os, pickle, resource, shutil, signal, subprocess, sys
+import ctypes, errno, json, os, pickle, resource, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
@@ -247,6 +247,27 @@ def test_a_second_signal_ends_at_once(second, make):
                 os.kill(os.getpid(), second)
         finally: os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-second
+
+@pytest.mark.parametrize('by_child', [False,True])
+def test_ending_at_once(by_child):
+    "While Python's handlers wait for a call to return; a signal to a forked process is its own affair"
+    r,w = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            with end_at_once(lambda s: os.write(w, b'%d' % s)):
+                child = os.fork()
+                if not child:
+                    time.sleep(2)
+                    os._exit(0)
+                threading.Timer(.2, os.kill, (child if by_child else os.getpid(),signal.SIGTERM)).start()
+                mutex = ctypes.create_string_buffer(64)
+                for _ in range(1 if by_child else 2): ctypes.CDLL(None).pthread_mutex_lock(mutex) # the second one never comes back
+                os.waitpid(child, 0)
+        finally: os._exit(99)
+    os.close(w)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==(99 if by_child else 143) and os.read(r, 10)==(b'' if by_child else b'15')
+    os.close(r)
 
 def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, capsys, monkeypatch):
     _,_,out = stopped(signal.SIGTERM)
