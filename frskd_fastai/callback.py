@@ -45,7 +45,7 @@ class FRSKDCallback(Callback):
         width:float|list|None=None, # Channels of the self-teacher per channel of the student, one number or one a level. Default: 2, the paper's, or less, as `budget` allows. For segmentation: per 64 channels, default 1
         budget:float=0.8, # For the default width: operations of the self-teacher's forward pass, as a part of the student's
         depth:int=1, # Depthwise-separable convolutions in each node of the self-teacher; the paper's is 2. Not for segmentation
-        levels:int|list=4, # How many of the student's deepest feature levels to use, or their module names, as in `learn.model.named_modules()`
+        levels:int|list=4, # How many of the student's deepest feature levels to use (all, where it has fewer), or their module names, as in `learn.model.named_modules()`
         finest:int|None=None, # Index of the level whose resolution is enough: the maps of finer levels are average-pooled to it, for the self-teacher and for the feature loss. Default: 1; for segmentation 0, as in the paper
         schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
         feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too

@@ -74,7 +74,7 @@ def find_images(
     found = parallel(_problem, files)
     for why,what,do in ('unreadable','unreadable image{s}','remove or replace {them}'),('deep','image{s} of more than 8 bits a pixel','fastai would clip {them} to white, so convert {them} to 8 bits'):
         bad = [f for f,o in zip(files, found) if o==why]
-        if bad: raise DataError(f"{len(bad)} {what.format(s='s'*(len(bad)>1))}, for instance {bad[0]}; {do.format(them='them' if len(bad)>1 else 'it')}")
+        if bad: raise DataError(f"{len(bad)} {what.format(s='s'*(len(bad)>1))}: {', '.join(map(str, bad[:5]))}{f', and {len(bad)-5} more' if len(bad)>5 else ''}; {do.format(them='them' if len(bad)>1 else 'it')}")
     if len(parts)==1:
         parts = _split(parts[0], seed, valid_pct)
     check_split(*parts)

@@ -97,6 +97,8 @@ class StudentComparison:
         if not right: raise ValueError("FRSKD: the first Learner has no validation images (an exported one has no data): say what to compare the two on, `dl=`")
         self.right,self.probs = torch.cat(right),torch.cat(p) # N×2, of each image: part of the answers that are right, mean probability of the right answer
 
+    def __repr__(self): return self.counts().to_string(index=False)
+
     @staticmethod
     def _logits(learn, b):
         with unnoticed(learn.model): return learn.model(to_device(b[0], one_param(learn.model).device))
