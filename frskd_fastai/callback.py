@@ -26,15 +26,7 @@ from .companion import *
 from .guard import *
 from .building import *
 
-# %% ../nbs/03_callback.ipynb #80aa1a5d
-def _scale_grad(f, factor):
-    "`f` as it is, with `factor` times its gradient"
-    if isinstance(factor, float) and factor==1: return f
-    g = f.view_as(f)
-    if g.requires_grad: g.register_hook(lambda grad: grad*factor)
-    return g
-
-# %% ../nbs/03_callback.ipynb #8c221a19
+# %% ../nbs/03_callback.ipynb #88fbe8cd
 class FRSKDCallback(Callback):
     "Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)): trains a self-teacher on the student's feature maps, and the student with it. Only in training: validation, prediction and what is saved are the plain student's"
     order,run_valid = GradientAccumulation.order-1,False # Before `GradientAccumulation` divides the loss, after `MixUp` swapped `loss_func`, inside `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
@@ -373,3 +365,11 @@ class FRSKDCallback(Callback):
         new = deepcopied(self, memo)
         if self._model is not None: new._model = weakref.ref(deepcopy(self._model(), memo))
         return new
+
+# %% ../nbs/03_callback.ipynb #80aa1a5d
+def _scale_grad(f, factor):
+    "`f` as it is, with `factor` times its gradient"
+    if isinstance(factor, float) and factor==1: return f
+    g = f.view_as(f)
+    if g.requires_grad: g.register_hook(lambda grad: grad*factor)
+    return g
