@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 META := settings.ini setup.py pyproject.toml
-# fastai==2.8.10 and so on: what settings.ini allows at the least
-OLDEST := $(shell sed -n 's/^requirements *= *//p' settings.ini | sed 's/>=/==/g')
+# fastai==2.8.10 and so on: what settings.ini allows at the least; and fasttransform as it was then, for with a newer one that fastai can't show its transforms
+OLDEST := $(shell sed -n 's/^requirements *= *//p' settings.ini | sed 's/>=/==/g') fasttransform==0.0.2
 # Tests of what nbdev writes: its releases differ in that, and the oldest fastcore comes with an older one
 NBDEVS := packaging docs
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
