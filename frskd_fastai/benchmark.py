@@ -231,7 +231,7 @@ def parser()->argparse.ArgumentParser:
     "The options of `frskd-bench`"
     p = argparse.ArgumentParser('frskd-bench', description="Measure what FRSKD adds to a training step.", formatter_class=Help)
     p.add_argument('--arch', default='resnet18', help="architecture, as for frskd-train")
-    p.add_argument('--size', type=number(int, 8), default=224, help="image size in pixels")
+    p.add_argument('--size', type=number(int, 8, high=4096), default=224, help="image size in pixels")
     p.add_argument('--bs', type=number(int, 2), default=16, help="batch size")
     p.add_argument('--device', choices=('auto','cpu','cuda'), default='auto', help="where")
     p.add_argument('--amp', choices=('no','fp16','bf16'), default='no', help="mixed precision, on a GPU")
@@ -248,11 +248,11 @@ def main(
     "The command `frskd-bench`"
     plt.switch_backend('agg') # pictures go to files; there may be no display
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # torch's profiler prints its own notes otherwise, an error where there is no GPU among them
-    warnings.filterwarnings('ignore', category=UserWarning, module='torch')
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     args.argv = argv
-    try: run_bench(args)
+    try:
+        with plain_warnings('frskd-bench'): run_bench(args)
     except UsageError as e:
         print(f"frskd-bench: {e}", file=sys.stderr)
         return 2

@@ -167,7 +167,7 @@ class FRSKDCallback(Callback):
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
-        self._watch,self.skipped = Override(learn, '_do_epoch', self._watched),0
+        self._watch,self.skipped,self._skipped_before,self.trained_nothing = Override(learn, '_do_epoch', self._watched),0,0,False
 
     def before_train(self):
         self._cleanup_taps()
@@ -218,8 +218,8 @@ class FRSKDCallback(Callback):
         names = [*self._part_names,'factor']
         return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=names)
 
-    def state_dict(self): return dict(recorded=list(self.recorded), skipped=self.skipped) # for `Resumable`
-    def load_state_dict(self, state): self.recorded,self.skipped = list(state['recorded']),state['skipped']
+    def state_dict(self): return dict(recorded=list(self.recorded)) # for `Resumable`
+    def load_state_dict(self, state): self.recorded = list(state['recorded'])
 
     def before_backward(self):
         if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
@@ -301,7 +301,10 @@ class FRSKDCallback(Callback):
     def _synced(self): return self._distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
 
     def after_train(self):
-        if self._guard: self._look(True, end=True)
+        if self._guard:
+            self._look(True, end=True)
+            self.trained_nothing = self.skipped-self._skipped_before>=len(self._steps)>0 # `Resumable` keeps no such epoch
+            self._skipped_before = self.skipped
         if self._columns and self._distributed: self._columns.gather()
         if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the first time that it leaves the device
         self._steps = []
@@ -319,7 +322,7 @@ class FRSKDCallback(Callback):
         before = self.skipped
         self._guard.look(end)
         self.skipped = self._guard.skipped
-        if self.skipped>before: warn(f"FRSKD: {self.skipped} steps of this fit had a loss that wasn't finite, and were left out")
+        if self.skipped>before: warn(f"FRSKD: {self.skipped} step{'s'*(self.skipped>1)} of this fit had a loss that wasn't finite, up to now, and {'were' if self.skipped>1 else 'was'} left out")
 
     # -- Leaving nothing behind --------------------------------------------------------------
     def _watched(self, epoch):

@@ -72,12 +72,13 @@ def find_images(
     if len(classes)<2: raise DataError(f"only one class, {classes[0]!r}, in {roots[0]}; {layout}")
     files = L(parts).concat().itemgot(0)
     found = parallel(_problem, files)
-    for why,what,do in ('unreadable','unreadable image{s}','remove or replace {them}'),('deep','image{s} of more than 8 bits a pixel','fastai would clip {them} to white, so convert {them} to 8 bits'):
+    for why,what,do in ('unreadable','unreadable image{s}','remove or replace {them}'),('huge',f'image{{s}} of more than {2*Image.MAX_IMAGE_PIXELS:,} pixels','make {them} smaller'),('deep','image{s} of more than 8 bits a pixel','fastai would clip {them} to white, so convert {them} to 8 bits'):
         bad = [f for f,o in zip(files, found) if o==why]
         if bad: raise DataError(f"{len(bad)} {what.format(s='s'*(len(bad)>1))}: {', '.join(map(str, bad[:5]))}{f', and {len(bad)-5} more' if len(bad)>5 else ''}; {do.format(them='them' if len(bad)>1 else 'it')}")
     if len(parts)==1:
         parts = _split(parts[0], seed, valid_pct)
-    check_split(*parts)
+    try: check_split(*parts)
+    except DataError as e: raise e if len(roots)>1 else DataError(f"{e}. The images were split at random; with so few of them, make train/ and valid/ yourself") from None
     return tuple(parts)
 
 def _problem(file):
@@ -85,6 +86,7 @@ def _problem(file):
     try:
         with Image.open(file) as im:
             if im.mode[0] in 'IF': return 'deep' # Pillow's `convert('RGB')`, which fastai uses, takes all above 255 as 255
+    except Image.DecompressionBombError: return 'huge'
     except Exception: return 'unreadable'
     return None if verify_image(file) else 'unreadable'
 
@@ -149,7 +151,8 @@ def find_masks(
     path = Path(path)
     if not path.is_dir(): raise DataError(f"no such folder: {path}")
     if not (path/'codes.txt').is_file(): raise DataError(f"{path} has no codes.txt, which names the classes: one a line, the first for the pixels of value 0")
-    codes = L((path/'codes.txt').read_text().splitlines()).map(str.strip).filter()
+    try: codes = L((path/'codes.txt').read_text(encoding='utf-8-sig').splitlines()).map(str.strip).filter()
+    except UnicodeDecodeError: raise DataError(f"{path/'codes.txt'} is no text in UTF-8; save it as that, a class a line") from None
     if len(codes)<2: raise DataError(f"{path/'codes.txt'} names {len(codes)} class{'es'*(len(codes)!=1)}; it needs two or more, one a line")
     labels = {} # of each mask
     parts = [masks_below(r, codes, labels) for r in _roots(path)]

@@ -79,4 +79,4 @@ class Guard:
         if not names: return
         self._set_back()
         raise FloatingPointError(f"FRSKD: the loss wasn't finite in the last {self.limit} steps or more, which were left out; now {names[0]} isn't" + (f" (nor {', '.join(names[1:])})" if names[1:] else '')
-            + ". The weights are those from before. Look at the images, take a lower learning rate, or clip the gradients: `cbs=GradientClip`")
+            + ". No gradient of these steps has reached the weights. Look at the images, take a lower learning rate, or clip the gradients: `cbs=GradientClip`")

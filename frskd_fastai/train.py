@@ -8,7 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/train.html.md"""
 __all__ = ['History', 'train', 'main']
 
 # %% ../nbs/10_train.ipynb #5778c738
-import argparse, contextlib, io, os, shlex, signal, sys, time, warnings
+import argparse, contextlib, io, math, os, shlex, signal, sys, time, warnings
 with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch.jit`: nothing for a command's user
     warnings.simplefilter('ignore', FutureWarning)
     import fastai
@@ -18,6 +18,7 @@ import frskd_fastai
 from .callback import *
 from .command import *
 from .data import *
+from .guard import not_finite
 from .launch import *
 from .options import *
 from .segmentation import MeanIoU, PixelAccuracy, efficientnet_bifpn
@@ -110,6 +111,12 @@ def _fit(learn, args, lr):
         with learn.no_bar(): learn.history.rows[-1].update(zip(('valid_loss',*tasks[args.task]), learn.validate()))
     return learn.history.seconds
 
+def _check(learn, run, args):
+    "`FloatingPointError` where a training has diverged: there is no student to export"
+    loss = learn.history.rows[-1]['valid_loss']
+    lost = not_finite(dict(learn.model.named_parameters()))
+    if lost or not (args.codes or math.isfinite(loss)): raise FloatingPointError(f"the {run} training has diverged: {f'{len(lost)} parameters' if lost else 'its validation loss'} isn't finite".replace('parameters isn', 'parameters aren'))
+
 def _train(learn, args, lr):
     if args.recipe: recipe_fit(learn, args.recipe, args.epochs, lr)
     elif args.pretrained: learn.fine_tune(args.epochs, base_lr=lr)
@@ -174,7 +181,12 @@ def train(
     learn = _learner(args, dls, True)
     try: learn.frskd.build() # a model that FRSKD can't serve is told so now, not after the plain run
     except Exception as e: raise UsageError(f"can't train {args.arch} with FRSKD at {args.size} px ({str(e).strip().splitlines()[0]})") from e
-    if rank_distrib()==0: args.out.mkdir(parents=True, exist_ok=True)
+    if rank_distrib(): return _run(args, dls, learn)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with alone(args.out): return _run(args, dls, learn)
+
+def _run(args, dls, learn):
+    "The trainings, and what comes of them"
     lr = args.found['lr'] if args.resume else args.lr
     if lr=='auto':
         print('finding a learning rate ...')
@@ -188,6 +200,7 @@ def train(
         print(f'{run}:')
         plain_log(l)
         seconds[run] = _fit(l, args, lr)
+        _check(l, run, args)
         rows += l.history.rows
     if rank_distrib(): return args.out
     history = pd.DataFrame(rows)
@@ -211,7 +224,6 @@ def main(
 )->int: # Exit code: 0; 2 for bad input; 1 where a training can't go on; 130 after Ctrl-C, 143 after SIGTERM
     "The command `frskd-train`"
     plt.switch_backend('agg') # pictures go to files; there may be no display
-    warnings.filterwarnings('ignore', message='.*torch.jit.*'); warnings.filterwarnings('ignore', category=UserWarning, module='torch')
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once on each machine
@@ -219,7 +231,7 @@ def main(
     def stop(signum): raise Interrupted(signum)
     def ended(signum): say(f"interrupted{how_to_go_on(args.out) or '; results are written at the end, so there are none'}")
     try:
-        with end_at_once(ended) if n_processes()>1 else signals(stop), contextlib.redirect_stdout(io.StringIO()) if rank_distrib() else contextlib.nullcontext():
+        with plain_warnings('frskd-train', errors), end_at_once(ended) if n_processes()>1 else signals(stop), contextlib.redirect_stdout(io.StringIO()) if rank_distrib() else contextlib.nullcontext():
             if args.resume is None: train(args)
             else:
                 args.out = args.resume
@@ -234,8 +246,11 @@ def main(
     except (MemoryError,torch.OutOfMemoryError) as e:
         say(f"out of memory ({str(e).strip().splitlines()[0] if str(e).strip() else f'images of {args.size} px'}); take a smaller --size or --bs, or another --arch")
         return 1
-    except (CheckpointError,FloatingPointError,OSError) as e:
-        say(f"{e}{how_to_go_on(args.out)}")
+    except FloatingPointError as e:
+        say(f"{e}. To go on would end so again: start anew with a lower --lr, and --force (the last good state is in {checkpoints(Path(args.out))})")
+        return 1
+    except (CheckpointError,OSError) as e:
+        say(f"{e}{'' if isinstance(e, NoCheckpoint) else how_to_go_on(args.out)}")
         return 1
     except KeyboardInterrupt as e:
         signum = getattr(e, 'signum', signal.SIGINT)

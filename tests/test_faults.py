@@ -1,11 +1,12 @@
 "Bad input: images, folders, names, files of random bytes, numbers out of range. One clear line or handled; nothing lost, nothing written but below --out"
-import errno, math, os, shutil, struct, zlib
+import errno, math, os, re, shutil, struct, zlib
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
 import frskd_fastai.benchmark as bench, frskd_fastai.train as command
 from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.command import folder as folder_name
 from frskd_fastai.data import DataError, find_images, find_masks, image_files
 from conftest import same, weights
 
@@ -48,7 +49,7 @@ BAD = {'cut.png':cut, 'cut.jpg':cut, 'empty.png':lambda f: f.write_bytes(b''), '
 def test_images_that_cannot_be_used_are_named(name, folder, tmp_path, capsys):
     BAD[name](folder/'0'/name)
     code,err = run(folder, tmp_path, capsys=capsys)
-    assert code==2 and str(folder/'0'/name) in err and ('8 bits' if name in ('16.png','float.tif') else 'unreadable') in err
+    assert code==2 and str(folder/'0'/name) in err and {'16.png':'8 bits','float.tif':'8 bits','huge.png':'pixels'}.get(name, 'unreadable') in err
 
 def test_images_that_can_be_used(folder, tmp_path, capsys):
     "Wrongly named, palette, with transparency, CMYK, gray, one bit, animated, of one pixel; other files are left out"
@@ -121,7 +122,7 @@ def test_paths_with_dashes_and_spaces(folder, tmp_path, capsys):
     odd = folder.rename(tmp_path/'-my images')
     assert run(f'./{odd.name}', tmp_path, capsys=capsys)==(0,'')
 
-@pytest.mark.parametrize('out', ['f/r','f','full'])
+@pytest.mark.parametrize('out', ['f/r','f','full','x'*300], ids=['below a file','a file','full','long'])
 def test_out_that_cannot_be_written(out, folder, tmp_path, capsys, monkeypatch):
     (tmp_path/'f').write_text('x')
     if out=='full':
@@ -129,7 +130,7 @@ def test_out_that_cannot_be_written(out, folder, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(Path, 'mkdir', mkdir)
     code = command.main([str(folder),'--arch','wrn16_2','--size','16','--lr','1e-3','--out',str(tmp_path/out)])
     err = capsys.readouterr().err
-    assert code in (1,2) and err.count('\n')==1 and str(tmp_path/out if out=='full' else tmp_path/'f') in err and (tmp_path/'f').read_text()=='x'
+    assert code in (1,2) and err.count('\n')==1 and str(tmp_path/'f' if out[0]=='f' and out!='full' else tmp_path/out) in err and (tmp_path/'f').read_text()=='x'
 
 # -- Files of random bytes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('seed', range(4))
@@ -169,7 +170,7 @@ def numeric(p, kinds=('--epochs','--bs','--size','--lr','--alpha','--beta','--te
 def test_numbers_out_of_range(which, folder, tmp_path, capsys):
     "Every numeric option: refused with its name, before anything is done"
     options,before = numeric(which.parser()),state(tmp_path)
-    assert {'--bs','--size'}<=set(options) and all(a.type is None or a.option_strings[0] in options for a in which.parser()._actions if a.option_strings and a.type not in (None,str))
+    assert {'--bs','--size'}<=set(options) and all(a.type is None or a.option_strings[0] in options for a in which.parser()._actions if a.option_strings and a.type not in (None,str,folder_name))
     for o in options:
         for v in 'nan','inf','-inf','-1','1e31','1e999','9'*40,'9'*400,'','x','٣x','0x10','1,5':
             with pytest.raises(SystemExit) as e: which.main([f'{o}={v}'])
@@ -177,13 +178,21 @@ def test_numbers_out_of_range(which, folder, tmp_path, capsys):
             assert e.value.code==2 and o in err, (o,v,err)
     assert state(tmp_path)==before
 
-@pytest.mark.parametrize('args,code,msg', [('--size 1000000000',1,'out of memory'),('--width 1e30',2,"can't train"),('--alpha 1e30',None,''),('--temperature 1e-40',None,''),('--temperature 1e30',0,''),('--lr 1e30',None,''),('--beta 1e30',None,''),('--width 1e-30',0,''),('--seed 4611686018427387904',0,'')])
+@pytest.mark.parametrize('args', [['--size','1000000'],['--width','100000'],['--out',''],['--resume',''],['']], ids=str)
+def test_a_slip_of_the_finger(args, folder, tmp_path, capsys, monkeypatch):
+    "It would fill the machine's memory, or take the working directory"
+    monkeypatch.chdir(tmp_path)
+    before = state(tmp_path)
+    with pytest.raises(SystemExit) as e: command.main([*([str(folder)] if args!=[''] else []), *args])
+    assert e.value.code==2 and re.search('must (be at most|name a folder)', capsys.readouterr().err) and state(tmp_path)==before
+
+@pytest.mark.parametrize('args,code,msg', [('--width 64',None,''),('--lr 1e20',1,'start anew with a lower --lr, and --force'),('--alpha 1e30',None,''),('--temperature 1e-40',None,''),('--temperature 1e30',0,''),('--lr 1e30',None,''),('--beta 1e30',None,''),('--width 1e-30',0,''),('--seed 4611686018427387904',0,'')])
 def test_numbers_at_the_edge(args, code, msg, folder, tmp_path, capsys):
     "What torch can take is trained on, or told; never a traceback"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # steps that are left out
         got,err = run(folder, tmp_path, *args.split(), capsys=capsys)
-    assert (code is None or got==code) and msg in err
+    assert (code is None or got==code) and msg in err and (got==0)==(tmp_path/'r/student.pkl').exists()
     if got==0:
         learn = load_learner(tmp_path/'r/student.pkl')
         assert all(p.isfinite().all() for p in learn.model.parameters())

@@ -181,7 +181,7 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
         warnings.simplefilter('ignore')
         code = command.main([str(tmp_path/'data'),'--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3',option,value,'--out',str(tmp_path/'r')])
     err = capsys.readouterr().err
-    assert code==1 and err.count('\n')==1 and msg in err and f'--resume {tmp_path}/r' in err
+    assert code==1 and err.count('\n')==1 and msg in err and 'start anew' in err and f'the last good state is in {tmp_path}/r/checkpoints' in err
     assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints'] and (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
 
 def test_without_a_recorder(make):

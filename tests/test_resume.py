@@ -1,5 +1,5 @@
 "A fit goes on where it was interrupted: killed processes, signals, damaged and foreign checkpoints, full disks"
-import ctypes, errno, json, os, pickle, resource, shutil, signal, subprocess, sys, threading, time
+import ctypes, errno, json, math, os, pickle, resource, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
@@ -7,6 +7,7 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.data import digits_data
+from frskd_fastai.options import alone
 from frskd_fastai.resume import *
 import frskd_fastai.resume as resume, frskd_fastai.train as command
 from conftest import SmallNet, same, split, weights
@@ -138,7 +139,7 @@ def test_a_damaged_checkpoint_is_skipped(how, done, make, capsys):
         return
     learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
     said = [o for o in capsys.readouterr().out.split('\n') if str(new) in o]
-    assert len(said)==1 and 'damaged' in said[0] and said[0].endswith(f'taking {old}')
+    assert len(said)==1 and 'damaged' in said[0] and said[0].endswith(f'trying {old}')
     assert same(everything(learn), end)
 
 @pytest.mark.parametrize('how,msg', [('levels','of another self-teacher|another one than this'),('model','head.2.weight is .10, 32. in it, .4, 32. here'),('about','epochs is 3 in it, 5 here'),('length','epochs is 3 in it, 4 here'),('batches','batches is 6 in it, 12 here'),('plain','optimizer'),('damaged','damaged')])
@@ -156,6 +157,41 @@ def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
     assert str(folder) in str(e.value) and 'remove' in str(e.value)
     assert {f:f.read_bytes() for f in folder.iterdir()}==before
     if how!='plain': assert same(weights(learn.model), weights_before)
+
+class Spoil(Callback):
+    "From epoch `at` on, images that aren't finite, or weights"
+    def __init__(self, at, what): self.at,self.what = at,what
+    def before_batch(self):
+        if self.training and self.epoch>=self.at and self.what=='images': self.learn.xb = (self.xb[0]*math.nan,)
+    def after_train(self):
+        if self.epoch>=self.at and self.what=='weights': self.model.head[2].weight.data[0] = math.inf
+
+@pytest.mark.parametrize('what,frskd', [('images',True),('weights',False)])
+@pytest.mark.filterwarnings('ignore:.*left out')
+def test_an_epoch_without_a_use_is_not_kept(what, frskd, make, tmp_path):
+    "One whose steps were all left out, one that has ruined the model: what was kept stays, and is gone on with"
+    ends = []
+    for d,spoiled in ('whole',[]),('parts',[Spoil(1, what)]):
+        new = partial(learner, make) if frskd else make
+        if spoiled:
+            new().fit(3, 1e-2, cbs=[Resumable(tmp_path/d),*spoiled])
+            assert [o.name for o in Resumable(tmp_path/d).files]==['0-0001.pth','0-0000.pth']
+        learn = new()
+        learn.fit(3, 1e-2, cbs=Resumable(tmp_path/d))
+        ends.append(weights(learn.model))
+    assert same(*ends)
+
+def test_a_useless_file_takes_no_place(done, make):
+    folder,end = done
+    (folder/'0-0009.pth').write_bytes(b'')
+    (folder/'0-0003.pth').write_bytes(b'x')
+    learn = learner(make)
+    learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
+    assert same(everything(learn), end) and [o.name for o in Resumable(folder).files]==['0-0009.pth','0-0003.pth','0-0002.pth']
+
+def test_a_file_in_place_of_the_folder(make, tmp_path):
+    (tmp_path/'f').write_text('')
+    with pytest.raises(CheckpointError, match='is a file; name a folder'): make().fit(1, cbs=Resumable(tmp_path/'f'))
 
 def test_other_files_in_the_folder_stay(make, tmp_path):
     (tmp_path/'a').mkdir()
@@ -221,12 +257,12 @@ def stopped(folder, tmp_path, monkeypatch, capsys):
         return code,capsys.readouterr().err,out
     return stop
 
-@pytest.mark.parametrize('signum,expected', [(signal.SIGINT,130),(signal.SIGTERM,143)])
+@pytest.mark.parametrize('signum,expected', [(signal.SIGINT,130),(signal.SIGTERM,143),(signal.SIGHUP,129)])
 def test_signals(signum, expected, stopped, folder, tmp_path, capsys):
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]
     code,err,out = stopped(signum)
     assert code==expected and err.strip().count('\n')==0 and err.strip().endswith(f'frskd-train --resume {out}') and 'interrupted' in err
-    assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM)]==handlers
+    assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]==handlers
     assert sorted(o.name for o in out.iterdir())==['checkpoints'] and (out/'checkpoints/frskd/0-0001.pth').exists()
     assert command.main([str(folder), *options(out)])==2
     assert f'--resume {out}' in capsys.readouterr().err # nothing is lost by mistake
@@ -235,6 +271,36 @@ def test_signals(signum, expected, stopped, folder, tmp_path, capsys):
     assert same(a, b) and h.equals(g) and len(h)==3
     assert not (out/'checkpoints').exists()
     assert command.main(['--resume', str(out)])==0 and 'finished' in capsys.readouterr().out
+    assert command.main(['--resume', str(out), '--epochs', '9'])==2 and 'leave --epochs away' in capsys.readouterr().err
+
+def test_nohup_is_respected(make):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with end_at_batch(make()):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP)==signal.SIG_IGN
+    finally: signal.signal(signal.SIGHUP, old)
+
+def test_two_at_once_are_refused(stopped, folder, tmp_path, capsys):
+    "By a lock that the system takes back when its process ends, however it does"
+    _,_,out = stopped(signal.SIGTERM)
+    r,w = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            with alone(out):
+                os.write(w, b'x')
+                time.sleep(60)
+        finally: os._exit(0)
+    os.read(r, 1); os.close(r); os.close(w)
+    for args in ['--resume', str(out)],[str(folder), *options(out), '--force']:
+        before = {p:p.stat().st_mtime_ns for p in out.rglob('*')}
+        assert command.main(args)==2
+        err = capsys.readouterr().err
+        assert err.count('\n')==1 and 'another process is training' in err and {p:p.stat().st_mtime_ns for p in out.rglob('*')}==before
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert command.main(['--resume', str(out)])==0 and not list(out.glob('*.lock'))
 
 @pytest.mark.parametrize('second', [signal.SIGINT,signal.SIGTERM])
 def test_a_second_signal_ends_at_once(second, make):
@@ -279,6 +345,7 @@ def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, ca
         assert {p:p.stat().st_mtime_ns for p in tmp_path.rglob('*')}==before
     bad('--epochs was 3, not 5', '--epochs', '5')
     bad('--compare was False, not True', '--compare')
+    bad('leave one of them away', '--force')
     bad('leave --out away', '--out', str(tmp_path/'x'))
     moved = folder.rename(tmp_path/'moved')
     bad('no such folder')
@@ -312,6 +379,14 @@ def test_nothing_to_resume(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.count('\n')==1 and 'no interrupted training' in err
     assert not list(tmp_path.iterdir())
+
+def test_nothing_that_can_be_used(stopped, capsys):
+    "It doesn't say to go on with what can't be used"
+    _,_,out = stopped(signal.SIGTERM)
+    for f in out.glob('checkpoints/frskd/*.pth'): f.write_bytes(b'')
+    assert command.main(['--resume', str(out)])==1
+    err = capsys.readouterr().err
+    assert err.count('\n')==1 and 'no other one' in err and '--resume' not in err
 
 def test_the_command_on_a_full_disk(folder, tmp_path, capsys, monkeypatch):
     "While it trains, and while it writes the results: one line, exit code 1, and what was trained is there"

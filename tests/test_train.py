@@ -246,6 +246,7 @@ def spoil(root, what):
         return {'mode 1':'an image of mode 1','0 and 255':'labels of one class only, paper; class numbers are lines of codes.txt, counted from 0, and 255 is for'}[what]
     if what=='colours': Image.fromarray(np.zeros((32,36,3), np.uint8)).save(mask); return 'is no mask, but an image of mode RGB'
     if what=='broken': mask.write_bytes(b'no image'); return 'unreadable image'
+    if what=='Latin-1 codes': (root/'codes.txt').write_bytes('void\nPapier\nStraße\n'.encode('latin-1')); return 'no text in UTF-8'
     if what=='no codes': (root/'codes.txt').unlink(); return 'has no codes.txt'
     if what=='one code': (root/'codes.txt').write_text('ink\n'); return 'names 1 class;'
     if what=='no labels':
@@ -253,7 +254,7 @@ def spoil(root, what):
         return f'no images in {root}/labels'
     if what=='only train': (root/'train').mkdir(); return 'neither valid/ nor val/ nor test/'
 
-@pytest.mark.parametrize('what', ['no image','no mask','other size','class','255 beside void','mode 1','0 and 255','colours','broken','no codes','one code','no labels','only train'])
+@pytest.mark.parametrize('what', ['no image','no mask','other size','class','255 beside void','mode 1','0 and 255','colours','broken','Latin-1 codes','no codes','one code','no labels','only train'])
 def test_bad_masks_are_told_in_one_line(what, masks, tmp_path, capsys):
     msg = spoil(masks, what)
     code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
