@@ -23,7 +23,7 @@ cfg = ConfigParser(delimiters='=', interpolation=None)
 cfg.read(root/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 # The tutorials as one would read them; those not named come after, by name
-reading_order = 'images method choosing cost segmentation own compatibility distributed deployment reading'.split()
+reading_order = 'images method choosing cost segmentation own compatibility distributed deployment overnight reading'.split()
 
 # The API reference
 
