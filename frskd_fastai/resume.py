@@ -264,7 +264,7 @@ def signals(
     handler:Callable, # Called with the number of the signal
 ):
     "Context in which SIGINT, SIGTERM and SIGHUP are for `handler`"
-    pid,numbers = os.getpid(),[s for s in _signals if signal.getsignal(s)!=signal.SIG_IGN] # `nohup` has SIGHUP ignored
+    pid,numbers = os.getpid(),[s for s in _signals if s in (signal.SIGINT,signal.SIGTERM) or signal.getsignal(s)!=signal.SIG_IGN] # `nohup` has SIGHUP ignored
     if threading.current_thread() is not threading.main_thread(): yield; return # Python takes handlers from the main thread only
     def handle(s, frame):
         if os.getpid()==pid: handler(s) # a process that loads images has inherited this, and is ended by its parent

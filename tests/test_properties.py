@@ -371,10 +371,14 @@ def one_step(case, autocast, dtype, fmt, **kw):
        st.sampled_from(['attention','attention','hint','overhaul']), st.sampled_from(['constant','trust']), st.none() | st.sampled_from([.3,1.]), st.integers(1, 2), st.none() | st.integers(0, 4), st.integers(2, 5))
 def test_training_step(case, types, fmt, feature_loss, schedule, width, depth, finest, n):
     assume(feature_loss!='overhaul' or case['args'][3]!='gelu') # nothing before a ReLU there
+    assume(types[1]!=torch.bfloat16 or fmt!=torch.channels_last or (1,1) not in case['sizes']) # torch's own convolution (2.14, CPU) reads memory there that nothing was written to, in the gradient of its weight
     levels = [f"stages.{i}" for i in range(len(case['args'][0]))][-n:] if case['task']=='pixels' else n
     kw = dict(feature_loss=feature_loss, schedule=schedule, width=width, depth=depth, finest=finest, levels=levels)
     learn,before = one_step(case, *types, fmt, **kw)
     step,cb = learn.one_step,learn.frskd
+    if types==(True,torch.float16) and 'losses' not in vars(step): # a gradient beyond float16, of a map with next to no variance: the scaler has left the step out
+        assert same(weights(learn.model), before)
+        return
     assert set(step.losses)=={'student','teacher','soft_label','feature'} and all(v.isfinite() and v>=-1e-4 for v in step.losses.values())
     # Gradients: finite where they belong, none elsewhere; frozen parts stay as they were
     for k,p in learn.model.named_parameters():
