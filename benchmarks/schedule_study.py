@@ -84,12 +84,14 @@ ARMS = {
     'w1 d1 f1 r':   dict(width=1., depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1 r':  dict(width=.5, depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1':    dict(width=.5, depth=1, finest=1),
-    'trust both':   dict(make=TrustBoth),                  # trust in something else than the self-teacher
-    'trust student': dict(make=TrustStudent),
+    'trust both':   dict(),                                # trust in something else than the self-teacher, see `CALLBACKS`
+    'trust student': dict(),
     'hint':         dict(W1, feature_loss='hint'),         # another feature loss, or none
     'overhaul':     dict(W1, feature_loss='overhaul'),
     'nofeature':    dict(W1, beta=0.),
 }
+
+CALLBACKS = {'trust both':TrustBoth, 'trust student':TrustStudent}
 
 def cifar(per_class, zip_path):
     "33 classes of CIFAR-100 as tensors: training images and labels, test images and labels"
@@ -134,8 +136,7 @@ def small_resnet(n_out, widths=(16,32,64,128), block=Block):
 
 def learner(data, args, seed, arm):
     set_seed(seed)
-    cbs = [] if ARMS[arm] is None else [{'make':FRSKDCallback, **ARMS[arm]}]
-    cbs = [o.pop('make')(**o) for o in cbs]
+    cbs = [] if ARMS[arm] is None else [CALLBACKS.get(arm, FRSKDCallback)(**ARMS[arm])]
     if args.data=='digits':
         dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
         set_seed(seed)

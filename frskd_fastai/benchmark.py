@@ -231,7 +231,7 @@ def parser()->argparse.ArgumentParser:
     "The options of `frskd-bench`"
     p = argparse.ArgumentParser('frskd-bench', description="Measure what FRSKD adds to a training step.", formatter_class=Help)
     p.add_argument('--arch', default='resnet18', help="architecture, as for frskd-train")
-    p.add_argument('--size', type=number(int, 8, high=4096), default=224, help="image size in pixels")
+    p.add_argument('--size', type=pixels, default=224, help="image size in pixels")
     p.add_argument('--bs', type=number(int, 2), default=16, help="batch size")
     p.add_argument('--device', choices=('auto','cpu','cuda'), default='auto', help="where")
     p.add_argument('--amp', choices=('no','fp16','bf16'), default='no', help="mixed precision, on a GPU")

@@ -167,7 +167,7 @@ class FRSKDCallback(Callback):
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
-        self._watch,self.skipped,self._skipped_before,self.trained_nothing = Override(learn, '_do_epoch', self._watched),0,0,False
+        self._watch,self.skipped,self.trained_nothing = Override(learn, '_do_epoch', self._watched),0,False
 
     def before_train(self):
         self._cleanup_taps()
@@ -303,8 +303,7 @@ class FRSKDCallback(Callback):
     def after_train(self):
         if self._guard:
             self._look(True, end=True)
-            self.trained_nothing = self.skipped-self._skipped_before>=len(self._steps)>0 # `Resumable` keeps no such epoch
-            self._skipped_before = self.skipped
+            self.trained_nothing = self._guard.in_a_row>=len(self._steps)>0 # `Resumable` keeps no such epoch
         if self._columns and self._distributed: self._columns.gather()
         if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the first time that it leaves the device
         self._steps = []

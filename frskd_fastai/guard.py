@@ -27,7 +27,7 @@ class Guard:
         nets = get_model(learn.model),trained
         self.learn,self.names,self.params,self.buffers = learn,[n for m in nets for n,_ in m.named_parameters()],[p for m in nets for p in m.parameters()],[b for m in nets for b in m.buffers()]
         self.total,self.row = (torch.zeros((), dtype=torch.long, device=self.params[0].device) for _ in range(2)) # steps left out; in a row up to now
-        self.skipped,self.tell,self.bad,self.smooth = 0,False,None,None
+        self.skipped,self.in_a_row,self.bad,self.smooth = 0,0,None,None # the counts as of the last look
         self._keep()
 
     def _keep(self): self.kept = [b.clone() for b in self.buffers]
@@ -50,12 +50,14 @@ class Guard:
         for p in self.params:
             if p.grad is not None: p.grad.masked_fill_(self.bad, 0)
 
+    @property
+    def tell(self): return self.in_a_row>=self.limit # Is it time to look for what isn't finite?
+
     def look(self,
         end:bool=False, # Of an epoch's training?
     ):
         "Read the counts; after steps that were left out, set back what they have changed. `FloatingPointError` where weights aren't finite"
-        skipped,row = torch.stack([self.total,self.row]).tolist()
-        self.tell = row>=self.limit
+        skipped,self.in_a_row = torch.stack([self.total,self.row]).tolist()
         if end or skipped!=self.skipped:
             lost = [n for n,ok in zip(self.names, torch.stack([p.detach().isfinite().all() for p in self.params]).tolist()) if not ok]
             if lost: raise FloatingPointError(f"FRSKD: {len(lost)} of {len(self.names)} parameters aren't finite any more, for instance {lost[0]}: a gradient wasn't, though the loss was. Start from a checkpoint, with a lower learning rate, or with clipped gradients: `cbs=GradientClip`")

@@ -40,7 +40,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--arch', default='resnet18', help="architecture: torchvision's, fastai's xresnets, timm's, cifar_resnet18, wrn16_2")
     p.add_argument('--epochs', type=number(int, 1), default=10, help="epochs; with pretrained weights one epoch with a frozen body comes before")
     p.add_argument('--bs', type=number(int, 2), default=64, help="batch size, of all processes together")
-    p.add_argument('--size', type=number(int, 8, high=4096), help="image size in pixels; in segmentation their height (default: 224; 48 for the embedded digits; in segmentation the images' own, up to 224)")
+    p.add_argument('--size', type=pixels, help="image size in pixels; in segmentation their height (default: 224; 48 for the embedded digits; in segmentation the images' own, up to 224)")
     p.add_argument('--lr', type=_lr, default='auto', help="learning rate, or 'auto' for fastai's lr_find (of one process)")
     p.add_argument('--pretrained', action=argparse.BooleanOptionalAction, help="start from pretrained weights (default: yes; no for the embedded digits)")
     both = lambda k: '{:g}; {:g} for segmentation'.format(*(default_settings(dense)[k] for dense in (False,True)))
@@ -121,14 +121,13 @@ def interrupted(
     argv:list, # Arguments, with `--resume`
 )->argparse.Namespace|None: # The options to go on with; None where the training is finished
     "What `--resume` goes on with. `UsageError` where that can't be"
-    now = parse(argv)
-    out = Path(now.resume)
+    given = {k:v for k,v in vars(parse(argv, unset=True)).items() if v is not None}
+    out = Path(given['resume'])
     file = checkpoints(out)/'training.json'
-    given = parse(argv, unset=True)
-    if given.force: raise UsageError("--force starts anew, --resume goes on; leave one of them away")
+    if 'force' in given: raise UsageError("--force starts anew, --resume goes on; leave one of them away")
     if not file.exists():
         if all((out/o).exists() for o in results):
-            other = first(k for k,v in vars(given).items() if v is not None and k not in ('path','resume','argv') and v is not False)
+            other = first(k for k in given if k not in ('path','resume','argv'))
             if other: raise UsageError(f"--resume {out}: this training is finished, with the options of then; leave --{other} away, or train anew with another --out")
             return
         raise UsageError(f"--resume {out}: no interrupted training is there ({file} is missing)")
@@ -137,11 +136,11 @@ def interrupted(
         if not (all(isinstance(o, str) for o in [*d['argv'],d['data']]) and isinstance(d['path'], (str,type(None))) and isinstance(d['lr'], float) and 0<d['lr']<math.inf): raise ValueError(file)
         with contextlib.redirect_stderr(io.StringIO()): args = parse(d['argv'])
     except (OSError,ValueError,KeyError,TypeError,SystemExit) as e: raise UsageError(f"--resume {out}: {file} is damaged; start anew with --out {out} --force") from e
-    for k,v in vars(given).items():
-        if v is None or k in _elsewhere or v==getattr(args, k): continue
+    for k,v in given.items():
+        if k in _elsewhere or v==getattr(args, k): continue
         raise UsageError(f"--resume {out} goes on with the options of then: --{k} was {getattr(args, k)}, not {v}")
-    if given.out and Path(given.out)!=out: raise UsageError(f"--resume {out} writes its results there; leave --out away")
-    args.path,args.out,args.argv,args.resume,args.found = given.path or d['path'],out,d['argv'],out,d
+    if 'out' in given and Path(given['out'])!=out: raise UsageError(f"--resume {out} writes its results there; leave --out away")
+    args.path,args.out,args.argv,args.resume,args.found = given.get('path', d['path']),out,d['argv'],out,d
     return args
 
 def how_to_go_on(
@@ -149,6 +148,5 @@ def how_to_go_on(
 )->str: # Empty where nothing is kept
     "What to say at the end of a training that was interrupted"
     with contextlib.suppress(OSError): # where `out` can't be a folder
-        if not list(checkpoints(Path(out)).glob('*/*.pth')): return ''
-        return f". The epochs that were whole are kept; go on with them: frskd-train --resume {shlex.quote(str(out))}"
+        if list(checkpoints(Path(out)).glob('*/*.pth')): return f". The epochs that were whole are kept; go on with them: frskd-train --resume {shlex.quote(str(out))}"
     return ''

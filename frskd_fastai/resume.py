@@ -6,10 +6,10 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/resume.html.md"""
 
 # %% auto #0
 __all__ = ['CheckpointError', 'NoCheckpoint', 'write_whole', 'random_states', 'restore_random', 'callback_states',
-           'restore_callbacks', 'Resumable', 'data_id', 'Interrupted', 'signals', 'end_at_batch', 'end_at_once']
+           'restore_callbacks', 'Resumable', 'data_id']
 
 # %% ../nbs/09_resume.ipynb #218efcb8
-import hashlib, io, signal, threading, warnings, zipfile
+import hashlib, io, warnings, zipfile
 from contextlib import suppress
 from fastai.basics import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
@@ -223,9 +223,8 @@ class Resumable(SkipToEpoch):
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', message='Could not load the optimizer state')
                 self.learn.load(io.BytesIO(data))
-        except Exception as e:
-            why = str(e).strip().splitlines()[-1].strip().removeprefix('FRSKD: ')
-            raise CheckpointError(f"{what} is of another training: {'another optimizer, or FRSKDCallback is missing in one of the two' if 'optimizer state' in why else why}") from e
+        except UserWarning as e: raise CheckpointError(f"{what} is of another training: another optimizer, or FRSKDCallback is missing in one of the two") from e
+        except Exception as e: raise CheckpointError(f"{what} is of another training: {str(e).strip().splitlines()[-1].strip().removeprefix('FRSKD: ')}") from e
         return s
 
     def _differs(self, saved, s):
@@ -249,66 +248,3 @@ def data_id(
     root = os.path.commonpath([f.parent for f in files])
     say = lambda o: f'{os.path.relpath(o, root)} {o.stat().st_size}' if isinstance(o, Path) else str(o)
     return hashlib.sha256('\n\n'.join('\n'.join('\t'.join(map(say, item)) for item in part) for part in parts).encode(errors='surrogateescape')).hexdigest()[:16]
-
-# %% ../nbs/09_resume.ipynb #9c364078
-class Interrupted(KeyboardInterrupt):
-    "A signal that ends a training"
-    def __init__(self,
-        signum:int, # Of the signal
-    ): self.signum = signum
-
-_signals = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)] # Ctrl-C, a scheduler, a terminal that is closed
-
-@contextmanager
-def signals(
-    handler:Callable, # Called with the number of the signal
-):
-    "Context in which SIGINT, SIGTERM and SIGHUP are for `handler`"
-    pid,numbers = os.getpid(),[s for s in _signals if s in (signal.SIGINT,signal.SIGTERM) or signal.getsignal(s)!=signal.SIG_IGN] # `nohup` has SIGHUP ignored
-    if threading.current_thread() is not threading.main_thread(): yield; return # Python takes handlers from the main thread only
-    def handle(s, frame):
-        if os.getpid()==pid: handler(s) # a process that loads images has inherited this, and is ended by its parent
-    old = [signal.signal(s, handle) for s in numbers]
-    try: yield
-    finally:
-        for s,o in zip(numbers, old): signal.signal(s, o)
-
-@contextmanager
-def end_at_batch(
-    learn:Learner,
-):
-    "Context in which a signal ends a fit after the batch, by `Interrupted`; a second one ends the process"
-    got = []
-    def note(s):
-        if got:
-            signal.signal(s, signal.SIG_DFL)
-            os.kill(os.getpid(), s)
-        got.append(s)
-    def after_batch(self):
-        if got: raise Interrupted(got[0])
-    with signals(note), learn.added_cbs(Callback(after_batch=after_batch)): yield
-    if got: raise Interrupted(got[0]) # it came after the last batch
-
-@contextmanager
-def end_at_once(
-    say:Callable, # Called with the number of the signal, by another thread
-):
-    "Context in which a signal ends the process, also while it waits for others: Python's own handlers come too late then"
-    if threading.current_thread() is not threading.main_thread() or os.name!='posix': yield; return
-    r,w = os.pipe()
-    os.set_blocking(w, False)
-    fds = [w]
-    def wait():
-        while s := os.read(r, 1):
-            if s[0] in _signals:
-                try: say(s[0])
-                finally: os._exit(128+s[0])
-    os.register_at_fork(after_in_child=lambda: fds and signal.set_wakeup_fd(-1)) # a process that loads images doesn't speak for this one
-    threading.Thread(target=wait, daemon=True).start()
-    with signals(noop):
-        old = signal.set_wakeup_fd(w)
-        try: yield
-        finally:
-            signal.set_wakeup_fd(old)
-            fds.clear()
-            os.close(w)

@@ -26,6 +26,7 @@ from .recipes import *
 from .resume import *
 from .visualize import *
 from .interpret import *
+from .interrupt import *
 
 # %% ../nbs/10_train.ipynb #e03dd0fe
 class History(Callback):
@@ -115,7 +116,8 @@ def _check(learn, run, args):
     "`FloatingPointError` where a training has diverged: there is no student to export"
     loss = learn.history.rows[-1]['valid_loss']
     lost = not_finite(dict(learn.model.named_parameters()))
-    if lost or not (args.codes or math.isfinite(loss)): raise FloatingPointError(f"the {run} training has diverged: {f'{len(lost)} parameters' if lost else 'its validation loss'} isn't finite".replace('parameters isn', 'parameters aren'))
+    what = f"{len(lost)} parameters aren't" if lost else "its validation loss isn't" if not (args.codes or math.isfinite(loss)) else None
+    if what: raise FloatingPointError(f"the {run} training has diverged: {what} finite")
 
 def _train(learn, args, lr):
     if args.recipe: recipe_fit(learn, args.recipe, args.epochs, lr)

@@ -7,6 +7,7 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.data import digits_data
+from frskd_fastai.interrupt import end_at_batch, end_at_once
 from frskd_fastai.options import alone
 from frskd_fastai.resume import *
 import frskd_fastai.resume as resume, frskd_fastai.train as command
@@ -170,16 +171,13 @@ class Spoil(Callback):
 @pytest.mark.filterwarnings('ignore:.*left out')
 def test_an_epoch_without_a_use_is_not_kept(what, frskd, make, tmp_path):
     "One whose steps were all left out, one that has ruined the model: what was kept stays, and is gone on with"
-    ends = []
-    for d,spoiled in ('whole',[]),('parts',[Spoil(1, what)]):
-        new = partial(learner, make) if frskd else make
-        if spoiled:
-            new().fit(3, 1e-2, cbs=[Resumable(tmp_path/d),*spoiled])
-            assert [o.name for o in Resumable(tmp_path/d).files]==['0-0001.pth','0-0000.pth']
-        learn = new()
-        learn.fit(3, 1e-2, cbs=Resumable(tmp_path/d))
-        ends.append(weights(learn.model))
-    assert same(*ends)
+    def trained(d, *cbs):
+        learn = learner(make) if frskd else make()
+        learn.fit(3, 1e-2, cbs=[Resumable(tmp_path/d),*cbs])
+        return weights(learn.model)
+    trained('parts', Spoil(1, what))
+    assert [o.name for o in Resumable(tmp_path/'parts').files]==['0-0001.pth','0-0000.pth']
+    assert same(trained('parts'), trained('whole'))
 
 def test_a_useless_file_takes_no_place(done, make):
     folder,end = done
@@ -257,13 +255,17 @@ def stopped(folder, tmp_path, monkeypatch, capsys):
         return code,capsys.readouterr().err,out
     return stop
 
+@pytest.fixture
+def hangup():
+    "Under `nohup` SIGHUP is ignored, in these tests not"
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
 @pytest.mark.parametrize('signum,expected', [(signal.SIGINT,130),(signal.SIGTERM,143),(signal.SIGHUP,129)])
-def test_signals(signum, expected, stopped, folder, tmp_path, capsys):
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL) # under `nohup` it is ignored
+def test_signals(signum, expected, hangup, stopped, folder, tmp_path, capsys):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]
-    try: code,err,out = stopped(signum)
-    finally: signal.signal(signal.SIGHUP, hangup)
-    handlers[2] = hangup
+    code,err,out = stopped(signum)
     assert code==expected and err.strip().count('\n')==0 and err.strip().endswith(f'frskd-train --resume {out}') and 'interrupted' in err
     assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]==handlers
     assert sorted(o.name for o in out.iterdir())==['checkpoints'] and (out/'checkpoints/frskd/0-0001.pth').exists()
@@ -276,13 +278,11 @@ def test_signals(signum, expected, stopped, folder, tmp_path, capsys):
     assert command.main(['--resume', str(out)])==0 and 'finished' in capsys.readouterr().out
     assert command.main(['--resume', str(out), '--epochs', '9'])==2 and 'leave --epochs away' in capsys.readouterr().err
 
-def test_nohup_is_respected(make):
-    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with end_at_batch(make()):
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signal.getsignal(signal.SIGHUP)==signal.SIG_IGN
-    finally: signal.signal(signal.SIGHUP, old)
+def test_nohup_is_respected(make, hangup):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with end_at_batch(make()):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP)==signal.SIG_IGN
 
 def test_two_at_once_are_refused(stopped, folder, tmp_path, capsys):
     "By a lock that the system takes back when its process ends, however it does"
