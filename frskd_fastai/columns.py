@@ -23,23 +23,24 @@ class TrainColumns:
 
     def reset(self):
         "At the start of an epoch"
-        self.sums,self.count = {},0
+        self.sums,self.counts = {},defaultdict(int)
 
     def add(self,
         values:dict, # Means over one batch, scalar tensors, by name
         n:int, # Samples in the batch
     ):
         "Take in one more batch; on the device, without waiting for it"
-        for k,v in values.items(): self.sums[k] = self.sums.get(k, 0) + v*n
-        self.count += n
+        for k,v in values.items():
+            self.sums[k] = self.sums.get(k, 0) + v*n
+            self.counts[k] += n
 
     def gather(self):
         "At the end of an epoch on several processes: means over all"
         self.sums = {k:maybe_gather(v) for k,v in self.sums.items()} # the mean of the sums; each process has as many samples
 
     def mean(self, name):
-        "Of the epoch up to now; None for a quantity that there isn't"
-        return self.sums[name]/self.count if name in self.sums else None
+        "Over the epoch's batches up to now that had it; None where none had"
+        return self.sums[name]/self.counts[name] if name in self.sums else None
 
     def remove(self):
         "Take the columns away"
