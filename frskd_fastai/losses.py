@@ -138,22 +138,21 @@ def late_ramp(
     return 0. if pct<2/3 else math.exp(-5*(3-3*pct)**2)
 
 class Trust:
-    "The factor by which the student follows the self-teacher: exp(−label loss of the self-teacher), the loss as a running mean"
+    "How much the student follows the self-teacher: the probability that it gives to the right answer, as a running geometric mean"
     def __init__(self,
         beta:float=0.95, # Part of the running mean that a new batch leaves in place
-    ): self.beta,self.loss = beta,None
+    ): self.beta,self.loss = beta,None # the running mean of −log p, NaN before the first finite one
 
     def update(self,
-        loss:Tensor, # The self-teacher's label loss on one batch
+        log_p:Tensor, # Log-probability that the self-teacher gives to the right answers of one batch, their mean; a scalar
     ):
-        "Take in the loss of one more batch; one that is not finite leaves the mean as it was"
-        loss = loss.detach()
-        if self.loss is None: self.loss = loss.nan_to_num(nan=10., posinf=10.)
-        else:
-            new = torch.lerp(loss, self.loss, self.beta)
-            self.loss = torch.where(new.isfinite(), new, self.loss)
+        "Take in one more batch; a value that is not finite leaves the mean as it was"
+        loss = -log_p.detach()
+        if self.loss is None: self.loss = torch.full_like(loss, math.nan)
+        new = torch.where(self.loss.isnan(), loss, torch.lerp(loss, self.loss, self.beta))
+        self.loss = torch.where(new.isfinite(), new, self.loss)
 
     @property
     def factor(self):
         "Now: 0. before the first batch, then a scalar tensor, which stays on its device (reading it would make the GPU wait)"
-        return 0. if self.loss is None else torch.exp(-self.loss.clamp(min=0))
+        return 0. if self.loss is None else torch.exp(-self.loss.clamp(min=0)).nan_to_num(nan=0.)
