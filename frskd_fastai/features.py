@@ -9,7 +9,7 @@ __all__ = ['Level', 'same_random', 'unnoticed', 'sample_batch', 'as_map', 'poole
 
 # %% ../nbs/00_features.ipynb #b595c512
 import difflib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fastai.basics import *
 from fastai.torch_core import get_random_states, set_random_states
 
@@ -62,6 +62,7 @@ Level.__doc__ = "A feature level: module `name`, number of `channels`, `size` (h
 def as_map(
     o, # What the module of `level` returned
     level:Level,
+    scale:tuple|None=None, # Height and width of the images over those of the probing pass, where known
 )->Tensor: # B×C×H×W
     "`o` as a feature map, or a `ValueError` that says what it is"
     dims = 3 if level.kind=='BNC' else 4
@@ -70,12 +71,23 @@ def as_map(
         raise ValueError(f"FRSKD: level {level.name!r} returns {what}; a feature map is a tensor of shape {'×'.join(level.kind)}. Name another module: `FRSKDCallback(levels=[...])`.")
     if level.kind=='BCHW': return o
     if level.kind=='BHWC': return o.permute(0,3,1,2)
-    n,(h,w) = o.shape[1]-level.prefix,level.size
-    if n!=h*w: # images of another size than in the probing pass
-        h = round(math.sqrt(n*h/w))
-        w = n//h
-        if n!=h*w: raise ValueError(f"FRSKD: level {level.name!r} returns {n} patch tokens, which are no grid with the sides' ratio {level.size}; train with images of one shape")
-    return o[:,level.prefix:].transpose(1,2).unflatten(2, (h,w))
+    return o[:,level.prefix:].transpose(1,2).unflatten(2, _grid(o.shape[1]-level.prefix, level, scale))
+
+def _grid(n, level, scale):
+    "Height and width of the map that `n` patch tokens are"
+    h,w = level.size
+    if scale is None: # images of any size
+        h = max(1, round(math.sqrt(n*h/w)))
+        if n%h: raise ValueError(f"FRSKD: level {level.name!r} returns {n} patch tokens, which are no grid with the "
+                                 f"sides' ratio {level.size}. Train with images of one shape.")
+        return h,n//h
+    sides = [{math.floor(o*s),math.ceil(o*s)} if s!=1 else {o} for o,s in zip((h,w), scale)]
+    grid = first((a,b) for a,b in itertools.product(*sides) if a*b==n)
+    if grid: return grid
+    want = round(h*scale[0])*round(w*scale[1])
+    raise ValueError(f"FRSKD: level {level.name!r} returns {n} patch tokens, where images of this size have {want}: the "
+                     "network drops or merges tokens in training (`patch_drop_rate`?), so they are no map. Train with "
+                     "all tokens, or name levels that have them: `FRSKDCallback(levels=[...])`.")
 
 # %% ../nbs/00_features.ipynb #24c20e48
 def pooled(
@@ -91,22 +103,45 @@ def pooled(
     return [pool(o) for o in maps]
 
 # %% ../nbs/00_features.ipynb #6b048217
+class _Hook:
+    "A hook that calls `f`. Its copy, or what a file has of it, does nothing, holds nothing and needs no package"
+    def __init__(self, f, *args): self.f,self.args = f,args
+    def __call__(self, *args): return self.f(*self.args, *args)
+    def __reduce__(self): return getattr, (nullcontext(), '__exit__') # takes anything, returns None
+
 class Taps:
-    "Forward hooks on modules of `model` that keep their live outputs of one forward pass. A context manager: the hooks leave with it"
+    "Hooks on modules of `model` that keep their live outputs of one forward pass. A context manager: inside it they are on the model"
     def __init__(self,
         model:nn.Module, # The student
         levels:list, # `Level`s, or module names as in `model.named_modules()`, largest map first
     ):
-        self.levels,self._maps,self._twice = L(o if isinstance(o, Level) else Level(o, None, None) for o in levels),{},set()
-        self._hooks = [get_level(model, o.name).register_forward_hook(partial(self._keep, o.name)) for o in self.levels]
+        self.model,self.levels = model,L(o if isinstance(o, Level) else Level(o, None, None) for o in levels)
+        self.modules = [get_level(model, o.name) for o in self.levels]
+        self._on,self._handles = [(m.register_forward_hook,_Hook(self._keep, o.name)) for m,o in zip(self.modules, self.levels)],[]
+        self.clear()
+
+    def attach(self,
+        once:bool=False, # Take the hooks off when the next forward pass of `model` ends, even by an exception?
+    )->'Taps':
+        "Put the hooks on the model"
+        self.remove()
+        self._handles = [register(hook) for register,hook in self._on]
+        if once: self._handles.append(self.model.register_forward_hook(_Hook(self._detach), always_call=True))
+        return self
+
+    def _detach(self, *args):
+        for h in self._handles: h.remove()
+        self._handles = []
 
     def _keep(self, name, module, inp, out):
         if name in self._maps: self._twice.add(name)
         self._maps[name] = out
 
-    def pop(self):
+    def pop(self,
+        scale:tuple|None=None, # As for `as_map`
+    )->list:
         "The maps of the last forward pass, B×C×H×W, in the order of `levels`; they are let go of here, so that memory is freed with the step"
-        return [as_map(o, lv) for o,lv in zip(self.outputs(), self.levels)]
+        return [as_map(o, lv, scale) for o,lv in zip(self.outputs(), self.levels)]
 
     def outputs(self):
         "What the modules returned, as `pop` gives it"
@@ -123,22 +158,20 @@ class Taps:
 
     def remove(self):
         "Take the hooks off the model and forget the maps"
-        for h in self._hooks: h.remove()
-        self._hooks = []
+        self._detach()
         self.clear()
 
-    def __enter__(self): return self
+    def __enter__(self): return self.attach()
     def __exit__(self, *args): self.remove()
 
 # %% ../nbs/00_features.ipynb #e47a2024
 class PreactTaps(Taps):
     "`Taps` whose `pop` also gives each level's map before the ReLU that ends it: the map itself, where no ReLU does"
     def __init__(self, model, levels):
-        self._pre,self._last = {},None
-        relus = [m for m in model.modules() if isinstance(m, (nn.ReLU,nn.ReLU6))]
-        hooks = [h for m in relus for h in (m.register_forward_pre_hook(self._before), m.register_forward_hook(self._after))]
         super().__init__(model, levels)
-        self._hooks += hooks
+        relus = [m for m in model.modules() if isinstance(m, (nn.ReLU,nn.ReLU6))]
+        before,after = _Hook(self._before),_Hook(self._after)
+        self._on = [o for m in relus for o in ((m.register_forward_pre_hook,before),(m.register_forward_hook,after))] + self._on
 
     def _before(self, relu, inp):
         x, = inp
@@ -152,11 +185,11 @@ class PreactTaps(Taps):
         super()._keep(name, module, inp, out)
         if self._last is not None and self._last[0] is out: self._pre[name] = self._last[1]
 
-    def pop(self):
+    def pop(self, scale=None):
         "The maps of the last forward pass, and the same before the ReLU: two lists in the order of `levels`"
         pre = dict(self._pre)
-        maps = super().pop()
-        return maps,[as_map(pre[lv.name], lv) if lv.name in pre else o for lv,o in zip(self.levels, maps)]
+        maps = super().pop(scale)
+        return maps,[as_map(pre[lv.name], lv, scale) if lv.name in pre else o for lv,o in zip(self.levels, maps)]
 
     def clear(self):
         super().clear()
