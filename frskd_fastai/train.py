@@ -110,14 +110,15 @@ def _fit(learn, args, lr):
     with together(learn), ending, learn.added_cbs(keep): _train(learn, args, lr)
     if n_processes()>1: # in the fit, fastai shares out the validation images and repeats some, so that all processes have as many
         with learn.no_bar(): learn.history.rows[-1].update(zip(('valid_loss',*tasks[args.task]), learn.validate()))
+    _check(learn, args, keep.at_start)
     return learn.history.seconds
 
-def _check(learn, run, args):
+def _check(learn, args, at_start):
     "`FloatingPointError` where a training has diverged: there is no student to export"
     loss = learn.history.rows[-1]['valid_loss']
-    lost = not_finite(dict(learn.model.named_parameters()))
-    what = f"{len(lost)} parameters aren't" if lost else "its validation loss isn't" if not (args.codes or math.isfinite(loss)) else None
-    if what: raise FloatingPointError(f"the {run} training has diverged: {what} finite")
+    lost = not_finite(learn.model.state_dict(), at_start)
+    what = f"{len(lost)} weights or buffers aren't" if lost else "its validation loss isn't" if not (args.codes or math.isfinite(loss)) else None
+    if what: raise FloatingPointError(f"the {learn.history.run_name} training has diverged: {what} finite")
 
 def _train(learn, args, lr):
     if args.recipe: recipe_fit(learn, args.recipe, args.epochs, lr)
@@ -202,7 +203,6 @@ def _run(args, dls, learn):
         print(f'{run}:')
         plain_log(l)
         seconds[run] = _fit(l, args, lr)
-        _check(l, run, args)
         rows += l.history.rows
     if rank_distrib(): return args.out
     history = pd.DataFrame(rows)
