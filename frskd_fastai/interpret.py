@@ -16,22 +16,7 @@ from .callback import *
 from .visualize import class_names, label_text, _colors
 
 # %% ../nbs/06_interpret.ipynb #055d645d
-def _answers(
-    logits:Tensor, # B×C, or B×C×H×W
-    y:Tensor, # Targets
-    loss_func:Callable, # The Learner's
-)->tuple: # Four tensors B×N, an image's answers in a row: right?, the class asked for, probability of the right answer, does it count?
-    y,logits = pixel_labels(y).as_subclass(Tensor),logits.as_subclass(Tensor).float()
-    n = len(logits)
-    if is_multi_label(loss_func, (y,)):
-        y = y.view_as(logits)>.5
-        right,cls,p = (logits>0)==y,torch.arange(logits.shape[1], device=y.device).expand_as(y),torch.where(y, logits, -logits).sigmoid()
-        keep = torch.ones_like(right)
-    else:
-        keep = kept_pixels(y, ignored_labels(loss_func)) if y.ndim>1 else torch.ones_like(y, dtype=torch.bool)
-        cls = torch.where(keep, y, 0)
-        right,p = logits.argmax(1)==cls,logits.softmax(1).gather(1, cls[:,None])[:,0]
-    return tuple(o.reshape(n, -1) for o in (right,cls,p,keep))
+def _answers(logits, y, loss_func): return answers(logits, y, is_multi_label(loss_func, (y,)), ignored_labels(loss_func))
 
 def _names(learn, n): return class_names(learn.dls) or [str(o) for o in range(n)]
 
@@ -47,10 +32,10 @@ def agreement(self:FRSKDCallback,
         if len(yb)!=1: raise ValueError(f"FRSKD: to say who is right takes one tensor of targets, these data have {len(yb)}")
         _,student,_,teacher = self.run_both(*xb)
         y = to_device(yb[0], student.device)
-        (s,cls,_,keep),(t,*_) = (_answers(o, y, learn.loss_func) for o in (student,teacher))
-        kind = (2*~s+~t)[keep] # 0: both right, 1: only the student, 2: only the self-teacher, 3: both wrong
+        s,t = (_answers(o, y, learn.loss_func) for o in (student,teacher))
+        kind = (2*~s.right+~t.right)[s.keep] # 0: both right, 1: only the student, 2: only the self-teacher, 3: both wrong
         n = student.shape[1]
-        counts = counts + torch.bincount(4*cls[keep]+kind, minlength=4*n).view(n, 4).cpu()
+        counts = counts + torch.bincount(4*s.cls[s.keep]+kind, minlength=4*n).view(n, 4).cpu()
     return pd.DataFrame(counts, columns=['both right','only student','only self-teacher','both wrong'], index=_names(learn, n))
 
 @patch
@@ -179,10 +164,10 @@ def _judge(dl, learners):
         if not is_listy(b) or len(b)<2: _refuse_unlabelled()
         for rows,learn in zip(res, learners):
             logits = _logits(learn, b)
-            right,_,p,keep = _answers(logits, to_device(b[1], logits.device), learn.loss_func)
-            n = keep.sum(1)
-            mean = lambda o: (o*keep).sum(1)/n.clamp(min=1)
-            rows.append(torch.stack([mean(right), mean(p), n], dim=1).cpu())
+            a = _answers(logits, to_device(b[1], logits.device), learn.loss_func)
+            n = a.keep.sum(1)
+            mean = lambda o: (o*a.keep).sum(1)/n.clamp(min=1)
+            rows.append(torch.stack([mean(a.right), mean(a.log_p.exp()), n], dim=1).cpu())
         if logits.ndim==2: labels.append(b[1].as_subclass(Tensor).cpu())
     if not res[0]: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has: `dl=`.")
     return [torch.cat(o) for o in res],labels
