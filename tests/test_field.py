@@ -134,7 +134,9 @@ class Query(SmallNet):
 
 def test_a_query_that_is_a_view_of_a_parameter(make):
     learn = make(model=Query(), splitter=trainable_params, cbs=FRSKDCallback())
-    with warnings.catch_warnings(action='error', category=UserWarning): learn.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1)
     assert len(learn.frskd.steps)==6 and all(p.requires_grad for p in learn.model.parameters())
 
 def test_it_trains_without_a_count(make, monkeypatch):
