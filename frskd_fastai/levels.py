@@ -15,6 +15,11 @@ from fastai.vision.models.unet import DynamicUnet, UnetBlock
 from .features import *
 
 # %% ../nbs/01_levels.ipynb #2d049f02
+def _grid(n, hw):
+    "The grid of `n` patches in an image of height and width `hw`, or None"
+    h = round(math.sqrt(n*hw[0]/hw[1]))
+    if n>=4 and h and n%h==0 and h*hw[1]==n//h*hw[0]: return h,n//h
+
 def _read(name, o, bs, hw, grids=()):
     "The `Level` that `o`, the output of module `name`, can be for `bs` images of height and width `hw`, or None. `grids` are sizes of maps seen before: patches that tokens may stand for"
     if not (isinstance(o, Tensor) and o.is_floating_point() and o.ndim in (3,4) and len(o)==bs): return None
@@ -26,8 +31,8 @@ def _read(name, o, bs, hw, grids=()):
     n,c = o.shape[1:]
     grid = first(g for g in reversed(list(grids)) if 0<=n-g[0]*g[1]<=8 and g!=(1,1)) # class and register tokens come first
     if grid: return Level(name, c, grid, 'BNC', n-grid[0]*grid[1])
-    h = round(math.sqrt(n*hw[0]/hw[1])) # tokens that were pooled have a grid that no map had
-    if n>=4 and grids and h and n%h==0 and h*hw[1]==n//h*hw[0]: return Level(name, c, (h,n//h), 'BNC')
+    grid = _grid(n, hw) if grids else None # tokens that were pooled have a grid that no map had
+    if grid: return Level(name, c, grid, 'BNC')
 
 def _is_global_pool(m, size): return size==(1,1) and bool(re.search('(Adaptive|Global|Select).*Pool', type(m).__name__))
 
@@ -72,6 +77,9 @@ def _record(model, xb, graph):
         if lv is not None and out.ndim==4:
             if _is_attention(out.detach()): lv = None
             else: grids[lv.size] = None
+        if not grids and isinstance(out, Tensor) and out.ndim==4 and len(out)%bs==0: # a map for each patch
+            grid = _grid(len(out)//bs, hw)
+            if grid: grids[grid] = None
         if name in calls: lv = None # run twice, it has no single map
         if lv is not None: nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
         calls[name] = dict(order=len(calls), inp=_read(name, first_map, bs, hw, grids), out=lv, convs=convs, trunk=None)
@@ -184,9 +192,11 @@ def _search(model, calls, n):
 
 def _uncertain(model, calls, found):
     "Whether another module than one of `found` might be meant: one of them is beside the trunk, or a later map that is has as many channels"
+    if any(calls[lv.name]['trunk'] is False for lv in found): return True
+    if len({lv.size for lv in found})<2: return False # blocks
     beside = [c for c in _ordered(model, calls) if c['trunk'] is False]
     passed = lambda c,lv: c['order']>calls[lv.name]['order'] and c['out'].size==lv.size and c['out'].channels>=lv.channels
-    return any(calls[lv.name]['trunk'] is False or any(passed(c, lv) for c in beside) for lv in found)
+    return any(passed(c, lv) for lv in found for c in beside)
 
 
 # %% ../nbs/01_levels.ipynb #c0104f85
