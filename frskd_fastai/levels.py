@@ -156,25 +156,27 @@ def _pieces(name, m, calls):
 
 def _falling(pieces):
     "Of `pieces` the levels of falling resolution, without the stem: the trunk's before others, then those of more channels, then the last"
-    found,convs = [],0
+    found = []
     rank = lambda c: (c['trunk'],0 if c['trunk'] else c['out'].channels) if c['trunk'] is not None else ()
     for c in pieces:
-        convs += c['own']
-        size,last = c['out'].size,found[-1][0] if found else None
-        if   last is None or (size!=last['out'].size and all(a<=b for a,b in zip(size, last['out'].size))): found.append((c,convs))
-        elif size==last['out'].size and rank(c)>=rank(last): found[-1] = c,convs
-    body = [c for c,convs in found if convs>1]
-    return body if len(body)>1 else [c for c,convs in found if convs>0]
+        size,last = c['out'].size,found[-1] if found else None
+        if   last is None or (size!=last['out'].size and all(a<=b for a,b in zip(size, last['out'].size))): found.append(c)
+        elif size==last['out'].size and rank(c)>=rank(last): found[-1] = c
+    body = [c for c in found if c['convs']>1]
+    return body if len(body)>1 else [c for c in found if c['convs']>0]
 
 def _ordered(model, calls):
-    "The calls of the pieces before the global pooling, in the order in which they finish, each with the number of its `own` convolutions"
+    "The calls of the pieces before the global pooling, in the order in which they finish, each with the number of convolutions seen: on the trunk without those of a side branch that ran before it, on maps no larger"
     pieces = sorted(((calls[n],m) for n,m in _pieces('', model, calls)), key=lambda o: o[0]['order'])
-    res,convs = [],0
+    start = first(c['order'] for c,_ in pieces if c['trunk'])
+    res,convs,seen = [],0,[] # `seen`: calls and how many convolutions each adds
     for i,(c,m) in enumerate(pieces):
         goes_on = not c['trunk'] and any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # a side branch's own pooling
         if _is_global_pool(m, c['out'].size) and not goes_on: break
-        res.append(dict(c, own=c['convs']-convs))
+        seen.append((c,c['convs']-convs))
         convs = c['convs']
+        leads = lambda o: o['order']>=start or math.prod(o['out'].size)>math.prod(c['out'].size)
+        res.append(dict(c, convs=sum(k for o,k in seen if leads(o)) if c['trunk'] else convs))
     return res
 
 def _search(model, calls, n):
