@@ -8,7 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/levels.html.md"""
 __all__ = ['dense_levels', 'decoder_names', 'find_levels', 'list_levels']
 
 # %% ../nbs/01_levels.ipynb #0d01760c
-import re
+import re, warnings
 from numbers import Integral
 from fastai.basics import *
 from fastai.vision.models.unet import DynamicUnet, UnetBlock
@@ -48,27 +48,27 @@ def _node(pred):
     return first(filter(None, map(_node, pred))) if isinstance(pred, (tuple,list)) else None
 
 def _trunk(pred, images):
-    "The autograd nodes that every way from the node `pred` back to the nodes `images` passes; none where no way leads there"
-    order,seen,stack = [],set(),[(pred,False)] # each node comes after all those that it was computed from
+    "The autograd nodes on every path from the node `pred` back to the nodes `images`; none where no path leads there"
+    order,seen,stack = [],set(),[(pred,False)] # `order`: a node comes after those that it was computed from
     while stack:
         o,done = stack.pop()
         if done: order.append(o)
         elif o not in seen:
             seen.add(o)
             stack += [(o,True)] + [(i,False) for i,_ in o.next_functions if i is not None]
-    at = {}
+    at = {} # positions of the nodes on the paths
     for o in order:
         if o in images or any(i in at for i,_ in o.next_functions): at[o] = len(at)
-    trunk,low = set(),len(at) # an edge from a later node to the one at `low` bypasses all between
+    trunk,low = set(),len(at) # a node is bypassed if an edge leads from a later node to an earlier one, at `low`
     for o in reversed(at):
         if at[o]<=low: trunk.add(o)
         low = min([low, *(at[i] for i,_ in o.next_functions if i in at)]) if o not in images else -1
     return trunk
 
 def _record(model, xb, graph):
-    "As `_run`, which says what `graph` is for"
-    calls,nodes,images,hooks,grids,bs,hw = {},{},[],[],{},len(xb[0]),tuple(xb[0].shape[-2:])
-    convs = 0
+    "As `_run`; an error with `graph` remains an error"
+    calls,nodes,images,hooks,grids,convs = {},{},[],[],{},0
+    bs,hw = len(xb[0]),tuple(xb[0].shape[-2:])
     def _after(name, m, inp, out):
         nonlocal convs
         convs += isinstance(m, nn.modules.conv._ConvNd)
@@ -90,8 +90,7 @@ def _record(model, xb, graph):
         return x
     try:
         for n,m in model.named_modules(): hooks.append(m.register_forward_hook(partial(_after, n)))
-        with unnoticed(model), torch.set_grad_enabled(graph), torch.autograd.graph.saved_tensors_hooks(lambda o: None, noop): # nothing goes back, so nothing is kept
-                pred = model(*map(_traced, xb) if graph else xb)
+        with unnoticed(model), torch.set_grad_enabled(graph): pred = model(*(map(_traced, xb) if graph else xb))
     finally:
         for h in hooks: h.remove()
     root = _node(pred)
@@ -101,12 +100,19 @@ def _record(model, xb, graph):
     return calls,pred.detach() if isinstance(pred, Tensor) else pred
 
 def _run(model, xb, graph=True):
-    "One recorded forward pass: the order in which modules finish, as dicts with the levels that input and output can be and the convolutions seen so far. With `graph` autograd tells whether an output is on the trunk, where all that the images contribute to the prediction passes; None where it can't tell"
+    """One recorded forward pass: the order in which modules finish, as dicts with the levels that input and output
+    can be and the convolutions seen so far. With `graph`, `trunk` says whether all that the images contribute to
+    the prediction passes through the output; it is None where autograd can't tell"""
     if graph:
-        try: return _record(model, xb, True)
-        except Exception: pass # with gradients it may fail, or not fit in memory
+        forget = torch.autograd.graph.saved_tensors_hooks(lambda o: None, noop) # no backward pass follows
+        try:
+            with warnings.catch_warnings(), forget:
+                warnings.simplefilter('ignore') # torch's, of numbers taken from tensors with gradients
+                return _record(model, xb, True)
+        except Exception: pass # the model doesn't run with gradients, or not at all
     return _record(model, xb, False)
 
+# %% ../nbs/01_levels.ipynb #7d1f0c52
 def _spread(os, n):
     "`n` of `os` at equal distances, the last one among them"
     n = min(n, len(os))
@@ -136,14 +142,17 @@ def decoder_names(
     return [name for name,m in model.named_modules() if isinstance(m, UnetBlock)][::-1][:n]
 
 def _blocks(model, calls, n):
-    "`n` of the transformer blocks in `model`: most children of one kind and output, one after the other; where they return no tokens themselves, what ends in them with tokens"
+    """`n` of the transformer blocks in `model`: most children of one kind and output, one after the other. Of those
+    that don't return tokens themselves, the last module inside that does"""
     found = []
-    tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # in the order in which they finish
+    tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # as they finish
     for name,m in model.named_modules():
         for _,kids in itertools.groupby(m.named_children(), key=lambda o: type(o[1])):
             kids = [f'{name}.{k}' if name else k for k,m in kids if any(True for _ in m.parameters())]
             lvs = [tokens[k] for k in kids if k in tokens]
-            if len(lvs)<2: lvs = list(filter(None, (last([o for k,o in tokens.items() if k.startswith(f'{kid}.')]) for kid in kids)))
+            if len(lvs)<2:
+                inner = [last(o for k,o in tokens.items() if k.startswith(f'{kid}.')) for kid in kids]
+                lvs = [o for o in inner if o is not None]
             if len(lvs)>len(found) and len({o[1:] for o in lvs})==1: found = lvs
     return _spread(found, n)
 
@@ -155,51 +164,59 @@ def _pieces(name, m, calls):
     return [p for n,k in kids for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
 def _falling(pieces):
-    "Of `pieces` the levels of falling resolution, without the stem: the trunk's before others, then those of more channels, then the last"
+    """Of `pieces` those of falling resolution, without the stem. At equal resolution one on the trunk comes first,
+    then the one with more channels, then the last one"""
     found = []
-    rank = lambda c: (c['trunk'],0 if c['trunk'] else c['out'].channels) if c['trunk'] is not None else ()
+    def _rank(c):
+        if c['trunk'] is None: return ()
+        return c['trunk'], 0 if c['trunk'] else c['out'].channels
     for c in pieces:
-        size,last = c['out'].size,found[-1] if found else None
-        if   last is None or (size!=last['out'].size and all(a<=b for a,b in zip(size, last['out'].size))): found.append(c)
-        elif size==last['out'].size and rank(c)>=rank(last): found[-1] = c
+        size,last_size = c['out'].size,found[-1]['out'].size if found else None
+        if size==last_size:
+            if _rank(c)>=_rank(found[-1]): found[-1] = c
+        elif not found or all(a<=b for a,b in zip(size, last_size)): found.append(c)
     body = [c for c in found if c['convs']>1]
     return body if len(body)>1 else [c for c in found if c['convs']>0]
 
 def _ordered(model, calls):
-    "The calls of the pieces before the global pooling, in the order in which they finish, each with the number of convolutions seen: on the trunk without those of a side branch that ran before it, on maps no larger"
+    """The calls of the pieces before the global pooling, in the order in which they finish. For those on the trunk,
+    `convs` leaves out a side branch that ran before it, on maps that aren't larger"""
     pieces = sorted(((calls[n],m) for n,m in _pieces('', model, calls)), key=lambda o: o[0]['order'])
     start = first(c['order'] for c,_ in pieces if c['trunk'])
-    res,convs,seen = [],0,[] # `seen`: calls and how many convolutions each adds
+    res,own,convs = [],[],0
     for i,(c,m) in enumerate(pieces):
-        goes_on = not c['trunk'] and any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # a side branch's own pooling
-        if _is_global_pool(m, c['out'].size) and not goes_on: break
-        seen.append((c,c['convs']-convs))
+        goes_on = any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # so this pooling is a side branch's
+        if _is_global_pool(m, c['out'].size) and (c['trunk'] or not goes_on): break
+        own.append((c,c['convs']-convs))
         convs = c['convs']
         leads = lambda o: o['order']>=start or math.prod(o['out'].size)>math.prod(c['out'].size)
-        res.append(dict(c, convs=sum(k for o,k in seen if leads(o)) if c['trunk'] else convs))
+        res.append(dict(c, convs=sum(k for o,k in own if leads(o)) if c['trunk'] else convs))
     return res
+
+def _in_attention(c, tokens):
+    "Whether a call beside the trunk gives heads×tokens×..., for one of the numbers of `tokens`"
+    return c['trunk'] is False and c['out'].kind=='BCHW' and c['out'].size[0] in tokens
 
 def _search(model, calls, n):
     "The deepest `n` levels of falling resolution"
-    pieces = _ordered(model, calls)
-    tokens = {math.prod(c['out'].size)+c['out'].prefix for c in calls.values() if c['out'] and c['out'].kind=='BNC'}
-    beside = lambda c: c['trunk'] is False and c['out'].kind=='BCHW' and c['out'].size[0] in tokens # inside of an attention, heads×tokens×...
+    tokens = {math.prod(o.size)+o.prefix for o in (c['out'] for c in calls.values()) if o and o.kind=='BNC'}
+    pieces = [c for c in _ordered(model, calls) if not _in_attention(c, tokens)]
     trunk = _falling([c for c in pieces if c['trunk']])
-    pieces = [c for c in pieces if not beside(c)]
-    if len(trunk)>1: pieces = pieces[next(i for i,c in enumerate(pieces) if c['trunk']):]
-    found = _falling(pieces)
-    # a network of several paths has more levels beside the trunk, and they lead to its end or are richer than what is there
-    if len(trunk)>1 and (len(found)<=len(trunk) or not (found[-1]['trunk'] or found[-1]['out'].channels>=trunk[-1]['out'].channels)): found = trunk
-    return [c['out'] for c in found[-n:]]
+    if len(trunk)<2: return [c['out'] for c in _falling(pieces)[-n:]]
+    found = _falling(pieces[first(i for i,c in enumerate(pieces) if c['trunk']):])
+    # a network of several paths has more levels than its trunk, and they lead back to it or end with as many channels
+    several = len(found)>len(trunk) and (found[-1]['trunk'] or found[-1]['out'].channels>=trunk[-1]['out'].channels)
+    return [c['out'] for c in (found if several else trunk)[-n:]]
 
 def _uncertain(model, calls, found):
-    "Whether another module than one of `found` might be meant: one of them is beside the trunk, or a later map that is has as many channels"
+    "Whether a level in `found` is beside the trunk, or a later map of its size that is has as many channels or more"
     if any(calls[lv.name]['trunk'] is False for lv in found): return True
-    if len({lv.size for lv in found})<2: return False # blocks
+    if len({lv.size for lv in found})==1: return False # transformer blocks
     beside = [c for c in _ordered(model, calls) if c['trunk'] is False]
-    passed = lambda c,lv: c['order']>calls[lv.name]['order'] and c['out'].size==lv.size and c['out'].channels>=lv.channels
-    return any(passed(c, lv) for lv in found for c in beside)
-
+    def _passed_over(c, lv):
+        later = c['order']>calls[lv.name]['order']
+        return later and c['out'].size==lv.size and c['out'].channels>=lv.channels
+    return any(_passed_over(c, lv) for lv in found for c in beside)
 
 # %% ../nbs/01_levels.ipynb #c0104f85
 def _listed(levels): return ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in levels)
