@@ -8,7 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/levels.html.md"""
 __all__ = ['dense_levels', 'decoder_names', 'find_levels', 'list_levels']
 
 # %% ../nbs/01_levels.ipynb #0d01760c
-import re, warnings
+import re
 from numbers import Integral
 from fastai.basics import *
 from fastai.vision.models.unet import DynamicUnet, UnetBlock
@@ -106,9 +106,7 @@ def _run(model, xb, graph=True):
     if graph:
         forget = torch.autograd.graph.saved_tensors_hooks(lambda o: None, noop) # no backward pass follows
         try:
-            with warnings.catch_warnings(), forget:
-                warnings.simplefilter('ignore') # torch's, of numbers taken from tensors with gradients
-                return _record(model, xb, True)
+            with forget: return _record(model, xb, True)
         except Exception: pass # the model doesn't run with gradients, or not at all
     return _record(model, xb, False)
 

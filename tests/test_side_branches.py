@@ -171,15 +171,16 @@ class Residual(SmallNet):
         x = self.stages[1](x); x = self.join(torch.cat([x,self.grow(x)], 1))
         return self.head(self.stages[2](x))
 
-@pytest.mark.parametrize('model,names', [(MultiScale,TRUNK), (UNetLike,TRUNK), (TwoWays,['stages.0','stages.1','other.2']),
+@pytest.mark.parametrize('model,names', [(MultiScale,TRUNK), (UNetLike,TRUNK),
+                                         (TwoWays,['stages.0','stages.1','other.2']),
                                          (Residual,['stages.0','join','stages.2'])])
 def test_several_paths(model, names):
     torch.manual_seed(0)
     found,said = found_in(model())
     assert found==names and len(said)==1
 
-@pytest.mark.parametrize('arch', '''resnet18 vgg11_bn densenet121 mobilenet_v3_small efficientnet_b0 convnext_tiny swin_t
-                                    xresnet18 googlenet'''.split())
+@pytest.mark.parametrize('arch', '''resnet18 vgg11_bn densenet121 mobilenet_v3_small efficientnet_b0 convnext_tiny
+                                    swin_t xresnet18 googlenet'''.split())
 def test_ordinary_networks_are_certain(arch):
     import torchvision
     kw = dict(init_weights=False) if arch=='googlenet' else {}
