@@ -95,9 +95,9 @@ def pooled(
     finest:int, # Index of the map whose resolution is enough
 )->list: # The same number of maps
     "Those of `maps` that are larger than `maps[finest]`, average-pooled to its height and width"
-    h,w = maps[finest].shape[-2:]
+    h,w = map(int, maps[finest].shape[-2:])
     def pool(o):
-        H,W = o.shape[-2:]
+        H,W = map(int, o.shape[-2:])
         if H<=h and W<=w: return o
         return F.avg_pool2d(o, (H//h,W//w)) if H%h==W%w==0 else F.adaptive_avg_pool2d(o, (h,w)) # the same; the first one is faster
     return [pool(o) for o in maps]
