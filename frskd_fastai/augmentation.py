@@ -56,9 +56,9 @@ class FRSKDSLACallback(FRSKDCallback):
     def _parts(self, maps, factor):
         learn = self.learn
         refined,teacher = self._teach(maps, factor)
-        self._taps.attach(once=True)
-        self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
-        rotated = self._pop_maps()
+        with self._taps:
+            self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
+            rotated = self._pop_maps()
         refined_rotated,_ = self._teach(rotated, factor)
         logits,aggregated = {'student':learn.pred, 'teacher':teacher},{}
         joint,aggregation = 0.,0.

@@ -49,7 +49,8 @@ class FRSKDCallback(Callback):
         given = dict(alpha=alpha, beta=beta, temperature=temperature)
         check_options(**given, width=width, budget=budget, depth=depth, levels=levels, finest=finest, schedule=schedule, feature_loss=feature_loss, teacher=teacher)
         self._unset = [k for k,v in dict(**given, width=width, finest=finest).items() if v is None] # `build` knows the task
-        alpha,beta,temperature = (ifnone(v, default_settings(False, feature_loss)[k]) for k,v in given.items())
+        self._defaults = {k:v for k,v in default_settings(False, feature_loss).items() if k in given and k in self._unset}
+        alpha,beta,temperature = (self._defaults.get(k, v) for k,v in given.items())
         store_attr(but='teacher')
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
@@ -80,7 +81,7 @@ class FRSKDCallback(Callback):
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback; remove it first: `learn.remove_cb(FRSKDCallback)`")
         self.__dict__['_learn'] = learn
-        self._overrides = [Override(learn, 'create_opt', self._create_opt), Override(learn, 'save', partial(save_trained, self)), Override(learn, 'load', partial(load_trained, self))]
+        self._overrides = [Override(learn, 'create_opt', self._create_opt), Override(learn, 'save', partial(save_trained, self)), Override(learn, 'load', partial(load_trained, self)), Override(learn, 'export', self._export)]
         try:
             if learn.opt is not None: self._join()
         except BaseException:
@@ -114,7 +115,11 @@ class FRSKDCallback(Callback):
         if self._paper not in (None,self.dense):
             raise ValueError(f"FRSKD: these are the paper's settings for {'segmentation' if self._paper else 'classification'}, and the model {'labels pixels' if self.dense else 'labels images'}: take `FRSKDCallback.paper({'segmentation=True' if self.dense else ''})`")
         for k,v in default_settings(self.dense, self.feature_loss).items():
-            if k in self._unset: setattr(self, k, v)
+            if k not in self._unset: continue
+            if k in self._defaults: # a weight: unless the user has set it since
+                if getattr(self, k)!=self._defaults[k]: continue
+                self._defaults[k] = v
+            setattr(self, k, v)
         self.finest = min(self.finest, len(levels)-1)
         if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
             raise ValueError(f"FRSKD: {dense_levels}")
@@ -169,7 +174,7 @@ class FRSKDCallback(Callback):
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
-        self._watches = [Override(learn, '_do_epoch', self._watched), Override(learn, '_do_one_batch', self._with_taps)]
+        self._watches = [Override(learn, '_do_epoch', self._watched), Override(learn, '_call_one', self._with_taps)]
         self.skipped,self.trained_nothing = 0,False
 
     def before_train(self):
@@ -190,6 +195,9 @@ class FRSKDCallback(Callback):
     def after_loss(self):
         learn = self.learn
         if self._taps is None or not learn.training: return
+        if not comes_from(learn.pred, self._taps.out) and not self._is_compiled:
+            raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the feature maps aren't its. "
+                             "A callback replaces it; let it change the loss in place of the prediction.")
         maps = self._pop_maps()
         if not len(learn.yb): return
         factor = self.factor
@@ -206,7 +214,9 @@ class FRSKDCallback(Callback):
         self.losses = {k:v.detach() for k,v in parts.items()}
         self._record(factor)
         if self.schedule=='trust': self.trust.update(self._log_p(logits))
-        if self._columns: self._columns.add({**{f'{k}_loss':v for k,v in self.losses.items()}, **self._accuracy(logits)}, len(logits))
+        if self._columns:
+            self._columns.add({f'{k}_loss':v for k,v in self.losses.items()}, len(logits))
+            self._add_accuracy(logits)
 
     def _record(self, factor):
         dev = self.losses['student'].device
@@ -271,6 +281,9 @@ class FRSKDCallback(Callback):
         maps,pre = maps if self._preact else (maps,None)
         maps = pooled(maps, self.finest)
         return maps,pooled(pre, self.finest) if self._preact else maps
+
+    @property
+    def _is_compiled(self): return hasattr(self.student, '_orig_mod') or getattr(self.student, '_compiled_call_impl', None) is not None
 
     def _scale(self, xb):
         "Height and width of the images over those that the levels were found with; tokens become a map by it"
@@ -370,10 +383,21 @@ class FRSKDCallback(Callback):
             unwrap_model(self.learn)
             raise
 
-    def _with_taps(self, one_batch):
-        "Hooks are on the student in the training's own forward pass only: other passes, copies, traces and files of it never have them"
-        if self._taps is not None and self.learn.training: self._taps.attach(once=True)
-        one_batch()
+    def _with_taps(self, call, event):
+        "Hooks are on the student from the end of `before_batch` to the next event: no callback ever copies, traces or writes them"
+        if self._taps is not None: self._taps.detach()
+        call(event)
+        if event=='before_batch' and self._taps is not None and self.learn.training: self._taps.attach()
+
+    def _export(self, export, *args, **kwargs):
+        "`learn.export` in the middle of a fit: without what is there for the fit only"
+        here,columns = self.learn.__dict__,self._columns
+        hidden = {o.name:here.pop(o.name) for o in (*self._watches, self._all_params) if o is not None and here.get(o.name) is o}
+        if columns: columns.remove()
+        try: return export(*args, **kwargs)
+        finally:
+            here.update(hidden)
+            if columns: columns.show()
 
     def _cleanup_taps(self):
         if self._taps is not None: self._taps.remove()
@@ -394,11 +418,11 @@ class FRSKDCallback(Callback):
     @property
     def _part_names(self): return ['student','teacher','soft_label','feature'] # α and β may change: a part that isn't computed is NaN
 
-    def _accuracy(self, logits):
+    def _add_accuracy(self, logits):
         try: a = answers(logits, self.learn.yb[0], self.multi_label, self._ignored)
-        except (ValueError,AttributeError): return {} # targets that only the loss function knows
+        except (ValueError,AttributeError): return # targets that only the loss function knows
         right,n = mean_where(a.right, a.keep)
-        return {'teacher_accuracy':right/n.clamp(min=1)}
+        self._columns.add({'teacher_accuracy':right/n.clamp(min=1)}, n)
 
     # A pickled Learner (`learn.export()`) is for inference: FRSKD is not in it, and it loads without this package
     def __reduce__(self): return Callback, (), {'learn':self.learn}

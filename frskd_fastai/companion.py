@@ -131,8 +131,8 @@ class Override:
         "Give the Learner its own method back"
         if self.own is not None: self.learn.__dict__[self.name] = self.own
         else: self.learn.__dict__.pop(self.name, None)
-    # An exported Learner gets its own method back, so that it doesn't need this package
-    def __reduce__(self): return getattr, (self.learn, self.name)
+    # A pickled Learner gets its own method back, so that it doesn't need this package; what it has from its model, from that
+    def __reduce__(self): return getattr, (self.learn if hasattr(type(self.learn), self.name) else self.learn.model, self.name)
     def __deepcopy__(self, memo): return deepcopied(self, memo)
 
 def deepcopied(

@@ -42,13 +42,15 @@ class Guard:
         model,self.learn = get_model(learn.model),learn
         extra = {f'frskd.trained.{n}':p for n,p in trained.named_parameters()}
         self.params = {**dict(model.named_parameters()), **extra}
-        self.buffers = [*model.buffers(), *trained.buffers()]
+        self.nets = model,trained
         self.before = count_not_finite(self.params) # masks of -inf, unused layers: no fault of this fit
         device = first(self.params.values()).device
         self.total,self.row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2)) # steps left out; in a row up to now
         self.skipped,self.in_a_row,self.bad,self.smooth = 0,0,None,None # the counts as of the last look
         self._keep()
 
+    @property
+    def buffers(self): return [b for m in self.nets for b in m.buffers()] # anew: a model may assign others
     def _keep(self): self.kept = [b.clone() for b in self.buffers]
     def _set_back(self):
         for b,k in zip(self.buffers, self.kept): b.copy_(k)

@@ -248,3 +248,13 @@ def test_without_a_recorder(make):
     learn.remove_cbs([Recorder,ProgressCallback])
     learn.fit(1, 1e-3)
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_a_buffer_that_the_model_assigns_is_set_back(short, make):
+    class Assigns(SmallNet):
+        def __init__(self): super().__init__(); self.register_buffer('mean', torch.zeros(3))
+        def forward(self, x):
+            if self.training: self.mean = .9*self.mean + .1*x.mean((0,2,3)).detach()
+            return super().forward(x - self.mean[:,None,None])
+    learn = make(model=Assigns(), cbs=[FRSKDCallback(),Poison(2)])
+    learn.fit(2, 1e-3)
+    assert learn.model.mean.isfinite().all() and sound(learn)
