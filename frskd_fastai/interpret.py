@@ -60,6 +60,10 @@ def plot_agreement(self:FRSKDCallback,
     return ax
 
 # %% ../nbs/06_interpret.ipynb #5b0c7e21
+def _fastai(dl):
+    "torch's own data loader as one of fastai's"
+    return dl if hasattr(dl, 'new') else DataLoader(dl.dataset, bs=dl.batch_size, create_batch=dl.collate_fn)
+
 def _ordered(dl, **kwargs): return dl.new(shuffle=False, drop_last=False, **kwargs)
 
 def _lists(dl):
@@ -117,7 +121,7 @@ def _same_items(a, b):
 
 def _same_pipeline(learners):
     "Do two Learners make the same inputs of the same items?"
-    own = [o.dls.valid for o in learners]
+    own = [_fastai(o.dls.valid) for o in learners]
     if _alike(*own): return True
     if not all(map(_lists, own)): return not any(map(_is_empty, own)) and _same_inputs(*own)
     full = first(o for o in own if not _is_empty(o))
@@ -136,9 +140,9 @@ def _check_sets(own):
 
 def _two_loaders(learners, dl):
     "A data loader for each Learner: the same items in the same order, each with its Learner's own transforms"
-    own = [o.dls.valid for o in learners]
+    own = [_fastai(o.dls.valid) for o in learners]
     if dl is None: _check_sets(own)
-    given = _ordered(ifnone(dl, own[0]))
+    given = _ordered(own[0] if dl is None else _fastai(dl))
     if isinstance(given.dataset, Datasets) and len(given.dataset.tls)<=given.dataset.n_inp: _refuse_unlabelled()
     alike = [_alike(given, o) for o in own]
     if all(alike): return [given,given]
@@ -154,23 +158,38 @@ def _refuse_unlabelled():
     raise ValueError("FRSKD: the data loader to compare on has no targets. "
                      "Make it with them: `learn.dls.test_dl(items, with_labels=True)`.")
 
-def _logits(learn, b):
-    with unnoticed(learn.model): return learn.model(to_device(b[0], one_param(learn.model).device))
+class _Collect(Callback):
+    "Calls `collect` with the prediction and the targets of each batch"
+    name,order = 'gather_preds',200 # by this name loggers and trackers know to keep out; after all that changes predictions
+    def __init__(self, collect): self.collect = collect
+    def after_pred(self): self.collect(self.pred, self.yb)
 
-def _judge(dl, learners):
-    "For each Learner N×3: how much of an image is right, the mean probability, the number of answers; and the labels"
-    res,labels = [[] for _ in learners],[]
-    for b in dl:
-        if not is_listy(b) or len(b)<2: _refuse_unlabelled()
-        for rows,learn in zip(res, learners):
-            logits = _logits(learn, b)
-            a = _answers(logits, to_device(b[1], logits.device), learn.loss_func)
-            n = a.keep.sum(1)
-            mean = lambda o: (o*a.keep).sum(1)/n.clamp(min=1)
-            rows.append(torch.stack([mean(a.right), mean(a.log_p.exp()), n], dim=1).cpu())
-        if logits.ndim==2: labels.append(b[1].as_subclass(Tensor).cpu())
-    if not res[0]: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has: `dl=`.")
-    return [torch.cat(o) for o in res],labels
+def _each(learn, dl, collect):
+    "Validate `learn` on `dl`, with its callbacks but without a trace; `collect` gets each batch's prediction and targets"
+    out = learn.cbs.filter(lambda o: isinstance(o, (Recorder,ProgressCallback)))
+    with unnoticed(learn.model), learn.removed_cbs(out), learn.validation_context(cbs=_Collect(collect)):
+        learn._do_epoch_validate(dl=dl)
+
+def _judge(learn, dl):
+    "N×3: how much of an image is right, the mean probability, the number of answers; and the labels"
+    rows,labels = [],[]
+    def _add(pred, yb):
+        if not len(yb): _refuse_unlabelled()
+        if not isinstance(pred, Tensor):
+            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. Compare those that return logits.")
+        a = _answers(pred, yb[0], learn.loss_func)
+        n = a.keep.sum(1)
+        mean = lambda o: (o*a.keep).sum(1)/n.clamp(min=1)
+        rows.append(torch.stack([mean(a.right), mean(a.log_p.exp()), n], dim=1).cpu())
+        if pred.ndim==2: labels.append(yb[0].as_subclass(Tensor).cpu())
+    _each(learn, dl, _add)
+    if not rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has: `dl=`.")
+    return torch.cat(rows),labels
+
+def _logits(learn, b):
+    preds = []
+    _each(learn, [b], lambda pred,yb: preds.append(pred.cpu()))
+    return preds[0]
 
 def _first_masks(dl, n=8):
     "The first masks behind a data loader, before it resizes or crops them"
@@ -211,9 +230,8 @@ class StudentComparison:
 
     def _judged(self):
         "Of each Learner: what `_judge` says, and its labels or some masks"
-        a,b = self.loaders
-        if a is b: return [(o,[]) for o in _judge(a, self.learners)[0]]
-        res = [(rows[0],labels) for rows,labels in (_judge(dl, [o]) for dl,o in zip(self.loaders, self.learners))]
+        res = [_judge(o, dl) for o,dl in zip(self.learners, self.loaders)]
+        if self.loaders[0] is self.loaders[1]: return [(rows,[]) for rows,_ in res]
         return [(rows,list(torch.cat(l)) if l else _first_masks(dl)) for (rows,l),dl in zip(res, self.loaders)]
 
     def __repr__(self): return self.counts().to_string(index=False)
@@ -237,7 +255,7 @@ class StudentComparison:
         pick = better+worse
         if not pick: raise ValueError(f"FRSKD: {self.names[0]} and {self.names[1]} don't differ on any image")
         batches = [self._batch(dl, pick) for dl in self.loaders]
-        logits = [_logits(o, b).cpu() for o,b in zip(self.learners, batches)]
+        logits = [_logits(o, b) for o,b in zip(self.learners, batches)]
         images = self._decoded(self.loaders[0], batches[0])
         draw = self._masks if logits[0].ndim==4 else self._titles
         fig = draw(images, batches, logits, pick, size)

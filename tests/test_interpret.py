@@ -238,3 +238,33 @@ def test_what_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match='has no targets'): StudentComparison(a, a, dl=DataLoader([(torch.rand(3,8,8),)]*4, bs=2))
     with pytest.raises(ValueError, match='no validation images'): StudentComparison(exported(learner(data(), 1), tmp_path), a)
     with pytest.raises(ValueError, match="can't take the items"): StudentComparison(learner(data(**table), 1), a, dl=data(**table).valid)
+
+# -- As the Learners validate themselves ---------------------------------------------------------
+class Normalized(Callback):
+    "Its network's own way of preparing images"
+    def before_batch(self): self.learn.xb = ((self.xb[0]-.1)/.02,)
+
+class FirstOfTwo(Callback):
+    def after_pred(self): self.learn.pred = self.pred[0]
+
+def test_each_learner_has_its_callbacks(make):
+    class Two(SmallNet):
+        def forward(self, x): return super().forward(x),x
+    learn,other = make(cbs=FRSKDCallback()),make(model=Two(), cbs=[Normalized(),FirstOfTwo()])
+    learn.fit(1, 1e-2); other.fit(2, 1e-2)
+    values,losses = list(learn.recorder.values),list(learn.recorder.losses)
+    said = StudentComparison(learn, other)
+    assert (list(learn.recorder.values),list(learn.recorder.losses))==(values,losses) and learn.recorder in learn.cbs
+    for i,o in enumerate((learn,other)): assert abs(o.validate()[1]-said.right[:,i].mean().item())<1e-6
+    said.show(4)
+
+def test_torchs_own_data_loaders(make, digits):
+    data = list(zip(*digits))[:96]
+    loaders = lambda: DataLoaders(*(torch.utils.data.DataLoader(data[i:j], batch_size=16) for i,j in ((0,64),(64,96))))
+    learn,other = make(cbs=FRSKDCallback()),make()
+    learn.dls,other.dls = loaders(),loaders()
+    learn.fit(1, 1e-2); other.fit(1, 1e-2)
+    for kw in {},dict(dl=torch.utils.data.DataLoader(data[:48], batch_size=7)):
+        said = StudentComparison(learn, other, **kw)
+        assert len(said.right)==(48 if kw else 32)
+    assert abs(StudentComparison(learn, other).right[:,0].mean().item()-learn.validate()[1])<1e-6
