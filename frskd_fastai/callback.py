@@ -296,8 +296,8 @@ class FRSKDCallback(Callback):
             own = [p.requires_grad for p in m.parameters()]
             if any(own) if own else all(p.requires_grad for p in self.student.parameters()):
                 raise ValueError(f"FRSKD: the feature map of level {lv.name!r} has no gradient, though its module trains: reentrant activation "
-                                 "checkpointing or `torch.no_grad` hides it. Use `checkpoint(..., use_reentrant=False)`, or name other levels: "
-                                 "`FRSKDCallback(levels=[...])`.")
+                                 "checkpointing or `torch.no_grad` hides it. Use `checkpoint(..., use_reentrant=False)`, freeze what "
+                                 "shall not train, or name other levels: `FRSKDCallback(levels=[...])`.")
 
     def run_both(self,
         *xb, # Inputs, as the model gets them

@@ -166,9 +166,16 @@ class _Collect(Callback):
 
 def _each(learn, dl, collect):
     "Validate `learn` on `dl`, with its callbacks but without a trace; `collect` gets each batch's prediction and targets"
-    out = learn.cbs.filter(lambda o: isinstance(o, (Recorder,ProgressCallback)))
-    with unnoticed(learn.model), learn.removed_cbs(out), learn.validation_context(cbs=_Collect(collect)):
-        learn._do_epoch_validate(dl=dl)
+    kept = [(o,dict(vars(o))) for o in learn.cbs if isinstance(o, Recorder)] # a validation begins its record anew
+    smooth = [(o.smooth_loss,dict(vars(o.smooth_loss))) for o,_ in kept]
+    final = {k:v for k,v in vars(learn).items() if k=='final_record'}
+    bars = learn.cbs.filter(lambda o: isinstance(o, ProgressCallback))
+    try:
+        with unnoticed(learn.model), learn.removed_cbs(bars), learn.validation_context(cbs=_Collect(collect)):
+            learn._do_epoch_validate(dl=dl)
+    finally:
+        for o,state in (*kept,*smooth): vars(o).update(state)
+        vars(learn).update(final)
 
 def _judge(learn, dl):
     "N×3: how much of an image is right, the mean probability, the number of answers; and the labels"

@@ -68,7 +68,8 @@ def answers(
         cls = torch.arange(c, device=logits.device).expand_as(y)
         return Answers((logits>0)==yes, cls, F.logsigmoid(torch.where(yes, logits, -logits)), keep, asked)
     log_p = F.log_softmax(logits, dim=1)
-    if y.is_floating_point() and y.shape==logits.shape: # probabilities
+    if y.shape==logits.shape: # probabilities, or ones and zeros
+        y = y.float()
         y,keep = y.nan_to_num(nan=0.).clamp(min=0),y.sum(1)>0
         log_p = torch.where(y>0, log_p*y, 0).sum(1)/y.sum(1).clamp(min=1e-12)
         cls = y.argmax(1)
