@@ -6,6 +6,7 @@ from .dense import *
 from .losses import *
 from .targets import *
 from .callback import *
+from .refined import *
 from .segmentation import *
 from .augmentation import *
 from .visualize import *

@@ -9,7 +9,6 @@ __all__ = ['rotations', 'joint_labels', 'aggregate_rotations', 'FRSKDSLACallback
 
 # %% ../nbs/05_augmentation.ipynb #1dbe3a39
 from fastai.basics import *
-from fastai.callback.mixup import MixHandler
 from .losses import *
 from .targets import *
 from .callback import *
@@ -57,8 +56,9 @@ class FRSKDSLACallback(FRSKDCallback):
     def _parts(self, maps, factor):
         learn = self.learn
         refined,teacher = self._teach(maps, factor)
-        self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
-        rotated = self._pop_maps()
+        with self._taps:
+            self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
+            rotated = self._pop_maps()
         refined_rotated,_ = self._teach(rotated, factor)
         logits,aggregated = {'student':learn.pred, 'teacher':teacher},{}
         joint,aggregation = 0.,0.
@@ -74,12 +74,8 @@ class FRSKDSLACallback(FRSKDCallback):
 
     def _joint_loss(self, logits):
         "Cross-entropy on the joint labels; under MixUp or CutMix, which mix two labels, on both"
-        learn = self.learn
-        loss = lambda y: F.cross_entropy(logits, joint_labels(y), reduction='none')
-        mix = first(o for o in learn.cbs if isinstance(o, MixHandler) and o.run)
-        if mix is None: return loss(learn.y).mean()
-        lam = torch.as_tensor(mix.lam, device=logits.device, dtype=logits.dtype).expand(len(learn.y)).repeat_interleave(4)
-        return torch.lerp(loss(mix.yb1[0]), loss(learn.y), lam).mean()
+        losses = [(F.cross_entropy(logits, joint_labels(y), reduction='none').view(-1, 4).mean(1), w) for y,w in self._targets]
+        return sum(loss*w for loss,w in losses).mean()
 
     def _weights(self, factor): return {**super()._weights(factor), 'aggregation':self.sla_weight}
 

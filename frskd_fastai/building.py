@@ -44,18 +44,26 @@ widths = (2.,1.5,1.,.75,.5,.25)
 def operations(
     model:nn.Module,
     *xb, # Inputs, tensors or lists of them
-)->int: # Operations, two a multiply-add
+)->int|None: # Operations, two a multiply-add; None where they can't be counted
     "What the convolutions and matrix multiplications of a forward pass take, as torch counts them"
-    with unnoticed(model), FlopCounterMode(display=False) as count: model(*xb)
-    return count.get_total_flops()
+    wanted = [p for p in model.parameters() if p.requires_grad] # torch's counter fails on views of these (class tokens, queries)
+    try:
+        for p in wanted: p.requires_grad_(False)
+        with unnoticed(model), FlopCounterMode(display=False) as count: model(*xb)
+        return count.get_total_flops()
+    except Exception as e:
+        warn(f"FRSKD: torch can't count this network's operations ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
+    finally:
+        for p in wanted: p.requires_grad_(True)
 
 def affordable_width(
     levels:list, # `Level`s of the student
     n_out:int, # Number of its logits
     depth:int, # Of the self-teacher
-    most:float, # Operations for one image
-)->float: # One of `widths`, the smallest where none is affordable
+    most:float|None, # Operations for one image; None where that isn't known
+)->float: # One of `widths`, the smallest where none is affordable; 1 where `most` isn't known
     "The largest width of a `SelfTeacher` whose forward pass takes at most `most` operations"
+    if most is None: return 1.
     def cost(width): # without memory or computation
         with same_random(), torch.device('meta'): teacher,feats = SelfTeacher([o.channels for o in levels], n_out, width, depth),[torch.empty(1, o.channels, *o.size) for o in levels]
         return operations(teacher, feats)

@@ -11,6 +11,7 @@ __all__ = ['FRSKDCallback']
 import weakref
 from numbers import Integral
 from fastai.basics import *
+from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.fp16_utils import convert_network
 from torch.nn.parallel import DistributedDataParallel
@@ -48,12 +49,13 @@ class FRSKDCallback(Callback):
         given = dict(alpha=alpha, beta=beta, temperature=temperature)
         check_options(**given, width=width, budget=budget, depth=depth, levels=levels, finest=finest, schedule=schedule, feature_loss=feature_loss, teacher=teacher)
         self._unset = [k for k,v in dict(**given, width=width, finest=finest).items() if v is None] # `build` knows the task
-        alpha,beta,temperature = (ifnone(v, default_settings(False, feature_loss)[k]) for k,v in given.items())
+        self._defaults = {k:v for k,v in default_settings(False, feature_loss).items() if k in given and k in self._unset}
+        alpha,beta,temperature = (self._defaults.get(k, v) for k,v in given.items())
         store_attr(but='teacher')
         self.own_teacher = teacher
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
-        self._learn=self._taps=self._watch=self._model=self._yb=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
-        self._overrides,self._half,self._paper,self._compiled,self.recorded,self._steps = [],False,None,{},[],[]
+        self._learn=self._taps=self._model=self._yb=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
+        self._overrides,self._watches,self._half,self._paper,self._compiled,self.recorded,self._steps = [],[],False,None,{},[],[]
         self.skipped = 0 # Steps of the last fit that were left out; known every 50 steps, and at the end of an epoch
 
     @classmethod
@@ -79,7 +81,7 @@ class FRSKDCallback(Callback):
         if any(isinstance(o, FRSKDCallback) for o in learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback; remove it first: `learn.remove_cb(FRSKDCallback)`")
         self.__dict__['_learn'] = learn
-        self._overrides = [Override(learn, 'create_opt', self._create_opt), Override(learn, 'save', partial(save_trained, self)), Override(learn, 'load', partial(load_trained, self))]
+        self._overrides = [Override(learn, 'create_opt', self._create_opt), Override(learn, 'save', partial(save_trained, self)), Override(learn, 'load', partial(load_trained, self)), Override(learn, 'export', self._export)]
         try:
             if learn.opt is not None: self._join()
         except BaseException:
@@ -113,7 +115,11 @@ class FRSKDCallback(Callback):
         if self._paper not in (None,self.dense):
             raise ValueError(f"FRSKD: these are the paper's settings for {'segmentation' if self._paper else 'classification'}, and the model {'labels pixels' if self.dense else 'labels images'}: take `FRSKDCallback.paper({'segmentation=True' if self.dense else ''})`")
         for k,v in default_settings(self.dense, self.feature_loss).items():
-            if k in self._unset: setattr(self, k, v)
+            if k not in self._unset: continue
+            if k in self._defaults: # a weight: unless the user has set it since
+                if getattr(self, k)!=self._defaults[k]: continue
+                self._defaults[k] = v
+            setattr(self, k, v)
         self.finest = min(self.finest, len(levels)-1)
         if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
             raise ValueError(f"FRSKD: {dense_levels}")
@@ -131,13 +137,14 @@ class FRSKDCallback(Callback):
         "All that trains beside the student, a `Companion`: the self-teacher and, if it has parameters, the feature loss"
         levels = [lv._replace(size=tuple(o.shape[-2:])) for lv,o in zip(levels, pooled([torch.empty(1,1,*lv.size) for lv in levels], self.finest))]
         if 'width' in self._unset and not self.dense and not self.own_teacher:
-            self.width = affordable_width(levels, pred.shape[1], self.depth, self.budget*operations(self.student, *xb)/len(xb[0]))
+            count = operations(self.student, *xb)
+            self.width = affordable_width(levels, pred.shape[1], self.depth, count and self.budget*count/len(xb[0]))
         make = self.own_teacher or (partial(DenseSelfTeacher, n_channels=max(1, round(64*self.width))) if self.dense else partial(SelfTeacher, width=self.width, depth=self.depth))
-        trained,self._feature_loss,self.refined_channels = build_companion(levels, pred.shape[1], pred.device, make, self.feature_loss if self.beta else None, self.dense)
+        trained,self._feature_loss,self.refined_channels = build_companion(levels, pred.shape[1], pred.device, make, self.feature_loss, self.dense)
         return trained
 
     @property
-    def _preact(self): return self.beta>0 and takes_preact(self.feature_loss)
+    def _preact(self): return takes_preact(self.feature_loss)
 
     def _join(self):
         if self.build().teacher is not None: join_opt(self.learn, self.trained)
@@ -167,7 +174,8 @@ class FRSKDCallback(Callback):
         if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
-        self._watch,self.skipped,self.trained_nothing = Override(learn, '_do_epoch', self._watched),0,False
+        self._watches = [Override(learn, '_do_epoch', self._watched), Override(learn, '_call_one', self._with_taps)]
+        self.skipped,self.trained_nothing = 0,False
 
     def before_train(self):
         self._cleanup_taps()
@@ -187,10 +195,11 @@ class FRSKDCallback(Callback):
     def after_loss(self):
         learn = self.learn
         if self._taps is None or not learn.training: return
+        if not comes_from(learn.pred, self._taps.out) and not self._is_compiled:
+            raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the feature maps aren't its. "
+                             "A callback replaces it; let it change the loss in place of the prediction.")
         maps = self._pop_maps()
         if not len(learn.yb): return
-        if any(o.kind=='BNC' for o in self.found_levels) and learn.xb[0].shape[-2]*self._hw[1]!=learn.xb[0].shape[-1]*self._hw[0]:
-            raise ValueError(f"FRSKD: the tokens' grid is known for images of {self._hw} and what has the same proportions, not for {tuple(learn.xb[0].shape[-2:])}; train with images of one shape")
         factor = self.factor
         single = len(maps[0][0])==1 and any(o.shape[-2:].numel()==1 for o in maps[0]) # no variance: BatchNorm takes its running statistics
         if single and not self._synced: self.trained.eval()
@@ -204,8 +213,10 @@ class FRSKDCallback(Callback):
             if self._guard.tell: self._guard.stop({'the batch of images':learn.xb, **{f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, maps[0]))}, **{f"the {dict(teacher='self-teacher').get(k, k).replace('soft_label', 'soft-label')} loss":v for k,v in parts.items()}}, learn.loss)
         self.losses = {k:v.detach() for k,v in parts.items()}
         self._record(factor)
-        if self.schedule=='trust': self.trust.update(maybe_gather(self.losses['teacher']) if self._distributed else self.losses['teacher']) # the mean over all processes
-        if self._columns: self._columns.add({**{f'{k}_loss':v for k,v in self.losses.items()}, **self._accuracy(logits.detach())}, len(logits))
+        if self.schedule=='trust': self.trust.update(self._log_p(logits))
+        if self._columns:
+            self._columns.add({f'{k}_loss':v for k,v in self.losses.items()}, len(logits))
+            self._add_accuracy(logits)
 
     def _record(self, factor):
         dev = self.losses['student'].device
@@ -221,11 +232,32 @@ class FRSKDCallback(Callback):
     def state_dict(self): return dict(recorded=list(self.recorded)) # for `Resumable`
     def load_state_dict(self, state): self.recorded = list(state['recorded'])
 
+    @property
+    def _targets(self):
+        "The targets that the loss function got, each with its weight: two under MixUp and CutMix"
+        mix = first(o for o in self.learn.cbs if isinstance(o, MixHandler) and o.run and getattr(o, 'stack_y', False))
+        return [(self.learn.yb[0],1.)] if mix is None else [(self.learn.yb[0],mix.lam),(mix.yb1[0],1-mix.lam)]
+
+    def _log_p(self, logits):
+        "Mean log-probability that the self-teacher's `logits` give to the right answers, over all processes"
+        sums = 0.
+        for y,w in self._targets:
+            try: a = answers(logits, y, self.multi_label, self._ignored)
+            except (ValueError,AttributeError) as e:
+                raise ValueError(f"FRSKD: the schedule 'trust' reads labels from the targets, and these have none that it knows ({e}). "
+                                 "Choose a schedule that needs none: `FRSKDCallback(schedule='ramp')`.") from e
+            if isinstance(w, Tensor): w = w.float().view(-1,1)
+            sums = sums + torch.stack([(torch.where(a.asked, a.log_p, 0)*w).sum(), (a.asked*w).sum()])
+        if self._distributed: sums = maybe_gather(sums[None]).sum(0)
+        return sums[0]/sums[1]
+
     def before_backward(self):
         if self._half and all(p.grad is None for p in self.student.parameters()): self.trained.zero_grad() # `NonNativeMixedPrecision` knows the model's alone, after a step and after an overflow
 
     def before_step(self):
-        if self._guard and self._taps is not None: self._guard.leave_out()
+        if self._taps is None: return
+        if not self._half: join_opt(self.learn, self.trained) # into an optimizer that has come since the fit began (`_half`: it holds copies)
+        if self._guard: self._guard.leave_out()
 
     def _parts(self, maps, factor):
         "The parts of the loss, by name and unweighted, and the self-teacher's logits"
@@ -243,11 +275,29 @@ class FRSKDCallback(Callback):
 
     def _pop_maps(self):
         "The student's feature maps of the last forward pass, as the self-teacher and as the feature loss read them"
-        maps = self._taps.pop()
+        maps = self._taps.pop(self._scale(self.learn.xb))
+        self._check_gradient(maps[0] if self._preact else maps)
         if self._cast: maps = to_float(maps)
         maps,pre = maps if self._preact else (maps,None)
         maps = pooled(maps, self.finest)
         return maps,pooled(pre, self.finest) if self._preact else maps
+
+    @property
+    def _is_compiled(self): return hasattr(self.student, '_orig_mod') or getattr(self.student, '_compiled_call_impl', None) is not None
+
+    def _scale(self, xb):
+        "Height and width of the images over those that the levels were found with; tokens become a map by it"
+        if any(o.kind=='BNC' for o in self.found_levels): return tuple(a/b for a,b in zip(xb[0].shape[-2:], self._hw))
+
+    def _check_gradient(self, maps):
+        "`ValueError` where the self-teacher's gradient would be lost on its way into a module that trains"
+        for lv,m,f in zip(self.found_levels, self._taps.modules, maps):
+            if f.requires_grad or not torch.is_grad_enabled(): continue
+            own = [p.requires_grad for p in m.parameters()]
+            if any(own) if own else all(p.requires_grad for p in self.student.parameters()):
+                raise ValueError(f"FRSKD: the feature map of level {lv.name!r} has no gradient, though its module trains: reentrant activation "
+                                 "checkpointing or `torch.no_grad` hides it. Use `checkpoint(..., use_reentrant=False)`, or name other levels: "
+                                 "`FRSKDCallback(levels=[...])`.")
 
     def run_both(self,
         *xb, # Inputs, as the model gets them
@@ -257,7 +307,7 @@ class FRSKDCallback(Callback):
         xb = to_device(xb, one_param(self.student).device)
         with Taps(self.student, self.found_levels) as taps, unnoticed(self.student, self.trained):
             pred = self.student(*xb)
-            maps = pooled(taps.pop(), self.finest)
+            maps = pooled(taps.pop(self._scale(xb)), self.finest)
             if not self._half: maps = to_float(maps) # the self-teacher is float32, whatever the student is
             refined,logits = self.teacher(maps)
         return maps,pred,refined,resize(logits, pred.shape[-2:]) if self.dense else logits
@@ -272,7 +322,7 @@ class FRSKDCallback(Callback):
         "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
         parts = {}
         if self.alpha: parts['soft_label'] = self._fast(soft_label_loss)(student, teacher, self.temperature, self.multi_label, self._keep)
-        if self.beta:
+        if self.beta or 'feature_loss' in self.trained: # its parameters take part in each step, where several processes train
             maps,refined = maps[1],[o.detach() for o in refined]
             if callable(self.feature_loss): maps,refined = to_float((maps,refined)) # ours see to it by themselves
             parts['feature'] = self._fast(self._feature_loss)(maps, refined)
@@ -333,6 +383,22 @@ class FRSKDCallback(Callback):
             unwrap_model(self.learn)
             raise
 
+    def _with_taps(self, call, event):
+        "Hooks are on the student from the end of `before_batch` to the next event: no callback ever copies, traces or writes them"
+        if self._taps is not None: self._taps.detach()
+        call(event)
+        if event=='before_batch' and self._taps is not None and self.learn.training: self._taps.attach()
+
+    def _export(self, export, *args, **kwargs):
+        "`learn.export` in the middle of a fit: without what is there for the fit only"
+        here,columns = self.learn.__dict__,self._columns
+        hidden = {o.name:here.pop(o.name) for o in (*self._watches, self._all_params) if o is not None and here.get(o.name) is o}
+        if columns: columns.remove()
+        try: return export(*args, **kwargs)
+        finally:
+            here.update(hidden)
+            if columns: columns.show()
+
     def _cleanup_taps(self):
         if self._taps is not None: self._taps.remove()
         if self._all_params is not None: self._all_params.remove()
@@ -341,24 +407,22 @@ class FRSKDCallback(Callback):
     def _cleanup(self):
         self._cleanup_taps()
         learn = self.learn
-        if self._watch is not None and learn.__dict__.get('_do_epoch') is self._watch: self._watch.remove()
+        for o in self._watches:
+            if learn.__dict__.get(o.name) is o: o.remove()
         if self._columns: self._columns.remove()
         if self._half: self.trained.float()
-        self._watch=self._columns=self._wrapped=self._guard = None
-        self._half,self._compiled = False,{}
+        self._columns=self._wrapped=self._guard = None
+        self._watches,self._half,self._compiled = [],False,{}
 
     # -- The progress table ------------------------------------------------------------------
     @property
-    def _part_names(self): return ['student','teacher'] + ['soft_label']*bool(self.alpha) + ['feature']*bool(self.beta)
+    def _part_names(self): return ['student','teacher','soft_label','feature'] # α and β may change: a part that isn't computed is NaN
 
-    def _accuracy(self, logits):
-        y = self.learn.yb[0]
-        if self.dense:
-            keep = self._keep
-            return {} if keep is None else {'teacher_accuracy':((logits.argmax(1)==pixel_labels(y))&keep).sum()/keep.sum().clamp(min=1)}
-        if self.multi_label: return {'teacher_accuracy':((logits>0)==(y.view_as(logits)>0.5)).float().mean()}
-        if y.shape==logits.shape[:1] and not y.is_floating_point(): return {'teacher_accuracy':(logits.argmax(1)==y).float().mean()}
-        return {}
+    def _add_accuracy(self, logits):
+        try: a = answers(logits, self.learn.yb[0], self.multi_label, self._ignored)
+        except (ValueError,AttributeError): return # targets that only the loss function knows
+        right,n = mean_where(a.right, a.keep)
+        self._columns.add({'teacher_accuracy':right/n.clamp(min=1)}, n)
 
     # A pickled Learner (`learn.export()`) is for inference: FRSKD is not in it, and it loads without this package
     def __reduce__(self): return Callback, (), {'learn':self.learn}

@@ -18,28 +18,34 @@ class TrainColumns:
         names:list, # Of the columns
     ):
         self.learn,self.metrics = learn,[ValueMetric(partial(self.mean, n), n) for n in names]
-        learn.metrics = learn.metrics + self.metrics
+        self.show()
         self.reset()
+
+    def show(self):
+        "Put the columns into the table"
+        self.learn.metrics = self.learn.metrics + self.metrics
 
     def reset(self):
         "At the start of an epoch"
-        self.sums,self.count = {},0
+        self.sums,self.counts = {},defaultdict(int)
 
     def add(self,
         values:dict, # Means over one batch, scalar tensors, by name
-        n:int, # Samples in the batch
+        n:int|Tensor, # Samples in the batch, or a scalar: how many of them, or of their answers, count
     ):
         "Take in one more batch; on the device, without waiting for it"
-        for k,v in values.items(): self.sums[k] = self.sums.get(k, 0) + v*n
-        self.count += n
+        for k,v in values.items():
+            self.sums[k] = self.sums.get(k, 0) + v*n
+            self.counts[k] += n
 
     def gather(self):
         "At the end of an epoch on several processes: means over all"
-        self.sums = {k:maybe_gather(v) for k,v in self.sums.items()} # the mean of the sums; each process has as many samples
+        both = lambda d: {k:maybe_gather(v) if isinstance(v, Tensor) else v for k,v in d.items()} # means of both
+        self.sums,self.counts = both(self.sums),defaultdict(int, both(self.counts))
 
     def mean(self, name):
-        "Of the epoch up to now; None for a quantity that there isn't"
-        return self.sums[name]/self.count if name in self.sums else None
+        "Over the epoch's batches up to now that had it; None where none had"
+        return self.sums[name]/self.counts[name] if name in self.sums else None
 
     def remove(self):
         "Take the columns away"

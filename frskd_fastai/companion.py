@@ -22,7 +22,12 @@ def join_opt(
     opt = learn.opt
     have = {id(p) for pg in opt.param_lists for p in pg}
     new = [p for p in module.parameters() if id(p) not in have]
-    if not new: return
+    if new: _append(learn, new, module)
+    slow = getattr(opt, 'slow_weights', None) # fastai's `Lookahead` pairs them with the parameters by their places
+    if slow: slow[-1] = L([*slow[-1], *(p.detach().clone() for p in opt.param_lists[-1][len(slow[-1]):])])
+
+def _append(learn, new, module):
+    opt = learn.opt
     lists = opt.param_lists
     lists[-1] = type(lists[-1])([*lists[-1], *new])
     opt.param_lists = lists
@@ -41,6 +46,8 @@ def leave_opt(
     if opt is None: return
     leaving = [p for p in module.parameters() if id(p) not in own]
     gone = {id(p) for p in leaving}
+    slow = getattr(opt, 'slow_weights', None)
+    if slow: slow[:] = [L(s for s,p in itertools.zip_longest(ss, pg[:len(ss)]) if id(p) not in gone) for ss,pg in zip(slow, opt.param_lists)]
     opt.param_lists = type(opt.param_lists)(type(pg)(p for p in pg if id(p) not in gone) for pg in opt.param_lists)
     for state in (opt.state, getattr(getattr(opt, 'opt', None), 'state', {})):
         for p in leaving: state.pop(p, None)
@@ -124,8 +131,8 @@ class Override:
         "Give the Learner its own method back"
         if self.own is not None: self.learn.__dict__[self.name] = self.own
         else: self.learn.__dict__.pop(self.name, None)
-    # An exported Learner gets its own method back, so that it doesn't need this package
-    def __reduce__(self): return getattr, (self.learn, self.name)
+    # A pickled Learner gets its own method back, so that it doesn't need this package; what it has from its model, from that
+    def __reduce__(self): return getattr, (self.learn if hasattr(type(self.learn), self.name) else self.learn.model, self.name)
     def __deepcopy__(self, memo): return deepcopied(self, memo)
 
 def deepcopied(

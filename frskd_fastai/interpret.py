@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/interpret.html.md"""
 __all__ = ['StudentComparison']
 
 # %% ../nbs/06_interpret.ipynb #df451e08
+from types import MethodType
 from fastai.vision.all import *
 from .features import *
 from .targets import *
@@ -15,22 +16,7 @@ from .callback import *
 from .visualize import class_names, label_text, _colors
 
 # %% ../nbs/06_interpret.ipynb #055d645d
-def _answers(
-    logits:Tensor, # B×C, or B×C×H×W
-    y:Tensor, # Targets
-    loss_func:Callable, # The Learner's
-)->tuple: # Four tensors B×N, an image's answers in a row: right?, the class asked for, probability of the right answer, does it count?
-    y,logits = pixel_labels(y).as_subclass(Tensor),logits.as_subclass(Tensor).float()
-    n = len(logits)
-    if is_multi_label(loss_func, (y,)):
-        y = y.view_as(logits)>.5
-        right,cls,p = (logits>0)==y,torch.arange(logits.shape[1], device=y.device).expand_as(y),torch.where(y, logits, -logits).sigmoid()
-        keep = torch.ones_like(right)
-    else:
-        keep = kept_pixels(y, ignored_labels(loss_func)) if y.ndim>1 else torch.ones_like(y, dtype=torch.bool)
-        cls = torch.where(keep, y, 0)
-        right,p = logits.argmax(1)==cls,logits.softmax(1).gather(1, cls[:,None])[:,0]
-    return tuple(o.reshape(n, -1) for o in (right,cls,p,keep))
+def _answers(logits, y, loss_func): return answers(logits, y, is_multi_label(loss_func, (y,)), ignored_labels(loss_func))
 
 def _names(learn, n): return class_names(learn.dls) or [str(o) for o in range(n)]
 
@@ -46,10 +32,10 @@ def agreement(self:FRSKDCallback,
         if len(yb)!=1: raise ValueError(f"FRSKD: to say who is right takes one tensor of targets, these data have {len(yb)}")
         _,student,_,teacher = self.run_both(*xb)
         y = to_device(yb[0], student.device)
-        (s,cls,_,keep),(t,*_) = (_answers(o, y, learn.loss_func) for o in (student,teacher))
-        kind = (2*~s+~t)[keep] # 0: both right, 1: only the student, 2: only the self-teacher, 3: both wrong
+        s,t = (_answers(o, y, learn.loss_func) for o in (student,teacher))
+        kind = (2*~s.right+~t.right)[s.keep] # 0: both right, 1: only the student, 2: only the self-teacher, 3: both wrong
         n = student.shape[1]
-        counts = counts + torch.bincount(4*cls[keep]+kind, minlength=4*n).view(n, 4).cpu()
+        counts = counts + torch.bincount(4*s.cls[s.keep]+kind, minlength=4*n).view(n, 4).cpu()
     return pd.DataFrame(counts, columns=['both right','only student','only self-teacher','both wrong'], index=_names(learn, n))
 
 @patch
@@ -73,35 +59,182 @@ def plot_agreement(self:FRSKDCallback,
     fig.legend(loc='outside upper center', ncols=4, fontsize=8)
     return ax
 
+# %% ../nbs/06_interpret.ipynb #5b0c7e21
+def _fastai(dl):
+    "torch's own data loader as one of fastai's"
+    return dl if hasattr(dl, 'new') else DataLoader(dl.dataset, bs=dl.batch_size, create_batch=dl.collate_fn)
+
+def _ordered(dl, **kwargs): return dl.new(shuffle=False, drop_last=False, **kwargs)
+
+def _lists(dl):
+    "fastai's lists of items behind a data loader, the inputs' and the targets'; empty where other data are behind it"
+    ds = dl.dataset
+    return list(ds.tls) if isinstance(ds, Datasets) else [ds] if isinstance(ds, TfmdLists) else []
+
+def _has_samples(dl):
+    "Is a plain list of samples behind a data loader, so that all transforms are its own?"
+    return isinstance(dl.dataset, (list,tuple,L)) and not _lists(dl)
+
+def _transforms(dl):
+    "All that a data loader does to an item"
+    steps = [getattr(dl, o) for o in ('create_item','after_item','before_batch','create_batch','after_batch')]
+    pipes = [o.tfms for o in _lists(dl)] + [o for o in steps if not isinstance(o, MethodType)] # a method is the default
+    return [f for p in pipes for f in getattr(p, 'fs', [p])]
+
+def _alike(a, b):
+    "Do two data loaders share their transforms?"
+    if _lists(a) and _lists(b): same = a.dataset.split_idx==b.dataset.split_idx
+    else: same = a.dataset is b.dataset or (_has_samples(a) and _has_samples(b))
+    ta,tb = _transforms(a),_transforms(b)
+    return same and len(ta)==len(tb) and all(x is y for x,y in zip(ta, tb))
+
+def _items(dl):
+    "The items, or samples, that a data loader goes through, in their order"
+    lists,idxs = _lists(dl),list(_ordered(dl).get_idxs())
+    items = lists[0].items if lists else dl.dataset
+    return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
+
+def _own_dl(learn, items):
+    "A data loader of `items` with the transforms that `learn` has for validation"
+    try:
+        dl = _ordered(learn.dls.test_dl(items, with_labels=True))
+        dl.dataset[0]
+    except Exception as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ValueError(f"FRSKD: one Learner's transforms can't take the items to compare on ({why}). "
+                         "Compare Learners whose data are made of the same kind of items.") from e
+    return dl
+
+def _same_inputs(a, b):
+    "Do two data loaders begin with the same inputs?"
+    a,b = (first(_ordered(o, num_workers=0)) for o in (a,b))
+    if a is None or b is None: return False
+    n = min(len(a[0]), len(b[0]))
+    a,b = (o[0][:n].as_subclass(Tensor).cpu().float() for o in (a,b))
+    return a.shape==b.shape and torch.allclose(a, b, atol=1e-5)
+
+def _same_items(a, b):
+    "Do two data loaders go through the same items?"
+    if a.dataset is b.dataset: return True
+    known = all(map(_lists, (a,b))) or all(map(_has_samples, (a,b)))
+    return equals(_items(a), _items(b)) if known else _same_inputs(a, b)
+
+def _same_pipeline(learners):
+    "Do two Learners make the same inputs of the same items?"
+    own = [_fastai(o.dls.valid) for o in learners]
+    if _alike(*own): return True
+    if not all(map(_lists, own)): return not any(map(_is_empty, own)) and _same_inputs(*own)
+    full = first(o for o in own if not _is_empty(o))
+    return full is not None and _same_inputs(*(_own_dl(o, _items(full)[:8]) for o in learners))
+
+def _is_empty(dl): return hasattr(dl.dataset, '__len__') and len(dl.dataset)==0
+
+# %% ../nbs/06_interpret.ipynb #9e4d1f86
+def _check_sets(own):
+    "`ValueError` where the validation sets of two Learners differ"
+    if _is_empty(own[0]): raise ValueError("FRSKD: the first Learner has no validation images, as one that was exported. "
+                                           "Say what to compare the two on: `dl=`.")
+    if _is_empty(own[1]) or _same_items(*own): return
+    raise ValueError("FRSKD: these two Learners have different validation sets: one may have trained on the other's images. "
+                     "Make both with the same `seed`, or pass `dl=learn.dls.test_dl(items, with_labels=True)`.")
+
+def _two_loaders(learners, dl):
+    "A data loader for each Learner: the same items in the same order, each with its Learner's own transforms"
+    own = [_fastai(o.dls.valid) for o in learners]
+    if dl is None: _check_sets(own)
+    given = _ordered(own[0] if dl is None else _fastai(dl))
+    if isinstance(given.dataset, Datasets) and len(given.dataset.tls)<=given.dataset.n_inp: _refuse_unlabelled()
+    alike = [_alike(given, o) for o in own]
+    if all(alike): return [given,given]
+    listed = all(map(_lists, (given,*own)))
+    samples = any(alike) and all(map(_has_samples, (given,*own)))
+    if listed or samples: return [given if same else _own_dl(o, _items(given)) for o,same in zip(learners, alike)]
+    bare = all(_has_samples(o) and not _transforms(o) for o in own)
+    if bare or _same_pipeline(learners): return [given,given]
+    raise ValueError("FRSKD: these two Learners may transform images differently, and the data loader's items aren't known. "
+                     "Pass `dl=learn.dls.test_dl(items, with_labels=True)`, or set `other.dls = learn.dls` if it fits both.")
+
+def _refuse_unlabelled():
+    raise ValueError("FRSKD: the data loader to compare on has no targets. "
+                     "Make it with them: `learn.dls.test_dl(items, with_labels=True)`.")
+
+class _Collect(Callback):
+    "Calls `collect` with the prediction and the targets of each batch"
+    name,order = 'gather_preds',200 # by this name loggers and trackers know to keep out; after all that changes predictions
+    def __init__(self, collect): self.collect = collect
+    def after_pred(self): self.collect(self.pred, self.yb)
+
+def _each(learn, dl, collect):
+    "Validate `learn` on `dl`, with its callbacks but without a trace; `collect` gets each batch's prediction and targets"
+    out = learn.cbs.filter(lambda o: isinstance(o, (Recorder,ProgressCallback)))
+    with unnoticed(learn.model), learn.removed_cbs(out), learn.validation_context(cbs=_Collect(collect)):
+        learn._do_epoch_validate(dl=dl)
+
+def _judge(learn, dl):
+    "N×3: how much of an image is right, the mean probability, the number of answers; and the labels"
+    rows,labels = [],[]
+    def _add(pred, yb):
+        if not len(yb): _refuse_unlabelled()
+        if not isinstance(pred, Tensor):
+            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. Compare those that return logits.")
+        a = _answers(pred, yb[0], learn.loss_func)
+        n = a.keep.sum(1)
+        mean = lambda o: (o*a.keep).sum(1)/n.clamp(min=1)
+        rows.append(torch.stack([mean(a.right), mean(a.log_p.exp()), n], dim=1).cpu())
+        if pred.ndim==2: labels.append(yb[0].as_subclass(Tensor).cpu())
+    _each(learn, dl, _add)
+    if not rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has: `dl=`.")
+    return torch.cat(rows),labels
+
+def _logits(learn, b):
+    preds = []
+    _each(learn, [b], lambda pred,yb: preds.append(pred.cpu()))
+    return preds[0]
+
+def _first_masks(dl, n=8):
+    "The first masks behind a data loader, before it resizes or crops them"
+    lists = _lists(dl)
+    return [np.array(lists[-1][i]) for i in list(dl.get_idxs())[:n]] if len(lists)>1 else []
+
+def _check_labels(a, b):
+    "`ValueError` where the labels of the same items differ, or their masks; a mask of another size tells nothing"
+    differ = lambda x,y: not np.array_equal(x, y) and (x.shape==y.shape or x.ndim<2)
+    bad = first(i for i,(x,y) in enumerate(zip(a, b)) if differ(x, y))
+    if bad is None and len(a)==len(b): return
+    raise ValueError(f"FRSKD: these two Learners label the same items differently, first item {bad or 0}. "
+                     "Compare Learners that were trained with the same labels.")
+
 # %% ../nbs/06_interpret.ipynb #c23850f1
 class StudentComparison:
     "Two Learners on the same images: where the one's answers are right and the other's are not"
     def __init__(self,
         learn:Learner, # With FRSKD; its validation set is what both are asked
-        other:Learner, # Without, or anything else to compare with
+        other:Learner, # Without, or anything else to compare with; an exported one, too
         names:tuple=('FRSKD','plain'), # Of the two
-        dl=None, # Another data loader with targets
+        dl:DataLoader|None=None, # Other items with targets, which each Learner gets through its own transforms
     ):
-        self.dl = ifnone(dl, learn.dls.valid).new(shuffle=False, drop_last=False)
         self.learners,self.names = (learn,other),names
         classes = [class_names(o.dls) for o in self.learners]
-        if classes[0]!=classes[1]: raise ValueError(f"FRSKD: these two Learners know different classes, {' and '.join(', '.join((o or ['none'])[:5]) for o in classes)}, …: compare models of the same data")
-        items = [getattr(o.dls.valid.dataset, 'items', None) for o in self.learners]
-        if dl is None and all(isinstance(o, (list,L)) and len(o) and isinstance(o[0], (str,Path)) for o in items) and list(items[0])!=list(items[1]): raise ValueError("FRSKD: these two Learners have different validation sets, so one may have trained on the images of the other's: make both with the same DataLoaders or the same `seed`, or say what to compare them on, `dl=learn.dls.test_dl(items, with_labels=True)`")
-        right,p = [],[]
-        for b in self.dl:
-            both = [_answers(self._logits(o, b), to_device(b[1], one_param(o.model).device), learn.loss_func) for o in self.learners]
-            keep = both[0][3]
-            mean = lambda o: ((o*keep).sum(1)/keep.sum(1).clamp(min=1)).cpu()
-            right.append(torch.stack([mean(o[0]) for o in both], dim=1)); p.append(torch.stack([mean(o[2]) for o in both], dim=1))
-        if not right: raise ValueError("FRSKD: the first Learner has no validation images (an exported one has no data): say what to compare the two on, `dl=`")
-        self.right,self.probs = torch.cat(right),torch.cat(p) # N×2, of each image: part of the answers that are right, mean probability of the right answer
+        if classes[0]!=classes[1]:
+            known = ' and '.join(', '.join((o or ['none'])[:5]) for o in classes)
+            raise ValueError(f"FRSKD: the two Learners know different classes, {known}, …: compare models of the same data")
+        self.loaders = _two_loaders(self.learners, dl) # of each Learner
+        (one,said),(two,labels) = self._judged()
+        if len(one)!=len(two): raise ValueError(f"FRSKD: the two Learners' loaders have {len(one)} and {len(two)} images. "
+                                                "Compare on a data set with a length.")
+        _check_labels(said, labels)
+        both = torch.stack([one, two], dim=1)
+        both[(both[...,2]==0).any(1)] = 0 # nothing counts in what one of the two sees
+        # N×2, of each image: part of the answers that are right, mean probability of the right answer
+        self.right,self.probs = both[...,0],both[...,1]
+
+    def _judged(self):
+        "Of each Learner: what `_judge` says, and its labels or some masks"
+        res = [_judge(o, dl) for o,dl in zip(self.learners, self.loaders)]
+        if self.loaders[0] is self.loaders[1]: return [(rows,[]) for rows,_ in res]
+        return [(rows,list(torch.cat(l)) if l else _first_masks(dl)) for (rows,l),dl in zip(res, self.loaders)]
 
     def __repr__(self): return self.counts().to_string(index=False)
-
-    @staticmethod
-    def _logits(learn, b):
-        with unnoticed(learn.model): return learn.model(to_device(b[0], one_param(learn.model).device))
 
     def counts(self)->pd.DataFrame: # Numbers of images: how many each of the two does better, and p, the chance of a split as uneven as this or more if both were equally good (sign test)
         "In how many images the two differ, and whether that may be chance"
@@ -121,16 +254,27 @@ class StudentComparison:
         better,worse = [i for i in order if gain[i]>0][:(n+1)//2],[i for i in reversed(order) if gain[i]<0][:n//2]
         pick = better+worse
         if not pick: raise ValueError(f"FRSKD: {self.names[0]} and {self.names[1]} don't differ on any image")
-        dl = self.dl.new(bs=len(pick), num_workers=0, get_idxs=lambda: pick)
-        b = dl.one_batch()
-        images,logits = dl.decode_batch(b, max_n=len(pick)),[self._logits(o, b).cpu() for o in self.learners]
+        batches = [self._batch(dl, pick) for dl in self.loaders]
+        logits = [_logits(o, b) for o,b in zip(self.learners, batches)]
+        images = self._decoded(self.loaders[0], batches[0])
         draw = self._masks if logits[0].ndim==4 else self._titles
-        fig = draw(images, b, logits, pick, size)
+        fig = draw(images, batches, logits, pick, size)
         fig.suptitle(f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}", fontsize=9)
         return fig
 
-    def _titles(self, images, b, logits, pick, size):
-        cols,names,multi = min(4, len(pick)),_names(self.learners[0], logits[0].shape[1]),is_multi_label(self.learners[0].loss_func, (b[1],))
+    def _batch(self, dl, pick):
+        if not dl.indexed: raise ValueError("FRSKD: the images of an iterable data set can't be looked up. "
+                                            "To show them, compare on a data set with an index.")
+        idxs = list(dl.get_idxs())
+        return dl.new(bs=len(pick), num_workers=0, get_idxs=lambda: [idxs[i] for i in pick]).one_batch()
+
+    def _decoded(self, dl, b):
+        if hasattr(dl, 'decode_batch'): return dl.decode_batch(b, max_n=len(b[0]))
+        return [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
+
+    def _titles(self, images, batches, logits, pick, size):
+        cols,names = min(4, len(pick)),_names(self.learners[0], logits[0].shape[1])
+        multi = is_multi_label(self.learners[0].loss_func, (batches[0][1],))
         rows = -(-len(pick)//cols)
         fig,axs = plt.subplots(rows, cols, figsize=(size*cols*1.2, size*rows*1.45), squeeze=False, layout='constrained')
         for ax in axs.flat: ax.axis('off')
@@ -141,14 +285,18 @@ class StudentComparison:
             ax.set_title('\n'.join([label_text(y), *lines]), fontsize=8, wrap=True)
         return fig
 
-    def _masks(self, images, b, logits, pick, size):
-        y,(h,w) = pixel_labels(b[1]).as_subclass(Tensor).cpu(),logits[0].shape[-2:]
-        keep = kept_pixels(y, ignored_labels(self.learners[0].loss_func))
+    def _masks(self, images, batches, logits, pick, size):
+        wrong,(h,w) = [],logits[0].shape[-2:]
+        for o,(_,y,*_),l in zip(self.learners, batches, logits):
+            y = pixel_labels(y).as_subclass(Tensor).cpu()
+            keep = kept_pixels(y, ignored_labels(o.loss_func))
+            wrong.append(np.ma.masked_where(~keep, l.as_subclass(Tensor).argmax(1)!=y))
         fig,axs = plt.subplots(len(pick), 3, figsize=(size*3.6, size*1.2*len(pick)*h/w+.4), squeeze=False, layout='constrained')
-        for row,(image,*_),yi,k,i,*ls in zip(axs, images, y, keep, pick, *logits):
+        colors = matplotlib.colors.ListedColormap(['#DDDDDD',_colors[1]])
+        for row,(image,*_),i,*maps in zip(axs, images, pick, *wrong):
             show_image(image, ctx=row[0])
-            for ax,l,r in zip(row[1:], ls, self.right[i]):
-                ax.imshow(np.ma.masked_where(~k, l.as_subclass(Tensor).argmax(0)!=yi), cmap=matplotlib.colors.ListedColormap(['#DDDDDD',_colors[1]]), vmin=0, vmax=1, interpolation='nearest')
+            for ax,m,r in zip(row[1:], maps, self.right[i]):
+                ax.imshow(m, cmap=colors, vmin=0, vmax=1, interpolation='nearest')
                 ax.axis('off')
                 ax.set_title(f'{r:.1%} right', fontsize=8)
         for ax,who in zip(axs[0,1:], self.names): ax.set_title(f'wrong, {who}\n{ax.get_title()}', fontsize=8)

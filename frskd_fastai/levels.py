@@ -15,6 +15,11 @@ from fastai.vision.models.unet import DynamicUnet, UnetBlock
 from .features import *
 
 # %% ../nbs/01_levels.ipynb #2d049f02
+def _grid(n, hw):
+    "The grid of `n` patches in an image of height and width `hw`, or None"
+    h = round(math.sqrt(n*hw[0]/hw[1]))
+    if n>=4 and h and n%h==0 and h*hw[1]==n//h*hw[0]: return h,n//h
+
 def _read(name, o, bs, hw, grids=()):
     "The `Level` that `o`, the output of module `name`, can be for `bs` images of height and width `hw`, or None. `grids` are sizes of maps seen before: patches that tokens may stand for"
     if not (isinstance(o, Tensor) and o.is_floating_point() and o.ndim in (3,4) and len(o)==bs): return None
@@ -26,27 +31,86 @@ def _read(name, o, bs, hw, grids=()):
     n,c = o.shape[1:]
     grid = first(g for g in reversed(list(grids)) if 0<=n-g[0]*g[1]<=8 and g!=(1,1)) # class and register tokens come first
     if grid: return Level(name, c, grid, 'BNC', n-grid[0]*grid[1])
-    h = round(math.sqrt(n*hw[0]/hw[1])) # tokens that were pooled have a grid that no map had
-    if n>=4 and grids and h and n%h==0 and h*hw[1]==n//h*hw[0]: return Level(name, c, (h,n//h), 'BNC')
+    grid = _grid(n, hw) if grids else None # tokens that were pooled have a grid that no map had
+    if grid: return Level(name, c, grid, 'BNC')
 
 def _is_global_pool(m, size): return size==(1,1) and bool(re.search('(Adaptive|Global|Select).*Pool', type(m).__name__))
 
-def _run(model, xb):
-    "One recorded forward pass: the order in which modules finish, as dicts with the levels that input and output can be and the convolutions seen so far"
-    calls,convs,hooks,grids,bs,hw = {},[0],[],{},len(xb[0]),tuple(xb[0].shape[-2:])
+def _is_attention(o):
+    "Whether the rows of the maps `o` are weights: not negative, with a sum of 1, as softmax leaves them"
+    if o.shape[-1]<2 or not o.numel() or abs(o[0,0,0].sum()-1)>1e-2: return False
+    return bool((o>=0).all() and ((o.sum(-1)-1).abs()<1e-2).all())
+
+def _node(pred):
+    "The autograd node of the first tensor in the prediction `pred` that has one, or None"
+    if isinstance(pred, Tensor): return pred.grad_fn
+    if isinstance(pred, dict): pred = list(pred.values())
+    return first(filter(None, map(_node, pred))) if isinstance(pred, (tuple,list)) else None
+
+def _trunk(pred, images):
+    "The autograd nodes on every path from the node `pred` back to the nodes `images`; none where no path leads there"
+    order,seen,stack = [],set(),[(pred,False)] # `order`: a node comes after those that it was computed from
+    while stack:
+        o,done = stack.pop()
+        if done: order.append(o)
+        elif o not in seen:
+            seen.add(o)
+            stack += [(o,True)] + [(i,False) for i,_ in o.next_functions if i is not None]
+    at = {} # positions of the nodes on the paths
+    for o in order:
+        if o in images or any(i in at for i,_ in o.next_functions): at[o] = len(at)
+    trunk,low = set(),len(at) # a node is bypassed if an edge leads from a later node to an earlier one, at `low`
+    for o in reversed(at):
+        if at[o]<=low: trunk.add(o)
+        low = min([low, *(at[i] for i,_ in o.next_functions if i in at)]) if o not in images else -1
+    return trunk
+
+def _record(model, xb, graph):
+    "As `_run`; an error with `graph` remains an error"
+    calls,nodes,images,hooks,grids,convs = {},{},[],[],{},0
+    bs,hw = len(xb[0]),tuple(xb[0].shape[-2:])
     def _after(name, m, inp, out):
-        if isinstance(m, nn.modules.conv._ConvNd): convs[0] += 1
+        nonlocal convs
+        convs += isinstance(m, nn.modules.conv._ConvNd)
         first_map = first(o for o in inp if isinstance(o, Tensor) and o.ndim in (3,4))
         lv = _read(name, out, bs, hw, grids)
-        if lv is not None and out.ndim==4: grids[lv.size] = None
-        calls[name] = dict(order=len(calls), inp=_read(name, first_map, bs, hw, grids), out=None if name in calls else lv, convs=convs[0]) # run twice, it has no single map
+        if lv is not None and out.ndim==4:
+            if _is_attention(out.detach()): lv = None
+            else: grids[lv.size] = None
+        if not grids and isinstance(out, Tensor) and out.ndim==4 and len(out)%bs==0: # a map for each patch
+            grid = _grid(len(out)//bs, hw)
+            if grid: grids[grid] = None
+        if name in calls: lv = None # run twice, it has no single map
+        if lv is not None: nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
+        calls[name] = dict(order=len(calls), inp=_read(name, first_map, bs, hw, grids), out=lv, convs=convs, trunk=None)
+    def _traced(x):
+        if not (isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()): return x
+        x = x.detach().requires_grad_().clone()
+        images.append(x.grad_fn)
+        return x
     try:
         for n,m in model.named_modules(): hooks.append(m.register_forward_hook(partial(_after, n)))
-        with unnoticed(model): pred = model(*xb)
+        with unnoticed(model), torch.set_grad_enabled(graph): pred = model(*(map(_traced, xb) if graph else xb))
     finally:
         for h in hooks: h.remove()
-    return calls,pred
+    root = _node(pred)
+    trunk = _trunk(root, images) if images and root is not None and 'hidden' not in nodes.values() else None
+    if trunk:
+        for n,o in nodes.items(): calls[n]['trunk'] = o in trunk
+    return calls,pred.detach() if isinstance(pred, Tensor) else pred
 
+def _run(model, xb, graph=True):
+    """One recorded forward pass: the order in which modules finish, as dicts with the levels that input and output
+    can be and the convolutions seen so far. With `graph`, `trunk` says whether all that the images contribute to
+    the prediction passes through the output; it is None where autograd can't tell"""
+    if graph:
+        forget = torch.autograd.graph.saved_tensors_hooks(lambda o: None, noop) # no backward pass follows
+        try:
+            with forget: return _record(model, xb, True)
+        except Exception: pass # the model doesn't run with gradients, or not at all
+    return _record(model, xb, False)
+
+# %% ../nbs/01_levels.ipynb #7d1f0c52
 def _spread(os, n):
     "`n` of `os` at equal distances, the last one among them"
     n = min(n, len(os))
@@ -76,12 +140,17 @@ def decoder_names(
     return [name for name,m in model.named_modules() if isinstance(m, UnetBlock)][::-1][:n]
 
 def _blocks(model, calls, n):
-    "`n` of the transformer blocks in `model`: most children of one kind and output, one after the other"
+    """`n` of the transformer blocks in `model`: most children of one kind and output, one after the other. Of those
+    that don't return tokens themselves, the last module inside that does"""
     found = []
+    tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # as they finish
     for name,m in model.named_modules():
         for _,kids in itertools.groupby(m.named_children(), key=lambda o: type(o[1])):
-            lvs = [calls.get(f'{name}.{k}' if name else k, {}).get('out') for k,m in kids if any(True for _ in m.parameters())]
-            lvs = [o for o in lvs if o is not None and o.kind=='BNC']
+            kids = [f'{name}.{k}' if name else k for k,m in kids if any(True for _ in m.parameters())]
+            lvs = [tokens[k] for k in kids if k in tokens]
+            if len(lvs)<2:
+                inner = [last(o for k,o in tokens.items() if k.startswith(f'{kid}.')) for kid in kids]
+                lvs = [o for o in inner if o is not None]
             if len(lvs)>len(found) and len({o[1:] for o in lvs})==1: found = lvs
     return _spread(found, n)
 
@@ -92,20 +161,64 @@ def _pieces(name, m, calls):
     if whole: return [(name,m)]
     return [p for n,k in kids for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
+def _falling(pieces):
+    """Of `pieces` those of falling resolution, without the stem. At equal resolution one on the trunk comes first,
+    then the one with more channels, then the last one"""
+    found = []
+    def _rank(c):
+        if c['trunk'] is None: return ()
+        return c['trunk'], 0 if c['trunk'] else c['out'].channels
+    for c in pieces:
+        size,last_size = c['out'].size,found[-1]['out'].size if found else None
+        if size==last_size:
+            if _rank(c)>=_rank(found[-1]): found[-1] = c
+        elif not found or all(a<=b for a,b in zip(size, last_size)): found.append(c)
+    body = [c for c in found if c['convs']>1]
+    return body if len(body)>1 else [c for c in found if c['convs']>0]
+
+def _ordered(model, calls):
+    """The calls of the pieces before the global pooling, in the order in which they finish. For those on the trunk,
+    `convs` leaves out a side branch that ran before it, on maps that aren't larger"""
+    pieces = sorted(((calls[n],m) for n,m in _pieces('', model, calls)), key=lambda o: o[0]['order'])
+    start = first(c['order'] for c,_ in pieces if c['trunk'])
+    res,own,convs = [],[],0
+    for i,(c,m) in enumerate(pieces):
+        goes_on = any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # so this pooling is a side branch's
+        if _is_global_pool(m, c['out'].size) and (c['trunk'] or not goes_on): break
+        own.append((c,c['convs']-convs))
+        convs = c['convs']
+        leads = lambda o: o['order']>=start or math.prod(o['out'].size)>math.prod(c['out'].size)
+        res.append(dict(c, convs=sum(k for o,k in own if leads(o)) if c['trunk'] else convs))
+    return res
+
+def _in_attention(c, tokens):
+    "Whether a call beside the trunk gives heads×tokens×..., for one of the numbers of `tokens`"
+    return c['trunk'] is False and c['out'].kind=='BCHW' and c['out'].size[0] in tokens
+
 def _search(model, calls, n):
     "The deepest `n` levels of falling resolution"
-    found = []
-    pieces = [(calls[name],name,m) for name,m in _pieces('', model, calls)]
-    for c,name,m in sorted(pieces, key=lambda o: o[0]['order']):
-        lv = c['out']
-        if _is_global_pool(m, lv.size): break
-        last = found[-1][0] if found else None
-        if   not found or (lv.size!=last.size and all(a<=b for a,b in zip(lv.size, last.size))): found.append((lv,c['convs']))
-        elif lv.size==last.size: found[-1] = lv,c['convs']
-    body = [lv for lv,convs in found if convs>1]
-    return (body if len(body)>1 else [lv for lv,convs in found if convs>0])[-n:]
+    tokens = {math.prod(o.size)+o.prefix for o in (c['out'] for c in calls.values()) if o and o.kind=='BNC'}
+    pieces = [c for c in _ordered(model, calls) if not _in_attention(c, tokens)]
+    trunk = _falling([c for c in pieces if c['trunk']])
+    if len(trunk)<2: return [c['out'] for c in _falling(pieces)[-n:]]
+    found = _falling(pieces[first(i for i,c in enumerate(pieces) if c['trunk']):])
+    # a network of several paths has more levels than its trunk, and they lead back to it or end with as many channels
+    several = len(found)>len(trunk) and (found[-1]['trunk'] or found[-1]['out'].channels>=trunk[-1]['out'].channels)
+    return [c['out'] for c in (found if several else trunk)[-n:]]
+
+def _uncertain(model, calls, found):
+    "Whether a level in `found` is beside the trunk, or a later map of its size that is has as many channels or more"
+    if any(calls[lv.name]['trunk'] is False for lv in found): return True
+    if len({lv.size for lv in found})==1: return False # transformer blocks
+    beside = [c for c in _ordered(model, calls) if c['trunk'] is False]
+    def _passed_over(c, lv):
+        later = c['order']>calls[lv.name]['order']
+        return later and c['out'].size==lv.size and c['out'].channels>=lv.channels
+    return any(_passed_over(c, lv) for lv in found for c in beside)
 
 # %% ../nbs/01_levels.ipynb #c0104f85
+def _listed(levels): return ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in levels)
+
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
@@ -116,12 +229,16 @@ def find_levels(
         for n in levels: get_level(model, n)
         if len(set(levels))<len(levels): raise ValueError(f"FRSKD: a level is named twice: {list(levels)}")
     if xb[0].ndim!=4: raise ValueError(f"FRSKD serves networks for images, B×C×H×W; these inputs are of shape {tuple(xb[0].shape)}")
-    calls,pred = _run(model, xb)
+    decoder = decoder_names(model, levels) if isinstance(levels, Integral) else []
+    calls,pred = _run(model, xb, graph=isinstance(levels, Integral) and len(decoder)<2)
+    unsure = False
     if isinstance(levels, Integral):
-        found = [calls[n]['out'] for n in decoder_names(model, levels) if calls[n]['out']]
+        found = [calls[n]['out'] for n in decoder if calls[n]['out']]
         if len(found)<2: found = _feature_info(model, calls, levels)
-        if len(found)<2: found = _search(model, calls, levels)
-        if len(found)<2: found = _blocks(model, calls, levels)
+        if len(found)<2:
+            found = _search(model, calls, levels)
+            if len(found)<2: found = _blocks(model, calls, levels)
+            unsure = _uncertain(model, calls, found)
     else:
         with Taps(model, levels) as taps, unnoticed(model):
             model(*xb)
@@ -129,10 +246,13 @@ def find_levels(
         found = [calls[n]['out'] or as_map(o, Level(n, None, None)) for n,o in zip(levels, outs)] # the latter raises
         found = sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of one size keep the user's order
     if len(found)<2:
-        got = ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in found) or 'none'
+        got = _listed(found) or 'none'
         if isinstance(pred, Tensor) and pred.ndim==4 and isinstance(levels, Integral): raise ValueError(f"FRSKD: {_no_decoder if isinstance(model, DynamicUnet) else dense_levels}")
         raise ValueError(f"FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution, in the model; found: {got}, for inputs of shape {tuple(xb[0].shape)}; a map has one entry for each of the inputs. "
                          "Use larger images, or name the modules: `FRSKDCallback(levels=[...])`.")
+    if unsure and not rank_distrib():
+        warn(f"FRSKD: the network has side branches, so its levels are uncertain; using {_listed(found)}. "
+             "To use others, name them: `FRSKDCallback(levels=[...])`.")
     return L(found),pred
 
 # %% ../nbs/01_levels.ipynb #a59d86ef

@@ -21,7 +21,8 @@ def soft_label_loss(
 )->Tensor: # Scalar, float32
     """KL( softmax(t/K) ‖ softmax(s/K) ) · K², summed over classes, mean over the batch and, for segmentation, over its pixels (paper section 3.2, L_KD).
     The sigmoid form, for multi-label targets, is the same for each class's yes and no, and the mean over batch and classes, as in binary cross-entropy"""
-    s,t = (o.float()/temperature for o in (student,teacher.detach()))
+    left_out = student.detach().isinf() # a class that the student leaves out, by −inf on its logits, is left out of both
+    s,t = (o.float().masked_fill(left_out, -1e9)/temperature for o in (student,teacher.detach()))
     if student.ndim==4:
         kl = F.kl_div(F.log_softmax(s, dim=1), F.log_softmax(t, dim=1), reduction='none', log_target=True).sum(1)
         return (kl.mean() if keep is None else (kl*keep).sum()/keep.sum().clamp(min=1)) * temperature**2
@@ -138,20 +139,19 @@ def late_ramp(
     return 0. if pct<2/3 else math.exp(-5*(3-3*pct)**2)
 
 class Trust:
-    "The factor by which the student follows the self-teacher: exp(−label loss of the self-teacher), the loss as a running mean"
+    "How much the student follows the self-teacher: the probability that it gives to the right answer, as a running geometric mean"
     def __init__(self,
         beta:float=0.95, # Part of the running mean that a new batch leaves in place
-    ): self.beta,self.loss = beta,None
+    ): self.beta,self.loss = beta,None # the running mean of −log p, infinite before the first finite one
 
     def update(self,
-        loss:Tensor, # The self-teacher's label loss on one batch
+        log_p:Tensor, # Log-probability that the self-teacher gives to the right answers of one batch, their mean; a scalar
     ):
-        "Take in the loss of one more batch; one that is not finite leaves the mean as it was"
-        loss = loss.detach()
-        if self.loss is None: self.loss = loss.nan_to_num(nan=10., posinf=10.)
-        else:
-            new = torch.lerp(loss, self.loss, self.beta)
-            self.loss = torch.where(new.isfinite(), new, self.loss)
+        "Take in one more batch; a value that is not finite leaves the mean as it was"
+        loss = -log_p.detach()
+        if self.loss is None: self.loss = torch.full_like(loss, math.inf)
+        new = torch.where(self.loss.isinf(), loss, torch.lerp(loss, self.loss, self.beta))
+        self.loss = torch.where(new.isfinite(), new, self.loss)
 
     @property
     def factor(self):

@@ -19,7 +19,7 @@ from .resume import *
 
 # %% ../nbs/09_options.ipynb #538fc7c2
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
-more_results = ('predictions.png','differences.png') # of segmentation, and of --compare
+more_results = ('predictions.png','differences.png','refined.pkl') # of segmentation, of --compare, of --keep-refined
 
 # The metrics of each task: columns of the progress table, and their names in the summary; the first one is in the picture
 tasks = dict(classification={'accuracy':'accuracy'}, segmentation={'mean_iou':'mean IoU','pixel_accuracy':'pixel accuracy'})
@@ -50,6 +50,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--width', type=number(float, 0, True, high=64), help="channels of the self-teacher per channel of the student (default: 2, or less for a student with many channels); for segmentation its channels are 64 times this (default: 1)")
     p.add_argument('--seed', type=number(int, 0), default=0, help="of the split, the initial weights and the order of the data")
     p.add_argument('--compare', action='store_true', help="train the same model plain too, with the same seed, and report both")
+    p.add_argument('--keep-refined', action='store_true', help="export the refined model as well, student and self-teacher as one network, to refined.pkl")
     p.add_argument('--resume', type=folder, metavar='DIR', help="go on with the training whose results were to go to DIR, after its last whole epoch and with its options")
     return results_options(p, 'frskd-results')
 

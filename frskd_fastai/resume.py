@@ -17,7 +17,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from .checkpoint import *
 from .companion import deepcopied
-from .guard import not_finite
+from .guard import count_not_finite, not_finite
 
 class CheckpointError(RuntimeError): "A checkpoint can't be read or written; the message is one line that says why"
 class NoCheckpoint(CheckpointError): "There are checkpoints, and none that can be used"
@@ -125,6 +125,7 @@ class Resumable(SkipToEpoch):
     ):
         super().__init__(0)
         self.path,self.about,self.fit_no,self._paused,self._state = Path(path),about or {},0,[],None
+        self.at_start = {} # what wasn't finite when the training began, see `count_not_finite`
 
     @property
     def files(self):
@@ -140,6 +141,7 @@ class Resumable(SkipToEpoch):
         if any(isinstance(o, NonNativeMixedPrecision) for o in self.learn.cbs): raise CheckpointError("FRSKD: `Resumable` can't keep the float32 weights of `to_non_native_fp16`; use `to_fp16`")
         if self.path.exists() and not self.path.is_dir(): raise CheckpointError(f"FRSKD: {self.path} is a file; name a folder for the checkpoints")
         self._state,self._skip_to = self._newest(),0
+        if self._state is None: self.at_start = count_not_finite(get_model(self.learn.model).state_dict())
         fit = -1 if self._state is None else self._state['fit']
         if fit<self.fit_no:
             self._state = None
@@ -164,7 +166,7 @@ class Resumable(SkipToEpoch):
     @property
     def _worth(self):
         "Not an epoch that has ruined the model, nor one whose steps were all left out: what is kept is from before"
-        lost = not_finite(get_model(self.learn.model).state_dict())
+        lost = not_finite(get_model(self.learn.model).state_dict(), self.at_start)
         return not lost and not any(vars(cb).get('trained_nothing') for cb in self.learn.cbs)
 
     def after_fit(self):
@@ -182,7 +184,8 @@ class Resumable(SkipToEpoch):
     def _save(self, epoch):
         "Keep the state after `epoch` epochs of this fit"
         file = self.path/f'{self.fit_no}-{epoch:04}.pth'
-        state = dict(fit=self.fit_no, epoch=epoch, length=self._length, about=self.about, callbacks=callback_states(self.learn), random=_of_all_processes(random_states(self.dls)))
+        state = dict(fit=self.fit_no, epoch=epoch, length=self._length, about=self.about, at_start=self.at_start,
+                     callbacks=callback_states(self.learn), random=_of_all_processes(random_states(self.dls)))
         buffer = io.BytesIO() # in memory first: torch's own writer can end the process where the disk is full
         save_with(self.learn.save, self.learn, 'resume', state, buffer)
         if rank_distrib(): return
@@ -214,10 +217,12 @@ class Resumable(SkipToEpoch):
             if bad: raise ValueError(bad)
             saved = read_checkpoint(self.learn, io.BytesIO(data))
             s = saved['opt']['resume']
+            at_start = s['at_start']
             other = self._differs(saved, s)
         except OSError as e: raise CheckpointError(f"{what} can't be read ({e.strerror or e})") from e
         except Exception as e: raise CheckpointError(f"{what} is damaged, or none of a resumable fit") from e
         if other: raise CheckpointError(f"{what} is of another training: {other}")
+        self.at_start = at_start # the training's, whatever the program has loaded since
         if s['fit']!=self.fit_no: return s
         try:
             with warnings.catch_warnings():

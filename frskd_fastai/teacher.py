@@ -21,7 +21,7 @@ def _down(x, size):
     if x.shape[-2:]==size: return x
     if not all(s==(o+1)//2 for s,o in zip(size, x.shape[-2:])): return F.adaptive_max_pool2d(x, size)
     # "same" padding: an odd side gets one row before and one after, an even one gets one after, which is what `ceil_mode` allows
-    return F.max_pool2d(x, 3, stride=2, padding=tuple(o%2 for o in x.shape[-2:]), ceil_mode=True)
+    return F.max_pool2d(x, 3, stride=2, padding=tuple(int(o)%2 for o in x.shape[-2:]), ceil_mode=True)
 
 # %% ../nbs/01_teacher.ipynb #f485a341
 def _project(ni, nf):
@@ -31,6 +31,7 @@ def _project(ni, nf):
 def _weighted(p, x, w):
     "P of `x`, times the weights `w`, one or one a channel, none of them negative"
     conv,norm,relu = p
+    if torch.jit.is_tracing(): return relu(norm(conv(x))*w.view(-1,1,1)) # the same; the tracer takes no `functional_call`
     return relu(functional_call(norm, {'weight':norm.weight*w, 'bias':norm.bias*w}, conv(x)))
 
 def _node(d, depth):

@@ -18,11 +18,13 @@ import frskd_fastai
 from .callback import *
 from .command import *
 from .data import *
+from .features import unnoticed
 from .guard import not_finite
 from .launch import *
 from .options import *
 from .segmentation import MeanIoU, PixelAccuracy, efficientnet_bifpn
 from .recipes import *
+from .refined import *
 from .resume import *
 from .visualize import *
 from .interpret import *
@@ -110,14 +112,15 @@ def _fit(learn, args, lr):
     with together(learn), ending, learn.added_cbs(keep): _train(learn, args, lr)
     if n_processes()>1: # in the fit, fastai shares out the validation images and repeats some, so that all processes have as many
         with learn.no_bar(): learn.history.rows[-1].update(zip(('valid_loss',*tasks[args.task]), learn.validate()))
+    _check(learn, args, keep.at_start)
     return learn.history.seconds
 
-def _check(learn, run, args):
+def _check(learn, args, at_start):
     "`FloatingPointError` where a training has diverged: there is no student to export"
     loss = learn.history.rows[-1]['valid_loss']
-    lost = not_finite(dict(learn.model.named_parameters()))
-    what = f"{len(lost)} parameters aren't" if lost else "its validation loss isn't" if not (args.codes or math.isfinite(loss)) else None
-    if what: raise FloatingPointError(f"the {run} training has diverged: {what} finite")
+    lost = not_finite(learn.model.state_dict(), at_start)
+    what = f"{len(lost)} weights or buffers aren't" if lost else "its validation loss isn't" if not (args.codes or math.isfinite(loss)) else None
+    if what: raise FloatingPointError(f"the {learn.history.run_name} training has diverged: {what} finite")
 
 def _train(learn, args, lr):
     if args.recipe: recipe_fit(learn, args.recipe, args.epochs, lr)
@@ -131,7 +134,39 @@ def _pictures(args, learn, comparison, history):
     if comparison and (comparison.probs[:,0]!=comparison.probs[:,1]).any(): figs['differences.png'] = comparison.show()
     return figs
 
-def _summary(args, learn, history, lr, seconds, comparison):
+def _forward_ms(learners, rounds=7):
+    "Milliseconds of a forward pass of one image, the median of several, by turns"
+    x = learners[0].dls.valid.one_batch()[0][:1]
+    times = []
+    for _ in range(rounds):
+        times.append([])
+        for l in learners:
+            with unnoticed(l.model):
+                t0 = time.perf_counter()
+                l.model(x).sum().item() # waits for the device
+                times[-1].append(1000*(time.perf_counter()-t0))
+    return np.median(times[1:], axis=0)
+
+def _two_models(args, learn, history):
+    "The refined model and a table of it beside the student. A training isn't lost where that can't be made"
+    try:
+        refined = learn.frskd.refined()
+        with refined.no_bar(): loss,*values = refined.validate()
+        ms = _forward_ms([learn,refined])
+    except Exception as e:
+        warn(f"there is no refined model of this network ({(str(e).strip() or type(e).__name__).splitlines()[0]})")
+        return None,[]
+    h = history.iloc[-1]
+    rows = [('student',[h[o] for o in tasks[args.task]],h.valid_loss,learn),('refined',values,loss,refined)]
+    lines = ['', "The student, and the refined model: student and self-teacher as one network, for where a prediction may cost more "
+             f"({'`refined.pkl`' if args.keep_refined else '`--keep-refined` exports it'}).", '',
+             f"| model | {' | '.join(tasks[args.task].values())} | validation loss | parameters | one prediction |", '|---'*(len(tasks[args.task])+4)+'|']
+    for (name,vs,loss,l),t in zip(rows, ms):
+        n = sum(p.numel() for p in l.model.parameters())
+        lines.append(f"| {name} | {' | '.join(f'{v:.2%}' for v in vs)} | {loss:.4f} | {n/1e6:.2f} M | {t:.1f} ms |")
+    return refined,lines
+
+def _summary(args, learn, history, lr, seconds, comparison, two_models):
     "The text of `summary.md`"
     data = recipes[args.recipe].data if args.recipe else args.path or 'the embedded handwritten digits'
     n_train,n_valid = len(learn.dls.train_ds),len(learn.dls.valid_ds)
@@ -144,6 +179,7 @@ def _summary(args, learn, history, lr, seconds, comparison):
                     + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after {' and '.join(f'{o*args.epochs:.4g}' for o in recipes[args.recipe].drops)} epochs{', gradients clipped' if recipes[args.recipe].clip else ''}." if args.recipe else ''), '']
     for run,d in history.groupby('run', sort=False):
         lines.append(f"| {run} | {' | '.join(f'{d[o].iloc[-1]:.2%}' for o in tasks[args.task])} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
+    lines += two_models
     if args.codes:
         void = void_label(args.codes)
         lines += ['', f"Pixels of {f'the class {args.codes[void]}' if void<len(args.codes) else 'value 255, if any,'} are left out."]
@@ -202,10 +238,10 @@ def _run(args, dls, learn):
         print(f'{run}:')
         plain_log(l)
         seconds[run] = _fit(l, args, lr)
-        _check(l, run, args)
         rows += l.history.rows
-    if rank_distrib(): return args.out
     history = pd.DataFrame(rows)
+    refined,two_models = _two_models(args, learn, history)
+    if rank_distrib(): return args.out
     history.to_csv(args.out/'history.csv', index=False)
     comparison = StudentComparison(learn, learners['plain'], names=('frskd','plain')) if args.compare else None
     figs = _pictures(args, learn, comparison, history)
@@ -214,10 +250,11 @@ def _run(args, dls, learn):
         plt.close(fig)
     learn.remove_cb(History)
     learn.export('student.pkl')
-    text = _summary(args, learn, history, lr, seconds, comparison)
+    if args.keep_refined and refined: refined.export('refined.pkl')
+    text = _summary(args, learn, history, lr, seconds, comparison, two_models)
     (args.out/'summary.md').write_text(text)
     finish(args.out)
-    print(f"\n{text}\nResults in {args.out}/: {', '.join(dict.fromkeys([*results,*figs]))}")
+    print(f"\n{text}\nResults in {args.out}/: {', '.join(dict.fromkeys([*results,*figs,*['refined.pkl']*bool(args.keep_refined and refined)]))}")
     return args.out
 
 # %% ../nbs/10_train.ipynb #9fda067d

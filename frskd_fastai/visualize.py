@@ -83,7 +83,7 @@ def plot_losses(self:FRSKDCallback,
     smooth:float=.9, # Part of the running mean that a new step leaves in place; 0 for none
 )->plt.Axes:
     "The parts of the loss in each step of the last fit (of `fine_tune`, that of all layers), times their constant weights α and β but not yet the schedule's factor, and on the right axis the schedule's factor of what the student gets from the self-teacher"
-    d = self.steps
+    d = self.steps.dropna(axis=1, how='all')
     if not len(d): raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot: train first, `learn.fit_one_cycle(5)`")
     weights = self._weights(1.)
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')

@@ -140,7 +140,7 @@ def end(learn, together=None):
     "How things are after a fit"
     cb = learn.frskd
     return dict(model=weights(learn.model), trained=weights(cb.trained), trust=cb.trust.loss, hooks=n_hooks(learn.model), kind=type(learn.model).__name__, loaders=[type(o).__name__ for o in learn.dls],
-                left=[k for k in ('_taps','_wrapped','_all_params','_watch','_columns') if getattr(cb, k) is not None]+[k for k in ('_do_epoch','parameters') if k in learn.__dict__], same=together and together.same)
+                left=[k for k in ('_taps','_wrapped','_all_params','_columns') if getattr(cb, k) is not None]+[k for k in ('_do_epoch','_call_one','parameters') if k in learn.__dict__], same=together and together.same)
 
 SCENARIOS = {}
 def scenario(f):

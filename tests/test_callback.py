@@ -10,7 +10,7 @@ def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]
 def left(learn):
     "What FRSKD could have left on a Learner after a fit"
     frskd = getattr(learn, 'frskd', None)
-    return dict(hooks=n_hooks(learn.model), watch='_do_epoch' in learn.__dict__, taps=getattr(frskd, '_taps', None),
+    return dict(hooks=n_hooks(learn.model), watch=bool({'_do_epoch','_call_one'} & set(learn.__dict__)), taps=getattr(frskd, '_taps', None),
                 columns=[m.name for m in learn.metrics][1:], loss=learn.loss_func)
 def clean(learn): return dict(hooks=0, watch=False, taps=None, columns=[], loss=learn.loss_func)
 
@@ -296,9 +296,10 @@ def test_mixup_mixes_the_teachers_loss_too(make):
     loss_func = learn.loss_func
     def look(l):
         with torch.no_grad():
-            taps = Taps(l.model, l.frskd.level_names)
             stats = weights(l.model)
-            l.model(*l.xb); feats = pooled(taps.pop(), l.frskd.finest); taps.remove()
+            with Taps(l.model, l.frskd.level_names) as taps:
+                l.model(*l.xb)
+                feats = pooled(taps.pop(), l.frskd.finest)
             logits = l.frskd.teacher(feats)[1]
         lam,y,y1 = l.mix_up.lam,l.y,l.mix_up.yb1[0]
         expected = (lam*F.cross_entropy(logits, y, reduction='none') + (1-lam)*F.cross_entropy(logits, y1, reduction='none')).mean()

@@ -8,7 +8,8 @@ from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.augmentation import FRSKDSLACallback
 from frskd_fastai.data import digits_data
 from frskd_fastai.guard import Guard
-from conftest import n_hooks, same, weights
+from frskd_fastai.resume import Resumable
+from conftest import SmallNet, n_hooks, same, weights
 
 class Poison(Callback):
     "One value of the images of some steps isn't finite"
@@ -23,7 +24,7 @@ def sound(learn):
     "Is all finite that a later step reads?"
     f = learn.frskd
     state = [v for *_,s,_ in learn.opt.all_params() for v in s.values() if v is not None]
-    return all(torch.as_tensor(o).isfinite().all() for o in [*learn.model.state_dict().values(), *f.trained.state_dict().values(), f.trust.loss, learn.recorder.smooth_loss.val, *state, *(p.grad for p in learn.model.parameters() if p.grad is not None)])
+    return all(torch.as_tensor(o).isfinite().all() for o in [*learn.model.state_dict().values(), *f.trained.state_dict().values(), f.trust.factor, learn.recorder.smooth_loss.val, *state, *(p.grad for p in learn.model.parameters() if p.grad is not None)])
 
 def test_plain_fastai_loses_the_training(make):
     "What this is for; without the callback nothing is changed"
@@ -157,6 +158,44 @@ def test_a_gradient_behind_a_finite_loss(epoch, make):
         learn.fit(3, 1e-3, cbs=End())
     assert ends==list(range(epoch)) and n_hooks(learn.model)==0
 
+class Fixed(SmallNet):
+    "Causal attention over 4×4 places, its mask of -inf a parameter that isn't trained or a buffer; an unused layer of NaN"
+    def __init__(self, buffer=False):
+        super().__init__()
+        mask = torch.full((16,16), -math.inf).triu(1)
+        if buffer: self.register_buffer('mask', mask)
+        else: self.mask = nn.Parameter(mask, requires_grad=False)
+        self.old = nn.Linear(4, 4)
+        self.old.weight.data.fill_(math.nan)
+    def forward(self, x):
+        maps = self.stages(self.stem(x))
+        t = maps.flatten(2).transpose(1, 2)
+        t = (t@t.transpose(1, 2)/6+self.mask).softmax(-1)@t
+        return self.head(t.transpose(1, 2).reshape(maps.shape))
+
+@pytest.mark.parametrize('buffer', [False,True])
+def test_what_was_not_finite_before_is_no_fault(buffer, short, make, tmp_path):
+    "The fit goes on, steps are left out, checkpoints are kept: in the next fit, too"
+    learn = make(cbs=[FRSKDCallback(),Resumable(tmp_path/'kept')], model=Fixed(buffer))
+    with pytest.warns(UserWarning, match='left out'): learn.fit(2, 1e-3, cbs=Poison(3))
+    learn.fit(1, 1e-3)
+    assert [o.name for o in Resumable(tmp_path/'kept').files]==['1-0001.pth','1-0000.pth']
+    assert learn.frskd.teacher is not None and all(p.isfinite().all() for p in learn.frskd.trained.parameters())
+
+@pytest.mark.parametrize('name,at', [('mask',(0,0)),('head.2.weight',(0,0)),('frskd.trained.teacher',None)])
+def test_what_becomes_so_beside_it_is_told(name, at, make):
+    "Also an entry of the same tensor, and one of the self-teacher"
+    learn = make(cbs=FRSKDCallback(), model=Fixed())
+    class Spoil(Callback):
+        def after_step(self):
+            if self.iter!=3: return
+            p = first(self.frskd.teacher.parameters()) if at is None else self.model.get_parameter(name)
+            p.data[at or 0] = math.nan
+    with pytest.raises(FloatingPointError, match=f"1 of [0-9]+ parameters aren't finite any more, for instance {name}"):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            learn.fit(1, 1e-3, cbs=Spoil())
+
 def test_lr_find_goes_to_its_end(short, make):
     "It is meant to find where losses aren't finite"
     learn = make(cbs=FRSKDCallback())
@@ -184,9 +223,38 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     assert code==1 and err.count('\n')==1 and msg in err and 'start anew' in err and f'the last good state is in {tmp_path}/r/checkpoints' in err
     assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints'] and (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
 
+@pytest.mark.parametrize('spoiled', [False,True])
+def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
+    "A model with -inf in it is exported; not so when more of it has become so"
+    monkeypatch.setattr(ProgressCallback, 'run', False)
+    monkeypatch.setattr(defaults, 'cpus', 0)
+    monkeypatch.setattr(command, '_whole', lambda *a: Fixed())
+    train = command._train
+    def spoil(learn, *args):
+        train(learn, *args)
+        if spoiled: learn.model.mask.data[0,0] = -math.inf
+    monkeypatch.setattr(command, '_train', spoil)
+    args = ['--arch','wrn16_2','--size','32','--bs','256','--epochs','1','--lr','1e-3','--compare','--out',str(tmp_path/'r')]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        code = command.main(args)
+    err = capsys.readouterr().err
+    assert code==spoiled and (tmp_path/'r/student.pkl').exists()==(not spoiled)
+    if spoiled: assert "the plain training has diverged: 1 weights or buffers aren't finite" in err
+
 def test_without_a_recorder(make):
     "A Learner may do without fastai's Recorder"
     learn = make(cbs=FRSKDCallback())
     learn.remove_cbs([Recorder,ProgressCallback])
     learn.fit(1, 1e-3)
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_a_buffer_that_the_model_assigns_is_set_back(short, make):
+    class Assigns(SmallNet):
+        def __init__(self): super().__init__(); self.register_buffer('mean', torch.zeros(3))
+        def forward(self, x):
+            if self.training: self.mean = .9*self.mean + .1*x.mean((0,2,3)).detach()
+            return super().forward(x - self.mean[:,None,None])
+    learn = make(model=Assigns(), cbs=[FRSKDCallback(),Poison(2)])
+    learn.fit(2, 1e-3)
+    assert learn.model.mean.isfinite().all() and sound(learn)

@@ -179,6 +179,22 @@ def test_an_epoch_without_a_use_is_not_kept(what, frskd, make, tmp_path):
     assert [o.name for o in Resumable(tmp_path/'parts').files]==['0-0001.pth','0-0000.pth']
     assert same(trained('parts'), trained('whole'))
 
+def test_what_counts_is_the_start_of_the_training(make, tmp_path):
+    "A fit that has ruined the model doesn't make that the next one's start; nor does a program that loads a ruined one"
+    learn = make()
+    learn.model.register_buffer('mask', tensor([0,-math.inf]))
+    learn.fit(1, 1e-2, cbs=Resumable(tmp_path/'a'))
+    assert [o.name for o in Resumable(tmp_path/'a').files]==['0-0001.pth','0-0000.pth']
+    cb = Resumable(tmp_path/'b')
+    learn = make(cbs=cb)
+    learn.fit(2, 1e-2, cbs=Spoil(1, 'weights'))
+    learn.fit(1, 1e-2)
+    assert [o.name for o in cb.files]==['1-0000.pth','0-0001.pth']
+    learn = make(cbs=Resumable(tmp_path/'b'))
+    learn.model.head[2].weight.data.fill_(math.nan)
+    learn.fit(2, 1e-2)
+    assert learn.resumable.at_start['head.2.weight']==0
+
 def test_a_useless_file_takes_no_place(done, make):
     folder,end = done
     (folder/'0-0009.pth').write_bytes(b'')

@@ -49,10 +49,21 @@ def test_results(folder, tmp_path, capsys):
     # the output is no terminal: a line an epoch, no bars
     assert '\r' not in out and f"epoch 0, train_loss {h.train_loss[1]:.4f}, valid_loss {h.valid_loss[1]:.4f}, accuracy {h.accuracy[1]:.4f}, student_loss" in out
     assert f"{h.accuracy.iloc[1]:.2%}" in text and '\n\n\n' not in text and '\n\nFRSKD: α 2, β 100, temperature 4, self-teacher of width 2, schedule trust.\n\n| run |' in text
+    rows = re.findall(r'^\| (student|refined) \| ([\d.]+)% \| [\d.]+ \| ([\d.]+) M \| [\d.]+ ms \|$', text, re.M)
+    assert [o[0] for o in rows]==['student','refined'] and f"{float(rows[0][1])/100:.4f}"==f"{h.accuracy.iloc[1]:.4f}" and float(rows[1][2])>float(rows[0][2])
     learn = load_learner(tmp_path/'r/student.pkl')
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'r/student.pkl'))
     with learn.no_bar(): label,_,probs = learn.predict(get_image_files(folder)[0])
     assert label in '0123' and probs.shape==(4,)
+
+def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
+    code,out,err = run(folder, *FAST, '--keep-refined', '--out', tmp_path/'r', capsys=capsys)
+    assert code==0, err
+    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted((*results,'refined.pkl')) and 'refined.pkl' in out.splitlines()[-1]
+    text = (tmp_path/'r/summary.md').read_text()
+    learn = load_learner(tmp_path/'r/refined.pkl')
+    with learn.no_bar(): label,_,probs = learn.predict(get_image_files(folder)[0])
+    assert label in '0123' and probs.shape==(4,) and '`refined.pkl` exports' not in text and '(`refined.pkl`)' in text
 
 def test_runs_repeat(folder, tmp_path, capsys):
     "The same command gives the same history, and the FRSKD run's is the same with or without a plain run before it"
@@ -74,7 +85,7 @@ def test_split_folders_and_options(folder, tmp_path, capsys):
     code,out,err = run(split, *FAST, '--arch', 'xresnet18', '--alpha', 0, '--beta', 10, '--temperature', 2, '--width', .25, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
     h = pd.read_csv(tmp_path/'r/history.csv')
-    assert h.run.tolist()==['frskd'] and 'soft_label_loss' not in h and h.feature_loss.notna().all()
+    assert h.run.tolist()==['frskd'] and h.soft_label_loss.isna().all() and h.feature_loss.notna().all()
     assert '30 training and 10 validation images of 2 classes' in out
 
 def test_auto_learning_rate(folder, tmp_path, capsys):

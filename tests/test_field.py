@@ -1,0 +1,422 @@
+"What people do with a Learner while FRSKD trains: losses of any scale, other optimizers, copies in mid-epoch, checkpointing"
+import io, math, pickle, warnings
+import pytest, torch
+from fastai.vision.all import *
+from fastai.callback.mixup import CutMix
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+from frskd_fastai.all import *
+from conftest import VOID, SmallNet, masks, n_hooks, pickled_modules, small_unet, split, weights
+
+# -- Trust is a probability ----------------------------------------------------------------------
+class Spy:
+    "A loss function that keeps what it was called with in training: the student's logits, then the self-teacher's"
+    y_int = True # as fastai's cross-entropy: MixUp mixes losses, not labels
+    def __init__(self, loss, **kw): self.loss,self.seen,self.reduction,self.kw = loss,[],'mean',kw
+    def __call__(self, p, y):
+        if torch.is_grad_enabled(): self.seen.append((p.detach().as_subclass(Tensor), y.as_subclass(Tensor)))
+        return self.loss(p, y, reduction=self.reduction, **self.kw)
+
+class Factors(Callback):
+    "The schedule's factor after each step"
+    order,run_valid = 100,False
+    def before_fit(self): self.seen = []
+    def after_batch(self): self.seen.append(float(self.frskd.factor))
+
+def running(ps):
+    "exp of the running mean of log-probabilities, from each batch's mean log-probability"
+    mean,out = None,[]
+    for p in ps:
+        mean = p if mean is None else .95*mean + .05*p
+        out.append(math.exp(mean))
+    return out
+
+def ce(p, y, reduction): return F.cross_entropy(p, y, reduction=reduction)
+def ce_sum(p, y, reduction): return F.cross_entropy(p, y, reduction='sum' if reduction=='mean' else reduction)
+def ce_tenth(p, y, reduction): return ce(p, y, reduction)/10
+def smoothed(p, y, reduction): return F.cross_entropy(p, y, reduction=reduction, label_smoothing=.3)
+def weighted(p, y, reduction): return F.cross_entropy(p, y, reduction=reduction, weight=torch.arange(1., 11))
+def focal(p, y, reduction): return FocalLoss(gamma=3., reduction=reduction)(p, y)
+
+@pytest.mark.parametrize('loss', [ce,ce_sum,ce_tenth,smoothed,weighted,focal], ids=lambda o: o.__name__)
+def test_trust_is_the_probability_of_the_right_class_whatever_the_loss(make, loss):
+    learn,look = make(cbs=FRSKDCallback()),Factors()
+    learn.loss_func = Spy(loss)
+    learn.fit(1, 1e-3, cbs=look)
+    teacher = learn.loss_func.seen[1::2]
+    assert len(look.seen)==len(teacher)==6
+    torch.testing.assert_close(look.seen, running(-float(F.cross_entropy(*o)) for o in teacher), rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_trust_under_mixed_labels(make, mix):
+    learn,look,expected = make(cbs=FRSKDCallback()),Factors(),[]
+    learn.loss_func = Spy(ce)
+    class Mixed(Callback):
+        order,run_valid = 90,False
+        def after_loss(self):
+            p,m = self.mix.old_lf.seen[-1][0].log_softmax(1),self.mix
+            at = lambda y: p.gather(1, y[:,None])[:,0]
+            expected.append(float((m.lam*at(self.y) + (1-m.lam)*at(m.yb1[0])).mean()))
+    mixed = Mixed()
+    mixed.mix = mix()
+    learn.fit(1, 1e-3, cbs=[mixed.mix, mixed, look])
+    torch.testing.assert_close(look.seen, running(expected), rtol=1e-4, atol=1e-6)
+
+def labels_learner(make, digits, y, loss_func, n_out, **kw):
+    data = list(zip(digits[0], y))
+    dls = DataLoaders(DataLoader(data[:96], bs=16, shuffle=True, drop_last=True), DataLoader(data[96:160], bs=32))
+    learn = make(model=SmallNet(n_out), **{'metrics':None, **kw})
+    learn.dls,learn.loss_func = dls,loss_func
+    learn.add_cb(FRSKDCallback(columns=True))
+    return learn
+
+def test_trust_of_several_labels_is_that_of_those_an_image_has(make, digits):
+    y = F.one_hot(digits[1], 40).float() + F.one_hot(digits[1]+10, 40).float()
+    y[::3] = 0 # some images have none
+    spy = Spy(lambda p, y, reduction: F.binary_cross_entropy_with_logits(p, y, reduction=reduction))
+    spy.y_int,look = False,Factors()
+    learn = labels_learner(make, digits, TensorMultiCategory(y), spy, 40)
+    learn.fit(2, 1e-2, cbs=look)
+    positive = [float(F.logsigmoid(p)[t>.5].mean()) for p,t in spy.seen[1::2]]
+    torch.testing.assert_close(look.seen, running(positive), rtol=1e-4, atol=1e-6)
+    assert look.seen[-1]<look.seen[0]<.6 # the loss falls, since labels are rare, but these are not known
+
+def test_trust_and_accuracy_leave_out_what_does_not_count(make, digits):
+    y = digits[1].clone()
+    y[torch.rand(len(y), generator=torch.Generator().manual_seed(1))<.6] = -100
+    spy,look = Spy(ce),Factors()
+    learn = labels_learner(make, digits, y, spy, 10)
+    spy.ignore_index = -100
+    learn.fit(1, 1e-2, cbs=look)
+    teacher = spy.seen[1::2]
+    torch.testing.assert_close(look.seen, running(-float(F.cross_entropy(*o)) for o in teacher), rtol=1e-4, atol=1e-6)
+    right,n = (sum(int(o) for o in os) for os in zip(*(((p.argmax(1)==t).sum(), (t>=0).sum()) for p,t in teacher)))
+    shown = learn.recorder.values[-1][list(learn.recorder.metric_names[1:-1]).index('teacher_accuracy')]
+    assert abs(float(shown)-right/n)<1e-6
+
+def test_trust_of_pixels_is_that_of_those_that_count(make, digits):
+    x,y = digits
+    m = masks(x, y)
+    spy,look = Spy(ce, ),Factors()
+    spy.loss = lambda p, t, reduction: F.cross_entropy(p, t, reduction=reduction, ignore_index=VOID)*7
+    spy.ignore_index = VOID
+    data = list(zip(x, m))
+    learn = make(model=small_unet(), splitter=trainable_params, metrics=None)
+    learn.dls = DataLoaders(DataLoader(data[:32], bs=8), DataLoader(data[32:40], bs=8))
+    learn.loss_func = spy
+    learn.add_cb(FRSKDCallback())
+    learn.fit(1, 1e-3, cbs=look)
+    logp = [-float(F.cross_entropy(p, t, ignore_index=VOID)) for p,t in spy.seen[1::2]]
+    torch.testing.assert_close(look.seen, running(logp), rtol=1e-4, atol=1e-6)
+
+def test_trust_asks_for_labels_that_it_can_read(make, dls):
+    "Targets that only the loss function knows are for the other schedules"
+    for dl in dls: dl.dataset = [(x,(y,x.mean())) for x,y in dl.dataset]
+    def pair(cbs):
+        learn = make(cbs=cbs)
+        learn.dls.n_inp,learn.loss_func,learn.metrics = 1,(lambda p, y: F.cross_entropy(p, y[0])),L()
+        return learn
+    with pytest.raises(ValueError, match=r"'trust' reads labels .*schedule='ramp'"): pair(FRSKDCallback()).fit(1)
+    learn = pair(FRSKDCallback(schedule='constant'))
+    learn.fit(1)
+    assert learn.frskd.losses['soft_label']>0
+
+# -- Networks whose operations can't be counted --------------------------------------------------
+class Query(SmallNet):
+    "Pools the last map by attention, with a query that is a view of a parameter"
+    def __init__(self):
+        super().__init__()
+        self.query,self.q = nn.Parameter(torch.randn(1,1,32)*.1),nn.Linear(32, 32)
+    def forward(self, x):
+        t = self.stages(self.stem(x)).flatten(2).transpose(1,2)
+        w = (self.q(self.query.expand(len(x),-1,-1))@t.transpose(1,2)).softmax(-1)
+        return self.head[2]((w@t)[:,0])
+
+def test_a_query_that_is_a_view_of_a_parameter(make):
+    learn = make(model=Query(), splitter=trainable_params, cbs=FRSKDCallback())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1)
+    assert len(learn.frskd.steps)==6 and all(p.requires_grad for p in learn.model.parameters())
+
+def test_it_trains_without_a_count(make, monkeypatch):
+    def broken(*args, **kw): raise RuntimeError('no such operation')
+    monkeypatch.setattr('frskd_fastai.building.FlopCounterMode', broken)
+    learn = make(cbs=FRSKDCallback())
+    with pytest.warns(UserWarning, match="can't count .*no such operation"): learn.fit(1)
+    assert learn.frskd.width==1 and learn.frskd.losses['feature']>0
+
+# -- Optimizers that come later ------------------------------------------------------------------
+class Exchange(Callback):
+    "Puts another optimizer into the Learner in the second epoch"
+    run_valid = False
+    def __init__(self, event, order, make_opt): self.order,self.done,self.make_opt = order,False,make_opt; setattr(self, event, self.go)
+    def go(self):
+        if self.epoch==1 and not self.done: self.done,self.learn.opt = True,self.make_opt(self.learn)
+
+class Moves(Callback):
+    "Has each step moved the self-teacher?"
+    order,run_valid = 90,False
+    def before_fit(self): self.moved = []
+    def before_step(self): self.before = self.frskd.teacher.head.weight.detach().clone()
+    def after_batch(self): self.moved.append(not torch.equal(self.before, self.frskd.teacher.head.weight))
+
+kinds = {'SGD':lambda l: SGD(l.splitter(l.model), lr=1e-2), 'ranger':lambda l: ranger(l.splitter(l.model), lr=1e-2),
+         'torch':lambda l: OptimWrapper(l.splitter(l.model), torch.optim.SGD, lr=1e-2), 'wrapped':lambda l: Lookahead(l.opt, k=2),
+         'anew':lambda l: l.create_opt() or l.opt}
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('event,order', [('before_train',0),('before_batch',60),('after_batch',0),('after_loss',60)])
+def test_an_optimizer_exchanged_in_a_fit(make, kind, event, order):
+    learn,look = make(cbs=FRSKDCallback()),Moves()
+    learn.fit(2, 1e-2, cbs=[Exchange(event, order, kinds[kind]), look])
+    have = [id(p) for p in learn.opt.param_lists[-1]]
+    assert all(id(p) in have for p in learn.frskd.trained.parameters()) and len(set(have))==len(have)
+    assert len(look.moved)==12 and all(look.moved)
+
+def test_lookahead_knows_who_joins_and_leaves(make):
+    learn = make(opt_func=ranger)
+    n = [len(pg) for pg in split(learn.model)]
+    sizes = lambda: ([len(o) for o in learn.opt.slow_weights],[len(o) for o in learn.opt.param_lists])
+    learn.fit(1, 1e-2)
+    for width in 1.,2.: # another self-teacher each: nothing of the first may pull at the second
+        learn.fit(2, 1e-2, cbs=FRSKDCallback(width=width))
+        assert sizes()==(n, n)
+    learn.add_cb(FRSKDCallback())
+    learn.fit(1, 1e-2)
+    slow,fast = sizes()
+    assert slow==fast and fast[-1]>n[-1]
+    last,p = learn.opt.slow_weights[-1][-1],list(learn.frskd.trained.parameters())[-1]
+    learn.opt.count = 5
+    p.grad = torch.ones_like(p); learn.opt.step()
+    torch.testing.assert_close(last, p.detach()) # the sixth step: both are the average
+    learn.remove_cb(FRSKDCallback)
+    assert sizes()==(n, n)
+
+def test_lookahead_of_a_checkpoint_without_self_teacher(make):
+    learn = make(opt_func=ranger)
+    learn.fit(1, 1e-2)
+    learn.save('plain')
+    learn.add_cb(FRSKDCallback())
+    learn.load('plain')
+    learn.fit(1, 1e-2)
+    assert [len(o) for o in learn.opt.slow_weights]==[len(o) for o in learn.opt.param_lists]
+
+# -- Copies, files and other passes in mid-epoch -------------------------------------------------
+class At(Callback):
+    "Calls `f(learn)` at an event of the second training batch"
+    run_valid = False
+    def __init__(self, event, f, order=0): self.f,self.order = f,order; setattr(self, event, self.go)
+    def go(self):
+        if self.train_iter==1: self.result = self.f(self.learn)
+
+events = 'before_batch','after_pred','after_loss','before_backward','after_backward','after_step','after_batch'
+def pickled(learn):
+    torch.save(learn.model, buf:=io.BytesIO())
+    assert b'frskd' not in buf.getvalue()
+    return torch.load(io.BytesIO(buf.getvalue()), weights_only=False)
+copies = dict(deepcopy=lambda l: deepcopy(l.model), average=lambda l: AveragedModel(l.model).module, file=pickled,
+              script=lambda l: torch.jit.script(l.model.stages), trace=lambda l: torch.jit.trace(l.model.eval(), l.x) and l.model.train())
+@pytest.mark.parametrize('kind', copies)
+@pytest.mark.parametrize('order', [-10,60])
+def test_a_copy_in_mid_epoch_is_plain(make, kind, order):
+    for event in events:
+        at,learn = At(event, copies[kind], order),make(cbs=FRSKDCallback())
+        learn.fit(1, cbs=at)
+        if isinstance(at.result, torch.jit.ScriptModule): continue
+        assert n_hooks(at.result)==0 and len(learn.frskd.steps)==6, event
+
+def test_a_copy_in_the_middle_of_the_forward_pass_holds_nothing(make):
+    made = []
+    class Copies(SmallNet):
+        def forward(self, x):
+            f = self.stages(self.stem(x))
+            if self.training: made.append(pickle.dumps(self)); made.append(deepcopy(self.stages))
+            return self.head(f)
+    globals()['Copies'] = Copies
+    Copies.__qualname__ = 'Copies'
+    learn = make(model=Copies(), cbs=FRSKDCallback())
+    learn.fit(1)
+    assert b'frskd' not in made[0]
+    copy = made[1]
+    assert copy(torch.randn(2,8,32,32)).shape==(2,32,4,4)
+    assert n_hooks(pickle.loads(made[0]))==5 # the three levels' and the whole model's two, and none does anything
+    assert len(pickle.loads(made[0])(torch.randn(2,3,32,32)))==2
+
+@pytest.mark.parametrize('event,order', [('before_batch',60),('after_pred',-10),('after_loss',0),('after_loss',60),('after_backward',0)])
+def test_another_pass_in_the_same_step_changes_nothing(make, event, order):
+    def other(learn): # in evaluation mode, so that the student itself isn't changed
+        with torch.no_grad():
+            learn.model.eval()
+            learn.model(torch.zeros_like(learn.x))
+            learn.model.train()
+    steps = []
+    for cbs in None,At(event, other, order):
+        learn = make(cbs=FRSKDCallback())
+        learn.fit(1, cbs=cbs)
+        steps.append(learn.frskd.steps)
+    pd.testing.assert_frame_equal(*steps)
+
+@pytest.mark.parametrize('columns', [False,True])
+@pytest.mark.parametrize('event', ['after_batch','after_train','after_epoch'])
+def test_an_export_in_a_fit_is_plain(tmp_path, event, columns):
+    items = get_image_files(digits_data()/'train')[::20]
+    dls = ImageDataLoaders.from_path_func('.', items, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, valid_pct=.3, seed=1)
+    learn = Learner(dls, SmallNet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, cbs=FRSKDCallback(columns=columns))
+    export = At(event, lambda l: l.export('mid.pkl'), 60)
+    with learn.no_bar(), learn.no_logging():
+        if event=='after_epoch':
+            class Best(Callback):
+                order = 60
+                def after_epoch(self): self.learn.export('mid.pkl')
+            export = Best()
+        if event=='after_train': export.go = lambda: export.f(export.learn); export.after_train = export.go
+        learn.fit(2, 1e-3, cbs=export)
+    assert len(learn.recorder.values[-1])==(8 if columns else 3) and len(learn.frskd.steps)==2*len(dls.train)
+    assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'mid.pkl'))
+    loaded = load_learner(tmp_path/'mid.pkl')
+    assert n_hooks(loaded.model)==0 and list(loaded.metrics.attrgot('name'))==['accuracy']
+    with loaded.no_bar(): assert loaded.predict(items[0])[2].shape==(10,)
+
+class TwoPasses(Learner):
+    "Looks at other images first, with the same model"
+    def _do_one_batch(self):
+        if self.training: self.other = self.model(torch.zeros_like(self.x)).detach()
+        super()._do_one_batch()
+
+def test_the_maps_are_those_of_the_pass_that_made_the_prediction(make):
+    same = []
+    class Look(Callback):
+        order,run_valid = 4,False # just before FRSKD's
+        def after_loss(self): same.append(torch.equal(self.model.head(self.frskd._taps._maps['stages.2']), self.pred))
+    learn = make(cbs=FRSKDCallback())
+    learn.__class__ = TwoPasses
+    learn.fit(1, cbs=Look())
+    assert same==[True]*6
+
+def test_a_prediction_of_another_pass_is_refused(make):
+    class Replace(Callback):
+        run_valid = False
+        def after_pred(self): self.learn.pred = self.model(self.x+.1)
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(ValueError, match="doesn't come from the model's own forward pass"): learn.fit(1, cbs=Replace())
+    assert n_hooks(learn.model)==0
+    class Scale(Callback):
+        run_valid = False
+        def after_pred(self): self.learn.pred = (self.pred*2)[:,:10]
+    learn.fit(1, cbs=Scale()) # it is still the same pass's
+    class Calls(SmallNet):
+        def forward(self, x, both=True):
+            if self.training and both: return (self(x, False)+self(x.flip(-1), False))/2
+            return super().forward(x)
+    with pytest.raises(RuntimeError, match='more than once in one forward pass'): make(model=Calls(), cbs=FRSKDCallback()).fit(1)
+
+# -- Weights that change -------------------------------------------------------------------------
+class Ramp(Callback):
+    "From nothing to the whole, step by step"
+    order,run_valid = 0,False
+    def __init__(self, what, top): store_attr()
+    def before_batch(self): setattr(self.learn.frskd, self.what, self.top*(self.train_iter>=3)*self.pct_train)
+
+@pytest.mark.parametrize('feature_loss', ['attention','hint','overhaul'])
+@pytest.mark.parametrize('what,part', [('alpha','soft_label'),('beta','feature')])
+@pytest.mark.parametrize('first', [None,0.])
+def test_a_weight_that_begins_at_nought(make, what, part, first, feature_loss):
+    learn = make(cbs=FRSKDCallback(columns=True, schedule='constant', feature_loss=feature_loss, **({} if first is None else {what:first})))
+    learn.fit(2, 1e-3, cbs=Ramp(what, 1.))
+    steps = learn.frskd.steps
+    assert list(steps.columns)==['student','teacher','soft_label','feature','factor'] and len(steps)==12
+    trained = part=='feature' and feature_loss!='attention' # a loss with parameters is computed always
+    assert steps[part].isna().tolist()==[i<3 and not trained for i in range(12)] and (steps[part][3:]>0).all()
+    names = learn.recorder.metric_names[1:-1]
+    shown = learn.recorder.values[0][list(names).index(f'{part}_loss')]
+    torch.testing.assert_close(float(shown), steps[part][:6].mean(), rtol=1e-5, atol=0) # over the steps that had it
+    learn.frskd.plot_losses()
+
+def test_weights_that_the_user_sets_before_the_fit_stay(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.frskd.alpha,learn.frskd.beta,learn.frskd.temperature = .5,0,2.
+    for _ in range(2):
+        learn.fit(1)
+        assert (learn.frskd.alpha,learn.frskd.beta,learn.frskd.temperature)==(.5,0,2.) and 'feature' not in learn.frskd.losses
+        learn.model,learn.opt = SmallNet(),None # another one: the self-teacher is built anew
+
+def test_a_weight_that_is_taken_away_between_epochs(make):
+    class Off(Callback):
+        def before_epoch(self):
+            if self.epoch==1: self.learn.frskd.alpha = 0
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(2, cbs=Off())
+    assert learn.frskd.steps.soft_label.isna().tolist()==[False]*6+[True]*6
+
+# -- Maps that can't be learned from -------------------------------------------------------------
+class Checkpointed(SmallNet):
+    "The levels are inside of a piece whose activations are computed again in the backward pass"
+    def __init__(self, reentrant=False, frozen=False):
+        super().__init__()
+        self.reentrant,self.frozen = reentrant,frozen
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(checkpoint(self.stages, x, use_reentrant=self.reentrant) if self.training else self.stages(x))
+
+def test_activation_checkpointing(make):
+    grads = {}
+    for kind,model in dict(plain=SmallNet, checkpointed=Checkpointed).items():
+        set_seed(0)
+        learn = make(model=model(), cbs=FRSKDCallback(schedule='constant'))
+        at = At('after_backward', lambda l: {k:p.grad.clone() for k,p in l.model.named_parameters()}, 60)
+        learn.fit(1, 1e-3, cbs=at)
+        grads[kind] = at.result
+    torch.testing.assert_close(grads['checkpointed'], grads['plain'])
+
+def test_reentrant_checkpointing_that_loses_the_gradient_is_refused(make):
+    learn = make(model=Checkpointed(reentrant=True), cbs=FRSKDCallback())
+    before = weights(learn.model)
+    with pytest.raises(ValueError, match=r"'stages.0' has no gradient.*use_reentrant=False"): learn.fit(1)
+    assert n_hooks(learn.model)==0 and all(torch.equal(v, before[k]) for k,v in weights(learn.model).items() if 'num_batches' not in k and 'running' not in k)
+    class NoGrad(SmallNet):
+        def forward(self, x):
+            with torch.no_grad(): x = self.stages[0](self.stem(x))
+            return self.head(self.stages[1:](x))
+    with pytest.raises(ValueError, match=r"'stages.0' has no gradient"): make(model=NoGrad(), cbs=FRSKDCallback()).fit(1)
+
+def test_a_frozen_body_has_no_gradient_to_lose(make):
+    learn = make(cbs=FRSKDCallback(), train_bn=False)
+    learn.freeze()
+    for p in learn.model.stages.parameters(): p.requires_grad_(False)
+    learn.fit(1)
+    assert len(learn.frskd.steps)==6
+
+class Patches(nn.Module):
+    "A small transformer that leaves patches out in training"
+    def __init__(self, keep, grow=1):
+        super().__init__()
+        self.keep = keep
+        self.embed = nn.Conv2d(3, 16, 4, stride=4)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(4)))
+        self.head = nn.Linear(16, 10)
+    def forward(self, x):
+        t = self.embed(x).flatten(2).transpose(1,2)
+        if self.training: t = t[:,torch.randperm(t.shape[1])[:self.keep]]
+        return self.head(self.blocks(t).mean(1))
+
+@pytest.mark.parametrize('keep', [16,32,63]) # a quarter makes a grid, too
+def test_dropped_tokens_are_refused_by_their_reason(make, keep):
+    learn = make(model=Patches(keep), splitter=trainable_params, cbs=FRSKDCallback())
+    with pytest.raises(ValueError, match=rf'returns {keep} patch tokens, where images of this size have 64.*drops or merges'): learn.fit(1)
+
+def test_tokens_of_images_of_another_size_and_shape(make):
+    "What counts is that all are there; their grid follows the images"
+    learn = make(model=Patches(10**6), splitter=trainable_params, cbs=FRSKDCallback())
+    learn.fit(1)
+    sizes = []
+    class Resized(Callback):
+        order,run_valid = -5,False
+        def before_batch(self): self.learn.xb = (F.interpolate(self.x, size=(24+8*(self.iter%3), 40)),)
+    class Look(Callback):
+        order,run_valid = 90,False
+        def before_fit(self):
+            pop = self.frskd._pop_maps
+            self.frskd.__dict__['_pop_maps'] = lambda: (m:=pop(), sizes.append(tuple(m[0][0].shape[2:])))[0]
+        def after_fit(self): del self.frskd.__dict__['_pop_maps']
+    learn.fit(1, cbs=[Resized(), Look()])
+    assert sizes==[(6+2*(i%3), 10) for i in range(6)]

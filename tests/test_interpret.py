@@ -1,0 +1,270 @@
+"Two Learners compared: the same items, each through its own transforms"
+import math
+import pytest, torch
+from fastai.vision.all import *
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.data import digits_data
+from frskd_fastai.interpret import StudentComparison
+from conftest import SmallNet
+
+def images(): return [f for c in '0123' for f in sorted((digits_data()/'train'/c).iterdir())[:12]]
+def held_out(items): return range(2, len(items), 3)
+def names(f): return [f.parent.name, 'even' if int(f.parent.name)%2==0 else 'odd']
+def mask(f): return np.array(Image.open(f).convert('L').resize((48,48)))//86 # three classes
+def shifted(f): return (mask(f)+1)%3
+def swapped(f): return str(3-int(f.parent.name))
+def stats(m, s): return Normalize.from_stats([m]*3, [s]*3)
+
+def data(item_tfms=Resize(32), batch_tfms=None, bs=16, blocks=(ImageBlock,CategoryBlock), get_x=None, get_y=parent_label, items=images, **kw):
+    block = DataBlock(blocks, get_x=get_x, get_y=get_y, splitter=lambda o: IndexSplitter(held_out(o))(o), item_tfms=item_tfms, batch_tfms=batch_tfms)
+    set_seed(0)
+    return block.dataloaders(items(), bs=bs, num_workers=0, **kw)
+
+class Stretched(nn.Module):
+    "Weights that tell the inputs apart"
+    def __init__(self, n_out=4, ch=3, dense=False):
+        super().__init__()
+        self.conv,self.dense = nn.Conv2d(ch, 16, 3, padding=1),dense
+        self.last = nn.Conv2d(16, n_out, 1)
+    def forward(self, x):
+        x = self.last(torch.tanh(3*self.conv(x)))
+        return x if self.dense else x.mean((2,3))*20
+
+def learner(dls, seed, loss_func=None, path='.', **kw):
+    set_seed(seed)
+    return Learner(dls, Stretched(**kw), loss_func=loss_func or CrossEntropyLossFlat(), path=path)
+
+def exported(learn, path):
+    learn.export(path/'learn.pkl')
+    return load_learner(path/'learn.pkl')
+
+def alone(learn):
+    "What `learn` says of its own validation images"
+    logits,y = learn.get_preds(act=noop)
+    return (logits.argmax(1)==y).float(),logits.softmax(1).gather(1, y[:,None])[:,0]
+
+def judged_as(comparison, i, learn):
+    right,p = alone(learn)
+    assert torch.equal(comparison.right[:,i].as_subclass(Tensor), right.as_subclass(Tensor))
+    assert torch.allclose(comparison.probs[:,i].as_subclass(Tensor), p.as_subclass(Tensor), atol=1e-5)
+
+pipelines = dict(
+    normalize=dict(batch_tfms=stats(.1, .05)),
+    size=dict(item_tfms=Resize(64)),
+    crop=dict(item_tfms=[Resize(64),CropPad(20)], batch_tfms=stats(.7, .2), bs=7),
+    augmented=dict(batch_tfms=[*aug_transforms(size=24),stats(.5, .25)]),
+    gray=dict(blocks=(ImageBlock(PILImageBW),CategoryBlock)),
+    vocab=dict(blocks=(ImageBlock,CategoryBlock(vocab=list('0123')))))
+
+@pytest.mark.parametrize('load', [False,True], ids=['live','exported'])
+@pytest.mark.parametrize('first', [False,True], ids=['second','first'])
+@pytest.mark.parametrize('kind', pipelines)
+def test_each_is_judged_through_its_own(kind, first, load, tmp_path):
+    "As `validate` does, whichever of the two it is"
+    a,b = learner(data(), 1),learner(data(**pipelines[kind]), 2, ch=1 if kind=='gray' else 3)
+    c = b if not load else exported(learner(data(**pipelines[kind]), 2, ch=1 if kind=='gray' else 3), tmp_path)
+    one,two = (c,a) if first else (a,c)
+    comparison = StudentComparison(one, two, dl=a.dls.valid if load else None)
+    judged_as(comparison, 1*(not first), b)
+    judged_as(comparison, 1*first, a)
+    fig = comparison.show(n=4)
+    assert 1<=len([ax for ax in fig.axes if ax.get_title()])<=4
+    plt.close(fig)
+
+def test_what_is_shown_is_what_was_judged():
+    "Each answer in the picture is the one through its Learner's own transforms"
+    a,b = learner(data(), 1),learner(data(**pipelines['crop']), 2)
+    c = StudentComparison(a, b)
+    fig = c.show(n=6)
+    gain = 2*(c.right[:,0]-c.right[:,1])+c.probs[:,0]-c.probs[:,1]
+    best = gain.argmax().item()
+    lines = fig.axes[0].get_title().split('\n')
+    logits = b.get_preds(act=noop)[0]
+    assert lines[0]==a.dls.vocab[a.dls.valid_ds[best][1]] and lines[2].startswith(f'plain {c.probs[best,1]:.2f}')
+    if '→' in lines[2]: assert lines[2].endswith(f'→ {b.dls.vocab[logits[best].argmax()]}')
+    plt.close(fig)
+
+def rows(): return pd.DataFrame(dict(file=[str(f) for f in images()], label=[f.parent.name for f in images()]))
+table = dict(get_x=ColReader('file'), get_y=ColReader('label'), items=rows)
+
+def test_items_in_a_table():
+    a,b = learner(data(**table), 1),learner(data(**table, item_tfms=Resize(64), batch_tfms=stats(.1, .05)), 2)
+    for dl in None,b.dls.valid:
+        c = StudentComparison(a, b, dl=dl)
+        judged_as(c, 0, a)
+        judged_as(c, 1, b)
+
+@pytest.mark.parametrize('of', [0,1])
+def test_other_items(of):
+    "A part of the training set, in an order of its own, made by either Learner; without augmentation"
+    both = learner(data(batch_tfms=aug_transforms()), 1),learner(data(item_tfms=Resize(48), batch_tfms=stats(.1, .05)), 2)
+    items = list(both[0].dls.train_ds.items)[::-2]
+    given = both[of].dls.test_dl(items, with_labels=True)
+    for dl in given,both[of].dls.train.new(get_idxs=lambda: range(9, 2, -1)):
+        comparison = StudentComparison(*both, dl=dl)
+        asked = items if dl is given else list(both[of].dls.train_ds.items[9:2:-1])
+        for i,learn in enumerate(both):
+            logits,y = learn.get_preds(dl=learn.dls.test_dl(asked, with_labels=True), act=noop)
+            assert torch.equal(comparison.right[:,i], (logits.argmax(1)==y).float())
+        plt.close(comparison.show(n=4))
+
+def test_orders_are_the_same():
+    "Whatever batch size, shuffling or dropping the second one's loader has"
+    a,b = learner(data(), 1),learner(data(bs=5, batch_tfms=stats(.1, .05)), 2)
+    comparison = StudentComparison(a, b)
+    b.dls.valid.shuffle,b.dls.valid.drop_last = True,True
+    again = StudentComparison(a, b)
+    assert torch.equal(comparison.right, again.right) and len(again.right)==len(a.dls.valid_ds)
+
+def test_multi_label():
+    many = dict(blocks=(ImageBlock,MultiCategoryBlock), get_y=names)
+    bce = BCEWithLogitsLossFlat()
+    a,b = learner(data(**many), 1, bce, n_out=6),learner(data(**many, item_tfms=Resize(64), batch_tfms=stats(.1, .05)), 2, bce, n_out=6)
+    c = StudentComparison(a, b)
+    for i,o in enumerate((a,b)):
+        logits,y = o.get_preds(act=noop)
+        assert torch.allclose(c.right[:,i], ((logits>0)==(y>.5)).float().mean(1))
+    plt.close(c.show(n=3))
+    single = learner(data(batch_tfms=stats(.1, .05)), 3)
+    single.dls.vocab = a.dls.vocab
+    with pytest.raises(ValueError, match='label the same items differently'): StudentComparison(a, single)
+
+def test_labels_differ():
+    "The same classes, but other labels"
+    with pytest.raises(ValueError, match='label the same items differently'): StudentComparison(learner(data(), 1), learner(data(get_y=swapped), 2))
+
+# -- Segmentation -------------------------------------------------------------------------------------------
+def seg(seed, loss_func=None, get_y=mask, **kw):
+    dls = data(blocks=(ImageBlock,MaskBlock(codes=['paper','edge','ink'])), get_y=get_y, **kw)
+    return learner(dls, seed, loss_func or CrossEntropyLossFlat(axis=1), n_out=3, dense=True)
+
+@pytest.mark.parametrize('load', [False,True], ids=['live','exported'])
+def test_segmentation(load, tmp_path):
+    "Another size, other statistics, another class that is ignored"
+    void = CrossEntropyLossFlat(axis=1, ignore_index=1)
+    make = lambda: seg(2, void, item_tfms=Resize((24,40)), batch_tfms=stats(.3, .1))
+    a,b = seg(1),make()
+    c = StudentComparison(a, exported(make(), tmp_path) if load else b)
+    for i,(o,ignored) in enumerate(((a,-1),(b,1))):
+        logits,y = (v.as_subclass(Tensor) for v in o.get_preds(act=noop))
+        keep = y!=ignored
+        right = ((logits.argmax(1)==y)&keep).sum((1,2))/keep.sum((1,2)).clamp(min=1)
+        assert torch.allclose(c.right[:,i], right)
+    fig = c.show(n=2)
+    shapes = [ax.images[0].get_array().shape for ax in fig.axes[1:3]]
+    assert shapes==[(32,32),(24,40)]
+    assert fig.axes[2].images[0].get_array().mask.any() and not np.ma.getmaskarray(fig.axes[1].images[0].get_array()).any()
+    plt.close(fig)
+
+def test_masks_differ():
+    with pytest.raises(ValueError, match='label the same items differently'):
+        StudentComparison(seg(1), seg(2, get_y=shifted, item_tfms=Resize(64)))
+
+def test_an_image_of_which_one_sees_nothing():
+    "No answer of it counts for the one: no difference"
+    everything = CrossEntropyLossFlat(axis=1, ignore_index=0)
+    a = seg(1)
+    b = seg(2, everything, get_y=mask, item_tfms=[Resize(32),CropPad(1)])
+    c = StudentComparison(a, b)
+    none = (torch.cat([o[1].as_subclass(Tensor) for o in b.dls.valid])==0).flatten(1).all(1)
+    assert 0<none.sum()<len(none) and (c.right[none]==0).all() and (c.right[~none,0]>0).any()
+
+# -- Data that fastai doesn't know the items of ---------------------------------------------------------------
+def samples(seed=0, size=16, n=20):
+    set_seed(seed)
+    return [(torch.rand(3, size, size),torch.tensor(i%4)) for i in range(n)]
+def raw(valid, cls=DataLoader, **kw): return DataLoaders(cls(samples(9), bs=8, shuffle=True, **kw), cls(valid, bs=8, **kw))
+def scaled(b): return (b[0]*4-2,b[1])
+
+def test_tensors():
+    "One list, or one like it; another one is another validation set"
+    a = learner(raw(samples()), 1)
+    for dls in a.dls,raw(samples()),raw(tuple(samples())):
+        c = StudentComparison(a, learner(dls, 2))
+        judged_as(c, 0, a)
+        judged_as(c, 1, learner(dls, 2))
+    plt.close(c.show(n=2))
+    b = learner(raw(samples(3)), 2)
+    with pytest.raises(ValueError, match='different validation sets'): StudentComparison(a, b)
+    dl = DataLoader(samples(4), bs=3)
+    c = StudentComparison(a, b, dl=dl)
+    x,y = (torch.stack(o) for o in zip(*samples(4)))
+    assert torch.equal(c.right[:,1], (b.model(x).argmax(1)==y).float())
+
+@pytest.mark.parametrize('cls,kw', [(DataLoader,dict(after_batch=scaled)),(TfmdDL,dict(after_batch=stats(.1, .05)))])
+def test_tensors_with_transforms(cls, kw):
+    "The loader's transforms are the Learner's own, for other samples, too"
+    a,b = learner(raw(samples()), 1),learner(raw(samples(), cls, **kw), 2)
+    for one,two in (a,b),(b,a):
+        c = StudentComparison(one, two)
+        judged_as(c, 0, one)
+        judged_as(c, 1, two)
+    c = StudentComparison(a, b, dl=DataLoader(samples(4), bs=3))
+    for i,o in enumerate((a,b)):
+        logits,y = o.get_preds(dl=o.dls.test_dl(samples(4)), act=noop)
+        assert torch.equal(c.right[:,i], (logits.argmax(1)==y).float())
+
+class Own:
+    "A data set that does something to its samples, unknown to others"
+    def __init__(self, k=1): self.k,self.of = k,samples()
+    def __len__(self): return len(self.of)
+    def __getitem__(self, i): return self.of[i][0]*self.k,self.of[i][1]
+
+def test_data_sets_of_ones_own():
+    a,b,same,far = (learner(raw(Own(k)), 1) for k in (1,1,1,5))
+    same.dls = a.dls
+    for o in b,same:
+        assert StudentComparison(a, o).counts()['no difference'][0]==20
+        assert len(StudentComparison(a, o, dl=DataLoader(samples(4), bs=3)).right)==20
+    with pytest.raises(ValueError, match='different validation sets'): StudentComparison(a, far)
+    with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(a, far, dl=DataLoader(samples(4), bs=3))
+
+def test_batches_of_unknown_items(tmp_path):
+    "For both where they have the same transforms, as far as their items tell; else refused"
+    a,b,far = learner(data(), 1),learner(data(), 2),learner(data(batch_tfms=stats(.1, .05)), 3)
+    x,y = a.dls.valid.one_batch()
+    dl = DataLoader(list(zip(x, y)), bs=4)
+    loaded = exported(learner(data(), 2), tmp_path)
+    for o in b,loaded:
+        c = StudentComparison(a, o, dl=dl)
+        with torch.no_grad(): right = [(m.model(x).argmax(1)==y).float() for m in (a,b)]
+        assert torch.equal(c.right.as_subclass(Tensor), torch.stack(right, 1).as_subclass(Tensor))
+    for one,two in (a,far),(loaded,far),(loaded,exported(b, tmp_path)):
+        with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(one, two, dl=dl)
+
+def test_what_cannot_be_compared(tmp_path):
+    a = learner(data(), 1)
+    with pytest.raises(ValueError, match='has no targets'): StudentComparison(a, a, dl=a.dls.test_dl(images()))
+    with pytest.raises(ValueError, match='has no targets'): StudentComparison(a, a, dl=DataLoader([(torch.rand(3,8,8),)]*4, bs=2))
+    with pytest.raises(ValueError, match='no validation images'): StudentComparison(exported(learner(data(), 1), tmp_path), a)
+    with pytest.raises(ValueError, match="can't take the items"): StudentComparison(learner(data(**table), 1), a, dl=data(**table).valid)
+
+# -- As the Learners validate themselves ---------------------------------------------------------
+class Normalized(Callback):
+    "Its network's own way of preparing images"
+    def before_batch(self): self.learn.xb = ((self.xb[0]-.1)/.02,)
+
+class FirstOfTwo(Callback):
+    def after_pred(self): self.learn.pred = self.pred[0]
+
+def test_each_learner_has_its_callbacks(make):
+    class Two(SmallNet):
+        def forward(self, x): return super().forward(x),x
+    learn,other = make(cbs=FRSKDCallback()),make(model=Two(), cbs=[Normalized(),FirstOfTwo()])
+    learn.fit(1, 1e-2); other.fit(2, 1e-2)
+    values,losses = list(learn.recorder.values),list(learn.recorder.losses)
+    said = StudentComparison(learn, other)
+    assert (list(learn.recorder.values),list(learn.recorder.losses))==(values,losses) and learn.recorder in learn.cbs
+    for i,o in enumerate((learn,other)): assert abs(o.validate()[1]-said.right[:,i].mean().item())<1e-6
+    said.show(4)
+
+def test_torchs_own_data_loaders(make, digits):
+    data = list(zip(*digits))[:96]
+    loaders = lambda: DataLoaders(*(torch.utils.data.DataLoader(data[i:j], batch_size=16) for i,j in ((0,64),(64,96))))
+    learn,other = make(cbs=FRSKDCallback()),make()
+    learn.dls,other.dls = loaders(),loaders()
+    learn.fit(1, 1e-2); other.fit(1, 1e-2)
+    for kw in {},dict(dl=torch.utils.data.DataLoader(data[:48], batch_size=7)):
+        said = StudentComparison(learn, other, **kw)
+        assert len(said.right)==(48 if kw else 32)
+    assert abs(StudentComparison(learn, other).right[:,0].mean().item()-learn.validate()[1])<1e-6

@@ -1,0 +1,108 @@
+"The refined model: student and self-teacher as one plain Learner, for each task and kind of network"
+import io, pickle
+import pytest, torch
+from fastai.vision.all import *
+from frskd_fastai.all import *
+from conftest import VOID, SmallNet, masks, n_hooks, small_unet, weights
+
+def probs(learn, logits): return learn.loss_func.activation(logits)
+
+def check(learn, x, traced=None):
+    "Both models give what the two networks give in `run_both`; and the Learner that they come from is as before"
+    before,hooks,cb = weights(learn.model),n_hooks(learn.model),learn.frskd
+    _,s,_,t = (o if isinstance(o, list) else o.as_subclass(Tensor) for o in cb.run_both(x))
+    refined,average = cb.refined(),cb.refined(average=True)
+    with torch.no_grad(): r,a = (l.model(x).as_subclass(Tensor) for l in (refined,average))
+    torch.testing.assert_close(r, t, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probs(learn, a), (probs(learn, s)+probs(learn, t))/2, rtol=1e-4, atol=1e-5)
+    assert traced is None or refined.model.traced==traced
+    assert n_hooks(learn.model)==hooks and all(torch.equal(v, before[k]) for k,v in weights(learn.model).items())
+    return refined,average
+
+def test_is_a_plain_learner_and_a_copy(make, digits, tmp_path):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    refined,_ = check(learn, digits[0][:8], traced=True)
+    assert not hasattr(refined, 'frskd') and refined.opt is None and refined.dls is learn.dls
+    loss,acc = refined.validate()
+    p,y = refined.get_preds()
+    assert abs(accuracy(p, y).item()-acc)<1e-6 and abs(F.nll_loss(p.log(), y).item()-loss)<1e-4
+    learn.fit(1, 1e-2)
+    assert list(refined.validate())==[loss,acc]
+
+def test_hooks_where_torchvision_cannot_trace(make, digits):
+    class Branches(SmallNet):
+        def forward(self, x): return super().forward(x if x.mean()>-100 else -x)
+    learn = make(model=Branches(), cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    refined,_ = check(learn, digits[0][:8], traced=False)
+    assert n_hooks(refined.model)==0
+
+def test_a_trace_that_differs_is_not_taken(make, digits):
+    class ByShape(SmallNet):
+        "Its trace goes the way of other images"
+        def forward(self, x): return super().forward(x*(2 if isinstance(x, Tensor) else 1))
+    learn = make(model=ByShape(), cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    check(learn, digits[0][:8], traced=False)
+
+@pytest.mark.parametrize('average', [False,True])
+def test_export_and_load(tmp_path, average):
+    items = get_image_files(digits_data()/'train')[::12]
+    dls = ImageDataLoaders.from_path_func('.', items, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, valid_pct=.3, seed=1)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path, cbs=FRSKDCallback(width=.25))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    refined = learn.frskd.refined(average=average)
+    with refined.no_bar():
+        name,_,p = refined.predict(items[3])
+        tta,_ = refined.tta(n=2)
+        refined.show_results(max_n=2)
+        refined.export('refined.pkl')
+        loaded = load_learner(tmp_path/'refined.pkl')
+        with loaded.no_bar(): again = loaded.predict(items[3])
+    assert again[0]==name and torch.allclose(again[2], p, atol=1e-6) and tta.shape==(len(dls.valid_ds),dls.c)
+    assert (tmp_path/'refined.pkl').stat().st_size < 4.2*sum(o.numel() for o in refined.model.parameters())+1e6 # no optimizer
+
+def test_onnx(make, digits):
+    pytest.importorskip('onnx')
+    ort = pytest.importorskip('onnxruntime')
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    x = digits[0][:4]
+    for l in check(learn, x, traced=True):
+        torch.onnx.export(l.model, (x,), f:=io.BytesIO(), dynamo=False)
+        session = ort.InferenceSession(f.getvalue())
+        out, = session.run(None, {session.get_inputs()[0].name:x.numpy()})
+        with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(out), l.model(x), rtol=1e-3, atol=1e-4)
+
+def test_several_labels(make, digits):
+    x,y = digits
+    data = list(zip(x, F.one_hot(y, 10).float()))
+    learn = make(metrics=accuracy_multi)
+    learn.dls,learn.loss_func = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[64:96], bs=16)),BCEWithLogitsLossFlat()
+    learn.add_cb(FRSKDCallback())
+    learn.fit(1, 1e-2)
+    refined,_ = check(learn, x[:8])
+    assert len(refined.validate())==2
+
+def test_pixels(make, digits):
+    x,y = digits
+    data = list(zip(x, masks(x, y)))
+    learn = make(model=small_unet(), splitter=trainable_params, metrics=MeanIoU(VOID))
+    learn.dls = DataLoaders(DataLoader(data[:32], bs=8), DataLoader(data[32:48], bs=8))
+    learn.loss_func = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
+    learn.add_cb(FRSKDCallback())
+    learn.fit(1, 1e-3)
+    refined,_ = check(learn, x[:4])
+    assert len(refined.validate())==2 and refined.model(x[:2]).shape==(2,4,32,32)
+    assert pickle.loads(pickle.dumps(refined.model))(x[:2]).shape==(2,4,32,32)
+
+def test_tokens_of_another_size(make, digits):
+    timm = pytest.importorskip('timm')
+    m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=4, num_classes=10, dynamic_img_size=True)
+    learn = make(model=m, splitter=trainable_params, cbs=FRSKDCallback(width=.25))
+    learn.fit(1, 1e-3)
+    for size in (32,32),(48,32): check(learn, F.interpolate(digits[0][:4], size=size))
+
+def test_before_training_there_is_none(make):
+    with pytest.raises(ValueError, match='no self-teacher yet.*Train it first'): make(cbs=FRSKDCallback()).frskd.refined()
