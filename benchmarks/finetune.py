@@ -110,9 +110,9 @@ def main(args):
 def table(args):
     "Means over the seeds, and the paired difference from plain training"
     d = pd.read_csv(args.out)
-    d = d[d.seed!=99].set_index(['data','size','epochs','arm','seed'])
+    d = d[d.seed!=99].set_index(['data','size','epochs','arm','seed']).sort_index()
     print('| data | epochs | arm | accuracy | − plain | loss | − plain | calibration error | seeds |\n|---|---|---|---|---|---|---|---|---|')
-    for (data,size,epochs,arm),o in d.groupby(level=[0,1,2,3], sort=False):
+    for (data,size,epochs,arm),o in d.groupby(level=[0,1,2,3]):
         o = o.droplevel([0,1,2,3])
         plain = d.loc[(data,size,epochs,'plain')]
         diff = lambda k, digits: '' if arm=='plain' else '{:+.{n}f} ± {:.{n}f}'.format((e:=(o[k]-plain[k]).dropna()).mean(), e.std()/len(e)**.5, n=digits)

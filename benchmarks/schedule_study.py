@@ -55,7 +55,7 @@ class TrustBoth(FRSKDCallback):
     def factor(self): return super().factor*self.ready.factor
     def after_loss(self):
         super().after_loss()
-        if self.training: self.ready.update(self.losses['student'])
+        if self.training: self.ready.update(-self.losses['student']) # plain cross-entropy here, so a log-probability
 
 class TrustStudent(TrustBoth):
     "Follows the self-teacher as far as the student itself knows the training set"
