@@ -166,15 +166,19 @@ class _Collect(Callback):
 
 def _each(learn, dl, collect):
     "Validate `learn` on `dl`, with its callbacks but without a trace; `collect` gets each batch's prediction and targets"
-    kept = [(o,dict(vars(o))) for o in learn.cbs if isinstance(o, Recorder)] # a validation begins its record anew
-    smooth = [(o.smooth_loss,dict(vars(o.smooth_loss))) for o,_ in kept]
+    recorders = [o for o in learn.cbs if isinstance(o, Recorder)]
+    kept = [(o,dict(vars(o))) for r in recorders for o in (r, r.smooth_loss)] # a validation begins its record anew
     final = {k:v for k,v in vars(learn).items() if k=='final_record'}
     bars = learn.cbs.filter(lambda o: isinstance(o, ProgressCallback))
+    # no metrics: they would wait for other processes
+    for o in recorders: vars(o).update(dict.fromkeys(('before_validate','after_batch','after_validate'), noop))
     try:
         with unnoticed(learn.model), learn.removed_cbs(bars), learn.validation_context(cbs=_Collect(collect)):
             learn._do_epoch_validate(dl=dl)
     finally:
-        for o,state in (*kept,*smooth): vars(o).update(state)
+        for o,state in kept:
+            vars(o).clear()
+            vars(o).update(state)
         vars(learn).update(final)
 
 def _judge(learn, dl):
