@@ -151,6 +151,7 @@ def _two_models(args, learn, history):
     "The refined model and a table of it beside the student. A training isn't lost where that can't be made"
     try:
         refined = learn.frskd.refined()
+        if n_processes()>1: return refined,[] # metrics would wait for the other processes
         with refined.no_bar(): loss,*values = refined.validate()
         ms = _forward_ms([learn,refined])
     except Exception as e:
@@ -239,9 +240,9 @@ def _run(args, dls, learn):
         plain_log(l)
         seconds[run] = _fit(l, args, lr)
         rows += l.history.rows
+    if rank_distrib(): return args.out
     history = pd.DataFrame(rows)
     refined,two_models = _two_models(args, learn, history)
-    if rank_distrib(): return args.out
     history.to_csv(args.out/'history.csv', index=False)
     comparison = StudentComparison(learn, learners['plain'], names=('frskd','plain')) if args.compare else None
     figs = _pictures(args, learn, comparison, history)
