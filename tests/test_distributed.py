@@ -1,5 +1,5 @@
 """Several processes, on the CPU: two train together by gloo, started once for all tests but the last ones, which start their own by the launchers that users have. Every test has a time limit"""
-import os, signal, subprocess, sys, threading, time
+import contextlib, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
@@ -215,7 +215,11 @@ def test_synchronised_batchnorm(tmp_path):
 # -- The launchers ----------------------------------------------------------------------------------------
 def end_when(p, until):
     while p.poll() is None:
-        if until(): os.killpg(p.pid, signal.SIGTERM); return
+        if until():
+            os.killpg(p.pid, signal.SIGTERM)
+            p.wait(100)
+            with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL) # a data loader's process just begun holds the pipes
+            return
         time.sleep(.01)
 
 def launch(*args, limit=150, until=None, **env):
