@@ -14,7 +14,7 @@ network is appended to `--out`, and what is there already is skipped. `--lrs` tr
 import argparse, tempfile, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from schedule_study import CALLBACKS
+from schedule_study import CALLBACKS, NoValid
 
 ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, **CALLBACKS}
 
@@ -88,12 +88,9 @@ def run(args, items, weights, epochs, seed, arm, lr):
     learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
     set_seed(seed)
     t0 = time.time()
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, lr, cbs=NoValid())
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, lr, cbs=NoValid(math.inf))
     seconds,(ps,y) = round(time.time()-t0, 1),judge(learn)
     return [dict(arm=arm+k, epochs=epochs, seed=seed, lr=lr, **scores(p, y), seconds=seconds) for k,p in ps.items()]
-
-class NoValid(Callback):
-    def before_validate(self): raise CancelValidException
 
 def main(args):
     torch.set_num_threads(1)
