@@ -18,7 +18,7 @@ class Scale(Callback):
         state = deepcopy(cb.trained.state_dict()) # a second pass must not move BatchNorm's statistics twice
         maps = cb._pop_maps()
         refined,_ = cb._teach(maps, 1.)
-        loss = cb._feature_loss(maps[1], [o.detach() for o in refined])
+        loss = cb._feature_loss(maps[1], [o.detach() for o in refined], cb._positions)
         norm = lambda l: torch.cat([g.flatten() for g in torch.autograd.grad(l, body, retain_graph=True, allow_unused=True) if g is not None]).norm()
         self.ratios.append((cb.beta*norm(loss)/norm(self.learn.loss_grad)).item())
         cb.trained.load_state_dict(state)

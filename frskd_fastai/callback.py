@@ -279,6 +279,7 @@ class FRSKDCallback(Callback):
         self._check_gradient(maps[0] if self._preact else maps)
         if self._cast: maps = to_float(maps)
         maps,pre = maps if self._preact else (maps,None)
+        self._positions = [o.shape[-2:].numel() for o in maps]
         maps = pooled(maps, self.finest)
         return maps,pooled(pre, self.finest) if self._preact else maps
 
@@ -324,8 +325,8 @@ class FRSKDCallback(Callback):
         if self.alpha: parts['soft_label'] = self._fast(soft_label_loss)(student, teacher, self.temperature, self.multi_label, self._keep)
         if self.beta or 'feature_loss' in self.trained: # its parameters take part in each step, where several processes train
             maps,refined = maps[1],[o.detach() for o in refined]
-            if callable(self.feature_loss): maps,refined = to_float((maps,refined)) # ours see to it by themselves
-            parts['feature'] = self._fast(self._feature_loss)(maps, refined)
+            f = self._fast(self._feature_loss)
+            parts['feature'] = f(*to_float((maps,refined))) if callable(self.feature_loss) else f(maps, refined, self._positions) # ours see to float32 by themselves
         return parts
 
     def _fast(self, f): return self._compiled.get(f, f)

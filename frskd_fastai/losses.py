@@ -54,9 +54,14 @@ def attention_map(
 def attention_loss(
     student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
     teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
+    positions:list|None=None, # Positions of the student's maps as the student makes them, where these are pooled ones. Default: H_i·W_i
 )->Tensor: # Scalar, float32
-    "Σ_i of the mean over batch and positions of ( φ(F_i) − φ(T_i) )² (paper section 3.2, L_F)"
-    return sum((attention_map(f)-attention_map(t.detach())).pow(2).mean() for f,t in zip(student, teacher, strict=True))
+    "Σ_i of the mean over batch and positions of ( φ(F_i) − φ(T_i) )² (paper section 3.2, L_F). φ has norm 1 on a pooled map as well, so that one's sum is divided by `positions`, as in the paper"
+    loss = 0.
+    for f,t,n in zip(student, teacher, positions or [None]*len(student), strict=True):
+        squares = (attention_map(f)-attention_map(t.detach())).pow(2)
+        loss = loss + squares.mean()*(squares.shape[1]/(n or squares.shape[1]))
+    return loss
 
 # %% ../nbs/02_losses.ipynb #f47c17d9
 def _connector(c, d): return nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d))
@@ -73,6 +78,7 @@ class HintLoss(nn.Module):
     def forward(self,
         student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
+        positions:list|None=None, # As for `attention_loss`; a mean of squares is of the same scale on pooled maps
     )->Tensor: # Scalar, float32
         return sum(F.mse_loss(F.relu(c(f)).float(), t.detach().float()) for c,f,t in zip(self.connectors, student, teacher, strict=True))
 
@@ -98,12 +104,15 @@ class OverhaulLoss(nn.Module):
     def forward(self,
         student:list, # Student's feature maps F_i before the ReLU, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i before the ReLU, B×d_i×H_i×W_i; detached here
+        positions:list|None=None, # As for `attention_loss`; a sum over fewer positions is brought to theirs
     )->Tensor: # Scalar, float32
         loss,n = 0.,len(student)
-        for i,(connect,norm,f,t) in enumerate(zip(self.connectors, self.norms, student, teacher, strict=True)):
+        each = [m.shape[-2:].numel() for m in student]
+        scales = [a/b for a,b in zip(positions or each, each, strict=True)]
+        for i,(connect,norm,f,t,scale) in enumerate(zip(self.connectors, self.norms, student, teacher, scales, strict=True)):
             source,target = connect(f).float(),torch.maximum(t.detach().float(), overhaul_margin(norm)[:,None,None])
             matters = (source>target) | (target>0)
-            loss = loss + ((source-target).pow(2)*matters).sum()/len(f)/2**(n-i-1)
+            loss = loss + ((source-target).pow(2)*matters).sum()*(scale/len(f)/2**(n-i-1))
         return loss
 
 # %% ../nbs/02_losses.ipynb #a029f89c

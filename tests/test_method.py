@@ -344,6 +344,23 @@ def test_feature_losses(make, loss, n):
     learn.remove_cb(cb)
     assert len(learn.opt.all_params())==len(list(learn.model.parameters())) and n_hooks(learn.model)==0
 
+@pytest.mark.parametrize('finest', [0,1,2])
+def test_a_pooled_level_weighs_what_the_paper_gives_it(make, finest):
+    "Its squares are divided by the positions of the student's map, not of the pooled one; so `finest` doesn't change β"
+    learn = make(cbs=FRSKDCallback(finest=finest))
+    learn.create_opt()
+    positions = [math.prod(o.size) for o in learn.frskd.found_levels]
+    assert positions[0]>positions[1]>positions[2]
+    def paper(student, refined):
+        assert all(f.shape[-2:].numel()<=positions[finest] for f in student)
+        return sum((attention_map(f)-attention_map(t)).pow(2).sum(1).mean()/n for f,t,n in zip(student, refined, positions))
+    losses = []
+    for cb in FRSKDCallback(finest=finest),FRSKDCallback(finest=finest, feature_loss=paper, beta=100.):
+        learn = make(cbs=cb)
+        one_batch(learn, lambda l: losses.append(l.frskd.losses['feature'].item()))
+    assert losses[0]>0
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+
 def test_a_feature_loss_with_parameters_of_its_own_is_trained(make):
     class Scaled(nn.Module):
         def __init__(self): super().__init__(); self.s = nn.Parameter(tensor(2.))
