@@ -40,7 +40,7 @@ class FRSKDCallback(Callback):
         depth:int=1, # Depthwise-separable convolutions in each node of the self-teacher; the paper's is 2. Not for segmentation
         levels:int|list=4, # How many of the student's deepest feature levels to use (all, where it has fewer), or their module names, as in `learn.model.named_modules()`
         finest:int|None=None, # Index of the level whose resolution is enough: the maps of finer levels are average-pooled to it, for the self-teacher and for the feature loss. Default: 1; for segmentation 0, as in the paper
-        schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
+        schedule:str|Callable='trust', # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`; less in trainings of under 500 steps), 'constant' (the paper's), 'ramp' (the paper's for segmentation, see `late_ramp`), or a function from the part of the fit done (0 to 1) to a factor (0 to 1)
         feature_loss:str|Callable='attention', # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and refined maps to a scalar; a module's parameters are trained too
         teacher:nn.Module|Callable|None=None, # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits to one, for instance `partial(SelfTeacher, n_channels=256)`; `width` and `depth` are the default one's
         compile:bool=False, # Compile the self-teacher and the losses, with `torch.compile`? (Not the student: that is yours to compile.)
@@ -176,9 +176,15 @@ class FRSKDCallback(Callback):
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
         self._watches = [Override(learn, '_do_epoch', self._watched), Override(learn, '_call_one', self._with_taps)]
         self.skipped,self.trained_nothing = 0,False
+        self._plan()
+        if self.trust.share<.25 and self.schedule=='trust' and learn.opt.frozen_idx==0 and not hasattr(learn, 'lr_finder') and not rank_distrib():
+            print(f"FRSKD: only {self.trust.last} training steps, so the student learns almost as it would without FRSKD (full effect from {self.trust.full} steps). `learn.frskd.refined()` also keeps the self-teacher.")
+
+    def _plan(self): self.trust.will_train((self.learn.n_epoch-self.learn.epoch)*len(self.dls.train))
 
     def before_train(self):
         self._cleanup_taps()
+        self._plan() # again: a resumed fit knows by now how far it was
         if self._wrapped is None: self._wrapped = like_model(self.learn, self.trained) # now: by now `DistributedTrainer` has wrapped the model
         if self._distributed: check_share(self.learn.dl)
         self.trained.train()

@@ -72,7 +72,7 @@ def save_trained(
 ):
     "`learn.save`, with all that trains beside the student"
     if cb.trained is None: return save(*args, **kwargs)
-    return save_with(save, cb.learn, 'frskd', dict(levels=list(cb.level_names), trust=None if cb.trust.loss is None else cb.trust.loss.item(), trained=cb.trained.state_dict()), *args, **kwargs)
+    return save_with(save, cb.learn, 'frskd', dict(levels=list(cb.level_names), trust=cb.trust.state_dict(), trained=cb.trained.state_dict()), *args, **kwargs)
 
 def load_trained(
     cb, # An `FRSKDCallback`
@@ -90,5 +90,5 @@ def load_trained(
     load(file, *args, with_opt=with_opt, **kwargs)
     if saved is not None:
         cb.trained.load_state_dict(saved['trained'])
-        cb.trust.loss = None if saved['trust'] is None else torch.tensor(saved['trust'], device=one_param(cb.teacher).device)
+        cb.trust.load_state_dict(saved['trust'], one_param(cb.teacher).device)
     return learn

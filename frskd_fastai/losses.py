@@ -148,15 +148,31 @@ def late_ramp(
     return 0. if pct<2/3 else math.exp(-5*(3-3*pct)**2)
 
 class Trust:
-    "How much the student follows the self-teacher: the probability that it gives to the right answer, as a running geometric mean"
+    "How much the student follows the self-teacher: the running geometric mean of the probability that it gives to the right answer; in a short training only a part of it"
     def __init__(self,
         beta:float=0.95, # Part of the running mean that a new batch leaves in place
-    ): self.beta,self.loss = beta,None # the running mean of −log p, infinite before the first finite one
+        full:int=500, # Steps of a training that is long enough for all of it; one of n steps gets n/full
+    ):
+        self.beta,self.full = beta,full
+        self.loss = None # the running mean of −log p, infinite before the first finite one
+        self.steps,self.last = 0,math.inf # steps until now, and when the fit ends
+
+    def will_train(self,
+        n:int, # Steps that follow until the end of the fit
+    ):
+        "Take in how long the training will be, with the fits before it"
+        self.last = self.steps+n
+
+    @property
+    def share(self):
+        "The part of trust that a training of this length gets, 0 to 1"
+        return min(1., self.last/self.full)
 
     def update(self,
         log_p:Tensor, # Log-probability that the self-teacher gives to the right answers of one batch, their mean; a scalar
     ):
         "Take in one more batch; a value that is not finite leaves the mean as it was"
+        self.steps += 1
         loss = -log_p.detach()
         if self.loss is None: self.loss = torch.full_like(loss, math.inf)
         new = torch.where(self.loss.isinf(), loss, torch.lerp(loss, self.loss, self.beta))
@@ -165,4 +181,9 @@ class Trust:
     @property
     def factor(self):
         "Now: 0. before the first batch, then a scalar tensor, which stays on its device (reading it would make the GPU wait)"
-        return 0. if self.loss is None else torch.exp(-self.loss.clamp(min=0))
+        return 0. if self.loss is None else torch.exp(-self.loss.clamp(min=0))*self.share
+
+    def state_dict(self): return dict(loss=None if self.loss is None else self.loss.item(), steps=self.steps)
+    def load_state_dict(self, state, device=None):
+        loss,self.steps = state['loss'],state['steps']
+        self.loss = None if loss is None else torch.tensor(loss, device=device)

@@ -269,7 +269,62 @@ def test_trust_follows_the_self_teachers_loss(make):
     mean = None
     for factor,loss in factors:
         mean = loss if mean is None else .95*mean + .05*loss
-        assert abs(factor-math.exp(-mean))<1e-5
+        assert abs(factor-math.exp(-mean)*6/500)<1e-5
+
+class Shares(Callback):
+    "The part of trust in each step, and how many steps there were before it"
+    order,run_valid = 100,False
+    def before_fit(self): self.seen = []
+    def after_loss(self): self.seen.append((self.frskd.trust.share, self.frskd.trust.steps-1))
+
+def test_a_short_training_gets_a_part_of_trust(make, capsys):
+    "n/500, n the steps of all fits until the end of this one; the line says so, in the fits whose body trains"
+    learn,look = make(cbs=FRSKDCallback()),Shares()
+    learn.fit(2, 1e-3, cbs=look)
+    assert look.seen==[(12/500,i) for i in range(12)]
+    assert capsys.readouterr().out.count('FRSKD: only 12 training steps')==1
+    learn.freeze()
+    learn.fit(1, 1e-3, cbs=look)
+    assert look.seen==[(18/500,i) for i in range(12, 18)] and 'FRSKD' not in capsys.readouterr().out
+    learn.unfreeze()
+    learn.frskd.trust.steps = 490
+    learn.fit(1, 1e-3, cbs=look)
+    assert look.seen==[(496/500,i) for i in range(490, 496)] and 'FRSKD' not in capsys.readouterr().out
+    learn.fit(2, 1e-3, cbs=look)
+    assert [o for o,_ in look.seen]==[1.]*12
+
+def test_fine_tune_counts_the_steps_of_both_phases(make, capsys):
+    learn,shares = make(cbs=FRSKDCallback()),[]
+    class Look(Shares):
+        def after_fit(self): shares.append(self.seen)
+    learn.fine_tune(3, 1e-3, cbs=Look())
+    assert [sorted({o for o,_ in s}) for s in shares]==[[6/500],[24/500]] and [n for s in shares for _,n in s]==list(range(24))
+    assert capsys.readouterr().out.count('FRSKD: only 24 training steps')==1
+
+@pytest.mark.parametrize('schedule', ['constant','ramp',lambda pct: 1.])
+def test_other_schedules_are_as_they_are_in_short_trainings(make, capsys, schedule):
+    learn,seen = make(cbs=FRSKDCallback(schedule=schedule)),[]
+    learn.fit(1, 1e-3, cbs=[Shares()])
+    want = {'ramp':late_ramp}.get(schedule, lambda pct: 1.)
+    torch.testing.assert_close(learn.frskd.steps.factor.tolist(), [want(i/6) for i in range(6)])
+    assert 'FRSKD' not in capsys.readouterr().out
+
+def test_lr_find_counts_no_steps(make, capsys):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3); capsys.readouterr()
+    learn.lr_find(num_it=8, show_plot=False)
+    assert learn.frskd.trust.steps==6 and 'FRSKD' not in capsys.readouterr().out
+
+def test_the_steps_are_in_the_checkpoint(make, tmp_path):
+    learn = make(cbs=FRSKDCallback(), path=tmp_path)
+    learn.fit(1, 1e-3); learn.save('a')
+    for other in make(cbs=FRSKDCallback(), path=tmp_path),learn:
+        other.fit(1, 1e-3)
+        other.load('a')
+        assert other.frskd.trust.steps==6
+        look = Shares()
+        other.fit(1, 1e-3, cbs=look)
+        assert look.seen==[(12/500,i) for i in range(6, 12)]
 
 def test_zero_weights_cost_nothing(make):
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0)); learn.fit(1)

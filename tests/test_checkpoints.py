@@ -73,12 +73,14 @@ def test_resuming_in_a_new_process_is_training_on(tmp_path):
         assert a.keys()==b.keys() and not [k for k in a if not torch.equal(a[k], b[k])], run
 
 def test_two_fits_are_one_longer_one_without_a_break(make):
-    "What the file of the test above goes on with is a fit of four epochs"
+    "What the file of the test above goes on with is a fit of four epochs; trust, too, where both are long enough for all of it"
     ends = []
     for fits in [4],[2,2]:
         learn = make(cbs=FRSKDCallback(), opt_func=partial(SGD, mom=.9))
         dl = DataLoader(learn.dls.train.dataset, bs=16)
         learn.dls = DataLoaders(dl, dl)
+        learn.create_opt()
+        learn.frskd.trust.full = 1
         for n in fits: learn.fit(n, 1e-2)
         ends.append({**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}})
     assert same(*ends)

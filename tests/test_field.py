@@ -18,10 +18,10 @@ class Spy:
         return self.loss(p, y, reduction=self.reduction, **self.kw)
 
 class Factors(Callback):
-    "The schedule's factor after each step"
+    "Trust after each step, as a training of any length would have it"
     order,run_valid = 100,False
     def before_fit(self): self.seen = []
-    def after_batch(self): self.seen.append(float(self.frskd.factor))
+    def after_batch(self): self.seen.append(float(self.frskd.factor/self.frskd.trust.share))
 
 def running(ps):
     "exp of the running mean of log-probabilities, from each batch's mean log-probability"
