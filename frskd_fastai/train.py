@@ -147,40 +147,48 @@ def _forward_ms(learners, rounds=7):
                 times[-1].append(1000*(time.perf_counter()-t0))
     return np.median(times[1:], axis=0)
 
-def _two_models(args, learn, history):
-    "The refined model and a table of it beside the student. A training isn't lost where that can't be made"
+def _refined(args, learn):
+    "The refined model, and its metrics, loss, and the two networks' parameters and milliseconds. A training isn't lost where it can't be made"
     try:
         refined = learn.frskd.refined()
-        if n_processes()>1: return refined,[] # metrics would wait for the other processes
+        if n_processes()>1: return refined,None # metrics would wait for the other processes
         with refined.no_bar(): loss,*values = refined.validate()
-        ms = _forward_ms([learn,refined])
+        size = lambda l: sum(p.numel() for p in l.model.parameters())
+        return refined,(values,loss,[size(learn),size(refined)],_forward_ms([learn,refined]))
     except Exception as e:
         warn(f"there is no refined model of this network ({(str(e).strip() or type(e).__name__).splitlines()[0]})")
-        return None,[]
-    h = history.iloc[-1]
-    rows = [('student',[h[o] for o in tasks[args.task]],h.valid_loss,learn),('refined',values,loss,refined)]
-    lines = ['', "The student, and the refined model: student and self-teacher as one network, for where a prediction may cost more "
-             f"({'`refined.pkl`' if args.keep_refined else '`--keep-refined` exports it'}).", '',
-             f"| model | {' | '.join(tasks[args.task].values())} | validation loss | parameters | one prediction |", '|---'*(len(tasks[args.task])+4)+'|']
-    for (name,vs,loss,l),t in zip(rows, ms):
-        n = sum(p.numel() for p in l.model.parameters())
-        lines.append(f"| {name} | {' | '.join(f'{v:.2%}' for v in vs)} | {loss:.4f} | {n/1e6:.2f} M | {t:.1f} ms |")
-    return refined,lines
+        return None,None
 
-def _summary(args, learn, history, lr, seconds, comparison, two_models):
+def _table(args, history, seconds, measured):
+    "Lines: a row for each training, and one for the refined model if it was `measured`"
+    metrics = tasks[args.task]
+    rows = [(run, [d[o].iloc[-1] for o in metrics], d.valid_loss.iloc[-1], f'{seconds[run]:.0f} s') for run,d in history.groupby('run', sort=False)]
+    heads,costs = ['model',*metrics.values(),'validation loss','training time'],[[]]*len(rows)
+    if measured:
+        values,loss,sizes,ms = measured
+        rows.append(('frskd, refined', values, loss, 'the same'))
+        heads += ['parameters','one prediction']
+        cost = [[f'{n/1e6:.2f} M',f'{t:.1f} ms'] for n,t in zip(sizes, ms)]
+        costs = [cost[0]]*(len(rows)-1) + [cost[1]]
+    cells = [[name,*(f'{v:.2%}' for v in vs),f'{loss:.4f}',t,*c] for (name,vs,loss,t),c in zip(rows, costs)]
+    lines = [f"| {' | '.join(o)} |" for o in [heads,*cells]]
+    lines.insert(1, '|---'*len(heads)+'|')
+    if measured: lines += ['', f"`frskd` is the student, a plain {args.arch}. The refined model is student and self-teacher as one network, for where a prediction may cost more: "
+                               f"{'`refined.pkl`' if args.keep_refined else '`--keep-refined` exports it'}."]
+    return lines
+
+def _summary(args, learn, history, lr, seconds, comparison, measured):
     "The text of `summary.md`"
     data = recipes[args.recipe].data if args.recipe else args.path or 'the embedded handwritten digits'
     n_train,n_valid = len(learn.dls.train_ds),len(learn.dls.valid_ds)
     lines = ['# frskd-train', '', f"`{' '.join(['frskd-train', *map(shlex.quote, args.argv)])}`", '',
         f"{args.arch}, {'pretrained' if args.pretrained else 'from scratch'}, on {data}: {n_train:,} training and {n_valid:,} validation images of {len(args.codes) if args.codes else learn.dls.c} classes at {args.size} px{' (height)' if args.codes and not args.recipe else ''}; "
         f"{args.epochs} epoch{'s'*(args.epochs>1)}, batch size {args.bs}{f', {args.bs//n_processes()} on each of {n_processes()} processes' if n_processes()>1 else ''}, learning rate {lr:.2g}, seed {args.seed}. Levels: {', '.join(learn.frskd.level_names)}.", '',
-        f"| run | {' | '.join(tasks[args.task].values())} | validation loss | training time |", '|---'*(len(tasks[args.task])+3)+'|']
+        '']
     frskd = learn.frskd
-    lines[-2:-2] = [f"FRSKD: α {frskd.alpha:g}, β {frskd.beta:g}, temperature {frskd.temperature:g}, self-teacher of width {frskd.width:g}, schedule {frskd.schedule}."
+    lines[-1:] = [f"FRSKD: α {frskd.alpha:g}, β {frskd.beta:g}, temperature {frskd.temperature:g}, self-teacher of width {frskd.width:g}, schedule {frskd.schedule}."
                     + (f" Recipe {args.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten after {' and '.join(f'{o*args.epochs:.4g}' for o in recipes[args.recipe].drops)} epochs{', gradients clipped' if recipes[args.recipe].clip else ''}." if args.recipe else ''), '']
-    for run,d in history.groupby('run', sort=False):
-        lines.append(f"| {run} | {' | '.join(f'{d[o].iloc[-1]:.2%}' for o in tasks[args.task])} | {d.valid_loss.iloc[-1]:.4f} | {seconds[run]:.0f} s |")
-    lines += two_models
+    lines += _table(args, history, seconds, measured)
     if args.codes:
         void = void_label(args.codes)
         lines += ['', f"Pixels of {f'the class {args.codes[void]}' if void<len(args.codes) else 'value 255, if any,'} are left out."]
@@ -242,7 +250,7 @@ def _run(args, dls, learn):
         rows += l.history.rows
     if rank_distrib(): return args.out
     history = pd.DataFrame(rows)
-    refined,two_models = _two_models(args, learn, history)
+    refined,measured = _refined(args, learn)
     history.to_csv(args.out/'history.csv', index=False)
     comparison = StudentComparison(learn, learners['plain'], names=('frskd','plain')) if args.compare else None
     figs = _pictures(args, learn, comparison, history)
@@ -252,7 +260,7 @@ def _run(args, dls, learn):
     learn.remove_cb(History)
     learn.export('student.pkl')
     if args.keep_refined and refined: refined.export('refined.pkl')
-    text = _summary(args, learn, history, lr, seconds, comparison, two_models)
+    text = _summary(args, learn, history, lr, seconds, comparison, measured)
     (args.out/'summary.md').write_text(text)
     finish(args.out)
     print(f"\n{text}\nResults in {args.out}/: {', '.join(dict.fromkeys([*results,*figs,*['refined.pkl']*bool(args.keep_refined and refined)]))}")
