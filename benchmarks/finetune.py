@@ -79,7 +79,8 @@ def judge(learn):
     t = torch.cat(teacher)
     return {'':s, ' refined':t, ' average':(s+t)/2},y
 
-def run(args, items, weights, epochs, seed, arm, lr):
+def trained(args, items, weights, epochs, seed, arm, lr):
+    "A Learner after its training"
     set_seed(seed)
     dls = loaders(args, items)
     dls.train.rng = random.Random(seed)
@@ -87,8 +88,12 @@ def run(args, items, weights, epochs, seed, arm, lr):
     cbs = [] if ARMS[arm] is None else [ARMS[arm]()]
     learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
     set_seed(seed)
-    t0 = time.time()
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, lr, cbs=NoValid(math.inf))
+    return learn
+
+def run(args, items, weights, epochs, seed, arm, lr):
+    t0 = time.time()
+    learn = trained(args, items, weights, epochs, seed, arm, lr)
     seconds,(ps,y) = round(time.time()-t0, 1),judge(learn)
     return [dict(arm=arm+k, epochs=epochs, seed=seed, lr=lr, **scores(p, y), seconds=seconds) for k,p in ps.items()]
 
@@ -115,8 +120,8 @@ def table(args):
         diff = lambda k, digits: '' if arm=='plain' else '{:+.{n}f} ± {:.{n}f}'.format((e:=(o[k]-plain[k]).dropna()).mean(), e.std()/len(e)**.5, n=digits)
         print(f"| {data}, {size} px | {epochs} | {arm} | {o.accuracy.mean():.2f} | {diff('accuracy', 2)} | {o.loss.mean():.3f} | {diff('loss', 3)} | {o.ece.mean():.1f} | {len(o)} |")
 
-if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(doc):
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('data', nargs='?', help='folder or zip with train/CLASS and valid/CLASS')
     p.add_argument('--only', help='file in it that lists the classes to take')
     p.add_argument('--per-class', type=int, default=30)
@@ -124,8 +129,12 @@ if __name__=='__main__':
     p.add_argument('--bs', type=int, default=32)
     p.add_argument('--epochs', nargs='+', type=int, default=[5])
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
-    p.add_argument('--arms', nargs='+', default=['plain','frskd','paper'], choices=list(ARMS))
     p.add_argument('--lr', type=float, default=2e-3)
+    return p
+
+if __name__=='__main__':
+    p = options(__doc__)
+    p.add_argument('--arms', nargs='+', default=['plain','frskd','paper'], choices=list(ARMS))
     p.add_argument('--lrs', action='store_true', help='try learning rates with plain training')
     p.add_argument('--out', default='benchmarks/results/finetune.csv')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
