@@ -209,7 +209,7 @@ def run(args):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, args.lr, cbs=NoValid(epochs))
         loss,acc = learn.recorder.values[-1][1:3]
         row = dict(**key, accuracy=round(acc*100, 2), valid_loss=round(loss, 4), train_loss=round(learn.recorder.values[-1][0], 4), seconds=round(time.time()-t0, 1))
-        if args.unused: row.update(zip(('unused_accuracy','unused_loss'), judge(learn, data)))
+        row.update(zip(('unused_accuracy','unused_loss'), judge(learn, data) if args.unused else (math.nan,math.nan)))
         out.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame([row]).to_csv(out, mode='a', header=not out.exists(), index=False)
         print(row, flush=True)
