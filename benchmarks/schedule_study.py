@@ -209,7 +209,8 @@ def run(args):
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, args.lr, cbs=NoValid(epochs))
         loss,acc = learn.recorder.values[-1][1:3]
         row = dict(**key, accuracy=round(acc*100, 2), valid_loss=round(loss, 4), train_loss=round(learn.recorder.values[-1][0], 4), seconds=round(time.time()-t0, 1))
-        if args.unused: row.update(zip(('unused_accuracy','unused_loss'), judge(learn, data)))
+        row.update(zip(('unused_accuracy','unused_loss'), judge(learn, data) if args.unused else (math.nan,math.nan)))
+        row.update(zip(('refined_accuracy','refined_loss'), refined(learn)))
         out.parent.mkdir(parents=True, exist_ok=True)
         pd.DataFrame([row]).to_csv(out, mode='a', header=not out.exists(), index=False)
         print(row, flush=True)
@@ -218,6 +219,12 @@ def judge(learn, data):
     "Accuracy in percent and loss on the training images that were not used; NaN where there are none"
     if data is None or not len(data[2][0]): return math.nan,math.nan
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate(dl=DataLoader(list(zip(*data[2])), bs=500))
+    return round(acc*100, 2),round(loss, 4)
+
+def refined(learn):
+    "Accuracy in percent and loss of the refined model on the validation set; NaN for plain training"
+    if not hasattr(learn, 'frskd'): return math.nan,math.nan
+    with learn.no_bar(), learn.no_logging(): loss,acc = learn.frskd.refined().validate()
     return round(acc*100, 2),round(loss, 4)
 
 class NoValid(Callback):
