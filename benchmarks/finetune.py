@@ -14,9 +14,9 @@ network is appended to `--out`, and what is there already is skipped. `--lrs` tr
 import argparse, tempfile, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from schedule_study import CALLBACKS, NoValid
+from schedule_study import CALLBACKS, NoValid, callback
 
-ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, **CALLBACKS}
+ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, **{o:partial(callback, o) for o in ('no gate',*CALLBACKS) if o!='default'}}
 
 def weights_file():
     "The ImageNet weights, their tensors named as timm names them"

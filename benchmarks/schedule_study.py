@@ -49,7 +49,16 @@ class Bottleneck(SelfTeacher):
                 nodes[i] = nn.Sequential(nn.Conv2d(d, d//4, 1, bias=False), nn.BatchNorm2d(d//4), nn.ReLU(inplace=True),
                     nn.Conv2d(d//4, d//4, 3, padding=1, groups=d//4, bias=False), nn.Conv2d(d//4, d, 1, bias=False), nn.BatchNorm2d(d))
 
-class TrustBoth(FRSKDCallback):
+class ByLength(FRSKDCallback):
+    "Trust times min(1, n/`full`), n the steps that the self-teacher will have had when the fit ends"
+    full = 1 # no gate, as all that was run before 2026-11-26
+    def build(self):
+        new = self.teacher is None
+        super().build()
+        if new: self.trust.full = self.full
+        return self
+
+class TrustBoth(ByLength):
     "Follows the self-teacher as far as both networks know the training set: exp(−label losses of both)"
     def before_fit(self):
         super().before_fit()
@@ -65,44 +74,33 @@ class TrustStudent(TrustBoth):
     @property
     def factor(self): return self.ready.factor
 
-class WarmUp(FRSKDCallback):
+class WarmUp(ByLength):
     "Trust times min(1, step/`warm`), steps counted since the self-teacher was built; `body` leaves the gradient into the student's body out of it"
     warm,body = 300,False
-    def after_loss(self):
-        super().after_loss()
-        if self.training: self.n_steps = getattr(self, 'n_steps', 0)+1
     @property
-    def gate(self): return min(1., getattr(self, 'n_steps', 0)/self.warm)
+    def gate(self): return min(1., self.trust.steps/self.warm)
     @property
     def factor(self): return super().factor*(1. if self.body else self.gate)
     def _weights(self, factor): return super()._weights(factor*(self.gate if self.body else 1.))
 
-class ByLength(FRSKDCallback):
-    "Trust times min(1, n/`full`), n the steps that the self-teacher will have had when the fit ends: short fits are nearly plain"
-    full,n_steps = 1000,0
-    def before_fit(self):
-        super().before_fit()
-        self.by_length = min(1., (self.n_steps+self.n_epoch*len(self.dls.train))/self.full)
-    def after_loss(self):
-        super().after_loss()
-        if self.training: self.n_steps += 1
-    @property
-    def factor(self): return super().factor*self.by_length
-
-class Unfrozen(FRSKDCallback):
+class Unfrozen(ByLength):
     "The student follows the self-teacher only when its body trains: not in the first phase of `fine_tune`"
     @property
     def factor(self): return 0. if self.learn.opt.frozen_idx>0 else super().factor
 
-class Slow(FRSKDCallback):
+class Slow(ByLength):
     "Trust with a slower running mean, which begins at the loss of the first batch"
     def build(self):
         super().build()
         self.trust.beta = .995
         return self
 
-def by_length(full): return type('ByLength', (ByLength,), dict(full=full, name='frskd'))
-def warm_up(warm, body=False): return type('WarmUp', (WarmUp,), dict(warm=warm, body=body, name='frskd'))
+def by_length(full): return type('ByLength', (ByLength,), dict(full=full))
+def warm_up(warm, body=False): return type('WarmUp', (WarmUp,), dict(warm=warm, body=body))
+
+def callback(arm):
+    cls = CALLBACKS.get(arm, ByLength)
+    return type(cls.__name__, (cls,), dict(name='frskd'))(**ARMS.get(arm, {})) # `learn.frskd`, whatever the class is called
 
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 
@@ -110,6 +108,7 @@ W1 = dict(width=1., depth=2, finest=0) # the self-teacher of the default until 2
 ARMS = {
     'plain':        None,
     'default':      dict(),
+    'no gate':      dict(),                                # the default until 2026-11-26
     'w1':           W1,
     'constant':     dict(W1, schedule='constant'),         # the paper's schedule
     'ramp':         dict(W1, schedule=ramp),               # the reference's ramp for segmentation, over the first half
@@ -139,7 +138,7 @@ ARMS = {
     'nofeature':    dict(W1, beta=0.),
 }
 
-CALLBACKS = {'trust both':TrustBoth, 'trust student':TrustStudent, 'slow trust':type('Slow', (Slow,), dict(name='frskd')), 'unfrozen':type('Unfrozen', (Unfrozen,), dict(name='frskd')),
+CALLBACKS = {'default':FRSKDCallback, 'trust both':TrustBoth, 'trust student':TrustStudent, 'slow trust':Slow, 'unfrozen':Unfrozen,
     **{f'length {n}':by_length(n) for n in (500,1000)}, **{f'warm {n}':warm_up(n) for n in (100,300,1000)}, **{f'warm weights {n}':warm_up(n, body=True) for n in (300,1000)}}
 
 def cifar(per_class, zip_path):
@@ -186,7 +185,7 @@ def small_resnet(n_out, widths=(16,32,64,128), block=Block):
 
 def learner(data, args, seed, arm):
     set_seed(seed)
-    cbs = [] if ARMS[arm] is None else [CALLBACKS.get(arm, FRSKDCallback)(**ARMS[arm])]
+    cbs = [] if ARMS[arm] is None else [callback(arm)]
     if args.data=='digits':
         dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
         set_seed(seed)
