@@ -90,6 +90,15 @@ def test_reference(pages):
     assert not missing
     assert 'callback.html#frskdcallback' in pages['index.html'].links and '../callback.html#frskdcallback' in pages['tutorials/method.html'].links
 
+def test_plain_words(site, monkeypatch):
+    "A plain word in backticks is no link to a function of that name, unless it's written as a call"
+    monkeypatch.syspath_prepend(root/'tools')
+    from make_docs import Lookup
+    lead = {o: Lookup().linkify(o)!=o for o in ('`train`','`share`','`accuracy`','`train()`','`FRSKDCallback`','`find_levels`','`FRSKDCallback.paper`')}
+    assert [o for o in lead if not lead[o]]==['`train`','`share`','`accuracy`'], lead
+    words = {o for f in site.rglob('*.html') for o in re.findall(r'<a href="[^"]*#[^"]*"><code>([^<]+)</code></a>', f.read_text(encoding='utf-8'))}
+    assert {'FRSKDCallback','find_levels'} <= words and not [o for o in words if re.fullmatch('[a-z]+', o)]
+
 def test_entries(pages):
     "An entry tells each parameter's meaning, those of a dataclass, too; a default is shown where it says something"
     says = lambda page: ' '.join(''.join(pages[page].words).split())
