@@ -1,5 +1,5 @@
 "The documentation site: built once, its links followed, its API reference complete, and what a reader does with it done in a headless Chromium."
-import functools, html.parser, http.server, importlib, importlib.util, os, re, shutil, subprocess, sys, tempfile, threading
+import functools, html.parser, http.server, importlib, importlib.util, json, os, re, shutil, subprocess, sys, tempfile, threading
 from configparser import ConfigParser
 from inspect import isroutine
 from pathlib import Path
@@ -90,12 +90,35 @@ def test_reference(pages):
     assert not missing
     assert 'callback.html#frskdcallback' in pages['index.html'].links and '../callback.html#frskdcallback' in pages['tutorials/method.html'].links
 
+def test_plain_words(site, monkeypatch):
+    "A plain word in backticks is no link to a function of that name, unless it's written as a call"
+    monkeypatch.syspath_prepend(root/'tools')
+    from make_docs import Lookup
+    lead = {o: Lookup().linkify(o)!=o for o in ('`train`','`share`','`accuracy`','`train()`','`FRSKDCallback`','`find_levels`','`FRSKDCallback.paper`')}
+    assert [o for o in lead if not lead[o]]==['`train`','`share`','`accuracy`'], lead
+    words = {o for f in site.rglob('*.html') for o in re.findall(r'<a href="[^"]*#[^"]*"><code>([^<]+)</code></a>', f.read_text(encoding='utf-8'))}
+    assert {'FRSKDCallback','find_levels'} <= words and not [o for o in words if re.fullmatch('[a-z]+', o)]
+
 def test_entries(pages):
     "An entry tells each parameter's meaning, those of a dataclass, too; a default is shown where it says something"
     says = lambda page: ' '.join(''.join(pages[page].words).split())
     assert 'alpha float | None = None α, weight of the soft-label loss' in says('callback.html') and '**kwargs' in says('callback.html')
     assert 'data str Name of the data set' in says('recipes.html')
     assert not any('<bound method' in says(p) or '<function' in says(p) for p in pages)
+
+def shown_code(file):
+    "The lines of code that the documentation shows of a notebook"
+    for c in json.loads(file.read_text(encoding='utf-8'))['cells']:
+        s = ''.join(c['source'])
+        if c['cell_type']=='markdown': s = ''.join(m[2] for m in re.finditer(r'^ *(`{3,}).*\n((?:.*\n)*?) *\1`*$', s, re.M))
+        elif c['cell_type']!='code' or re.search(r'^#\| *(export|exporti|hide|default_exp|(echo|include): *false)\b', s, re.M): continue
+        yield from s.splitlines()
+
+def test_code_fits():
+    "Code that a reader sees is less than 88 characters wide: a page shows no more of a line, a phone far less"
+    lines = [(f.relative_to(root),l) for f in sorted(root.glob('nbs/**/*.ipynb')) if '.ipynb_checkpoints' not in f.parts for l in shown_code(f)]
+    assert len(lines) > 800
+    assert not (wide := [f'{f}: {l}' for f,l in lines if len(l)>=88]), '\n'.join(wide)
 
 def test_markdown(monkeypatch):
     "What Jupyter shows as a list is one here, and what is code stays as it is; a printed output is what a terminal shows at the end"

@@ -93,8 +93,21 @@ class exec_entries(exec_show_docs):
         mod = next((import_module(f'{cfg["lib_name"]}.{c.directives_["default_exp"]}') for c in self.nb.cells if 'default_exp' in c.directives_), None)
         self.k.user_ns['show_doc'] = lambda sym: show_doc(getattr(mod, getattr(sym, '__qualname__', ''), sym), renderer=Entry)
 
+class Lookup(NbdevLookup):
+    "A plain word in backticks, such as `train`, may be a folder or an option: it leads to the function of that name only where it is written as a call, `train()`"
+    def _link_sym(self, m): return m[0] if re.fullmatch('`[a-z]+`', m[0]) else super()._link_sym(m)
+
+def add_links(cell):
+    "nbdev's, with the links of `Lookup`"
+    look = Lookup()
+    if cell.cell_type=='markdown': cell.source = look.linkify(cell.source)
+    for o in cell.get('outputs', []):
+        if md := o.get('data', {}).get('text/markdown'): o.data['text/markdown'] = look.linkify(''.join(md))
+
 class Filter(FilterDefaults):
-    def base_procs(self): return [exec_entries if p is exec_show_docs else p for p in super().base_procs()]
+    def base_procs(self):
+        own = dict(exec_show_docs=exec_entries, add_links=add_links)
+        return [own.get(p.__name__, p) for p in super().base_procs()]
 
 # Notebooks to Markdown
 
@@ -131,7 +144,7 @@ class Page:
             e.add_note(f'in {self.src}')
             raise
         fm = next(filter(None, (cell_frontmatter(c.source) for c in nb.cells if c.cell_type!='code')))
-        self.title,self.description = fm['title'],NbdevLookup().linkify(fm.get('description', ''))
+        self.title,self.description = fm['title'],Lookup().linkify(fm.get('description', ''))
         self.md = (self.src.parent.relative_to('nbs')/fm['output-file']).with_suffix('.md')
         head = f'# {self.title}\n\n[notebook]({cfg["git_url"]}/blob/main/{self.src}){{ .source }}\n\n{self.description}\n{{ .lead }}'
         self.text = '\n\n'.join([head, *filter(str.strip, (b for c in nb.cells for b in self.blocks(c)))]) + '\n'
