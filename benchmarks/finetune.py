@@ -92,10 +92,11 @@ def trained(args, items, weights, epochs, seed, arm, lr):
     return learn
 
 def run(args, items, weights, epochs, seed, arm, lr):
+    "A Learner after its training, and a row for each network that this has given"
     t0 = time.time()
     learn = trained(args, items, weights, epochs, seed, arm, lr)
     seconds,(ps,y) = round(time.time()-t0, 1),judge(learn)
-    return [dict(arm=arm+k, epochs=epochs, seed=seed, lr=lr, **scores(p, y), seconds=seconds) for k,p in ps.items()]
+    return learn,[dict(arm=arm+k, epochs=epochs, seed=seed, lr=lr, **scores(p, y), seconds=seconds) for k,p in ps.items()]
 
 def main(args):
     torch.set_num_threads(1)
@@ -105,7 +106,8 @@ def main(args):
     for epochs,seed,arm,lr in todo:
         key = dict(**data, arm=arm, epochs=epochs, seed=seed, lr=lr)
         if out.exists() and (pd.read_csv(out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
-        rows = pd.DataFrame([dict(**data, **o) for o in run(args, items, weights, epochs, seed, arm, lr)])
+        _,rows = run(args, items, weights, epochs, seed, arm, lr)
+        rows = pd.DataFrame([dict(**data, **o) for o in rows])
         rows.to_csv(out, mode='a', header=not out.exists(), index=False)
         print(rows.to_string(index=False, header=False), flush=True)
 

@@ -151,7 +151,7 @@ class Trust:
     "How much the student follows the self-teacher: the running geometric mean of the probability that it gives to the right answer; in a short training only a part of it"
     def __init__(self,
         beta:float=0.95, # Part of the running mean that a new batch leaves in place
-        full:int=500, # Steps of a training that is long enough for all of it; one of n steps gets n/full
+        full:int=1000, # Steps of a training that is long enough for all of it; one of n steps gets n/full
     ):
         self.beta,self.full = beta,full
         self.loss = None # the running mean of −log p, infinite before the first finite one

@@ -269,7 +269,7 @@ def test_trust_follows_the_self_teachers_loss(make):
     mean = None
     for factor,loss in factors:
         mean = loss if mean is None else .95*mean + .05*loss
-        assert abs(factor-math.exp(-mean)*6/500)<1e-5
+        assert abs(factor-math.exp(-mean)*6/1000)<1e-5
 
 class Shares(Callback):
     "The part of trust in each step, and how many steps there were before it"
@@ -278,18 +278,18 @@ class Shares(Callback):
     def after_loss(self): self.seen.append((self.frskd.trust.share, self.frskd.trust.steps-1))
 
 def test_a_short_training_gets_a_part_of_trust(make, capsys):
-    "n/500, n the steps of all fits until the end of this one; the line says so, in the fits whose body trains"
+    "n/1000, n the steps of all fits until the end of this one; the line says so, in the fits whose body trains"
     learn,look = make(cbs=FRSKDCallback()),Shares()
     learn.fit(2, 1e-3, cbs=look)
-    assert look.seen==[(12/500,i) for i in range(12)]
+    assert look.seen==[(12/1000,i) for i in range(12)]
     assert capsys.readouterr().out.count('FRSKD: only 12 training steps')==1
     learn.freeze()
     learn.fit(1, 1e-3, cbs=look)
-    assert look.seen==[(18/500,i) for i in range(12, 18)] and 'FRSKD' not in capsys.readouterr().out
+    assert look.seen==[(18/1000,i) for i in range(12, 18)] and 'FRSKD' not in capsys.readouterr().out
     learn.unfreeze()
-    learn.frskd.trust.steps = 490
+    learn.frskd.trust.steps = 990
     learn.fit(1, 1e-3, cbs=look)
-    assert look.seen==[(496/500,i) for i in range(490, 496)] and 'FRSKD' not in capsys.readouterr().out
+    assert look.seen==[(996/1000,i) for i in range(990, 996)] and 'FRSKD' not in capsys.readouterr().out
     learn.fit(2, 1e-3, cbs=look)
     assert [o for o,_ in look.seen]==[1.]*12
 
@@ -298,7 +298,7 @@ def test_fine_tune_counts_the_steps_of_both_phases(make, capsys):
     class Look(Shares):
         def after_fit(self): shares.append(self.seen)
     learn.fine_tune(3, 1e-3, cbs=Look())
-    assert [sorted({o for o,_ in s}) for s in shares]==[[6/500],[24/500]] and [n for s in shares for _,n in s]==list(range(24))
+    assert [sorted({o for o,_ in s}) for s in shares]==[[6/1000],[24/1000]] and [n for s in shares for _,n in s]==list(range(24))
     assert capsys.readouterr().out.count('FRSKD: only 24 training steps')==1
 
 @pytest.mark.parametrize('schedule', ['constant','ramp',lambda pct: 1.])
@@ -324,7 +324,7 @@ def test_the_steps_are_in_the_checkpoint(make, tmp_path):
         assert other.frskd.trust.steps==6
         look = Shares()
         other.fit(1, 1e-3, cbs=look)
-        assert look.seen==[(12/500,i) for i in range(6, 12)]
+        assert look.seen==[(12/1000,i) for i in range(6, 12)]
 
 def test_zero_weights_cost_nothing(make):
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0)); learn.fit(1)
