@@ -57,7 +57,7 @@ def main():
     print(f'''
 The student costs at inference what the plain network costs. The refined model is student and self-teacher as one network
 (`learn.frskd.refined()`), and a prediction takes longer. Digits are not what ImageNet's features are for, so there is much to gain here;
-on photographs of fruit the refined model gained 11 points. All figures: benchmarks/results/README.md.
+on photographs of fruit the refined model gained 10 points. All figures: benchmarks/results/README.md.
 Pictures and figures of this run: {args.out.resolve()}''')
 
 if __name__=='__main__': main()
