@@ -50,31 +50,43 @@ def _some(learn, n):
     b = dl.one_batch()
     return b,dl.decode_batch(b, max_n=len(idxs))
 
+def _gray(image):
+    "A decoded image in gray, H×W"
+    image = tensor(np.asarray(image)) if isinstance(image, Image.Image) else image.as_subclass(Tensor).cpu()
+    return image.float().mean(0) if image.shape[0] in (1,3) else image.float().mean(-1) if image.ndim==3 else image.float()
+
 @patch
 def show_attention(self:FRSKDCallback,
     n:int=3, # How many images
-    size:float=1.4, # Width and height of one picture, in inches
+    size:float=1.6, # Width and height of one picture, in inches
 )->plt.Figure:
-    "Images of the validation set, evenly spaced over it; below each other the attention maps of student and self-teacher and their difference, level by level. 1 is where a map would be if it were even"
+    """Images of the validation set, evenly spaced over it, under the attention maps of student and self-teacher and under their difference, a
+    column a level. 1 means uniform attention. Levels of four positions or fewer are left out"""
     b,images = _some(self.learn, n)
-    n,levels = len(b[0]),self.found_levels
-    both = [[o*o[0].numel()**.5 for o in maps] for maps in attention_maps(self.learn, b[0])] # an even map is 1 everywhere, whatever its size
-    rows = [('student',both[0]),('self-teacher',both[1]),('difference',[t-s for s,t in zip(*both)])]
-    top,most = (max(1., torch.cat([o.abs().flatten() for o in maps]).quantile(.99).item()) for maps in (both[0]+both[1],rows[2][1]))
-    fig,axs = plt.subplots(3*n, 1+len(levels), figsize=(size*(1+len(levels))+1, size*3*n+.6), squeeze=False, layout='constrained')
-    for r in range(n):
-        for ax in axs[3*r:3*r+3,0]: ax.axis('off')
-        show_image(images[r][0], ctx=axs[3*r,0])
-        if not self.dense: axs[3*r,0].set_title(label_text(images[r][1]), fontsize=8, wrap=True)
-        for (who,maps),row in zip(rows, axs[3*r:3*r+3]):
-            style = dict(cmap='PuOr', vmin=-most, vmax=most) if who=='difference' else dict(cmap='viridis', vmin=0, vmax=top)
+    both = [[o*o[0].numel()**.5 for o in maps] for maps in attention_maps(self.learn, b[0])] # uniform is 1, whatever the map's size
+    shown = [i for i,o in enumerate(both[0]) if o[0].numel()>4] or [0]
+    student,teacher = ([maps[i] for i in shown] for maps in both)
+    rows = {'student':student, 'self-teacher':teacher, 'difference':[t-s for s,t in zip(student, teacher)]}
+    most = lambda maps: max(1., torch.cat([o.abs().flatten() for o in maps]).quantile(.99).item())
+    attention = dict(cmap='viridis', vmin=0, vmax=most(student+teacher))
+    difference = dict(cmap='PuOr', vmin=-most(rows['difference']), vmax=most(rows['difference']))
+    n,columns = len(b[0]),1+len(shown)
+    fig,axs = plt.subplots(3*n, columns, figsize=(size*columns+1, size*3*n+.6), squeeze=False, layout='constrained')
+    for ax in axs.flat: ax.axis('off')
+    for r,(image,*label) in enumerate(images):
+        gray = _gray(image)
+        extent = (0,gray.shape[1],gray.shape[0],0)
+        show_image(image, ctx=axs[3*r,0])
+        if not self.dense: axs[3*r,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
+        for (who,maps),row in zip(rows.items(), axs[3*r:3*r+3]):
+            style = difference if who=='difference' else attention
             row[0].text(1.05, .5, who, transform=row[0].transAxes, rotation=90, va='center', fontsize=8)
             for ax,m in zip(row[1:], maps):
-                im = ax.imshow(m[r], **style)
-                ax.set(xticks=[], yticks=[])
+                ax.imshow(gray, cmap='gray', extent=extent)
+                im = ax.imshow(m[r], alpha=.6, interpolation='bilinear', extent=extent, **style)
             if r==0 and who=='difference': fig.colorbar(im, ax=axs[2,-1], label='self-teacher\n− student')
-            elif r==0 and who!='student': fig.colorbar(im, ax=axs[:2,-1], shrink=.7, label='attention, × even')
-    for ax,lv,m in zip(axs[0,1:], levels, both[0]): ax.set_title(f"{lv.name}\n{m.shape[1]}×{m.shape[2]}", fontsize=8)
+            elif r==0 and who=='self-teacher': fig.colorbar(im, ax=axs[:2,-1], shrink=.7, label='attention, × uniform')
+    for ax,i in zip(axs[0,1:], shown): ax.set_title(f"level {i} · {'×'.join(map(str, both[0][i].shape[1:]))}\n{self.level_names[i]}", fontsize=8)
     return fig
 
 # %% ../nbs/06_visualize.ipynb #d976d718
