@@ -16,8 +16,9 @@ def main(args):
     torch.set_num_threads(1)
     learn = trained(args, find_items(args), weights_file(), args.epochs[0], args.seeds[0], 'frskd', args.lr)
     fig = learn.frskd.show_attention(n=args.n)
-    png = io.BytesIO()
-    fig.savefig(png, dpi=80)
+    drawn,png = io.BytesIO(),io.BytesIO()
+    fig.savefig(drawn, dpi=80)
+    Image.open(drawn).convert('RGB').quantize(128).save(png, 'png', optimize=True) # a fifth of the size
     if args.png: Path(args.png).write_bytes(png.getvalue())
     nb = json.loads(args.notebook.read_text())
     cell, = [c for c in nb['cells'] if c.get('id')==CELL]

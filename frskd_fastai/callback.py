@@ -178,7 +178,7 @@ class FRSKDCallback(Callback):
         self.skipped,self.trained_nothing = 0,False
         self._plan()
         if self.trust.share<.25 and self.schedule=='trust' and learn.opt.frozen_idx==0 and not hasattr(learn, 'lr_finder') and not rank_distrib():
-            print(f"FRSKD: only {self.trust.last} training steps, so the student learns almost as it would without FRSKD (full effect from {self.trust.full} steps). `learn.frskd.refined()` also keeps the self-teacher.")
+            print(f"FRSKD: only {self.trust.last} training steps, so the student learns almost as it would without FRSKD (full effect from {self.trust.full:,} steps). `learn.frskd.refined()` also keeps the self-teacher.")
 
     def _plan(self): self.trust.will_train((self.learn.n_epoch-self.learn.epoch)*len(self.dls.train))
 
