@@ -15,7 +15,7 @@ def learner(arch, size, n_classes=10, bs=2):
     dls = DataLoaders(DataLoader(items, bs=bs), DataLoader(items, bs=bs))
     dls.c = n_classes
     learn = vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
-    learn.create_opt()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 
 def ratios(student, refined, x, rounds, repeats):

@@ -56,6 +56,7 @@ class FRSKDCallback(Callback):
         self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
         self._learn=self._taps=self._model=self._yb=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
         self._overrides,self._watches,self._half,self._paper,self._compiled,self.recorded,self._steps = [],[],False,None,{},[],[]
+        self.student_alone = False # Was the student loaded without its self-teacher, and hasn't trained since?
         self.skipped = 0 # Steps of the last fit that were left out; known every 50 steps, and at the end of an epoch
 
     @classmethod
@@ -177,14 +178,18 @@ class FRSKDCallback(Callback):
         self._watches = [Override(learn, '_do_epoch', self._watched), Override(learn, '_call_one', self._with_taps)]
         self.skipped,self.trained_nothing = 0,False
         self._plan()
-        if self.trust.share<.25 and self.schedule=='trust' and learn.opt.frozen_idx==0 and not hasattr(learn, 'lr_finder') and not rank_distrib():
+        tell = learn.n_epoch and learn.logger is not noop and not hasattr(learn, 'lr_finder') and not rank_distrib()
+        if tell and self.trust.share<.25 and self.schedule=='trust' and learn.opt.frozen_idx==0: # not in the first phase of `fine_tune`
             print(f"FRSKD: only {self.trust.last} training steps, so the student learns almost as it would without FRSKD (full effect from {self.trust.full:,} steps). `learn.frskd.refined()` also keeps the self-teacher.")
 
-    def _plan(self): self.trust.will_train((self.learn.n_epoch-self.learn.epoch)*len(self.dls.train))
+    def _plan(self):
+        skipped = getattr(getattr(self.learn, 'skip_to_epoch', None), '_skip_to', 0) # of `fit(start_epoch=...)`
+        self.trust.will_train((self.learn.n_epoch-max(self.learn.epoch, skipped))*len(self.dls.train))
 
     def before_train(self):
         self._cleanup_taps()
         self._plan() # again: a resumed fit knows by now how far it was
+        self.student_alone = False
         if self._wrapped is None: self._wrapped = like_model(self.learn, self.trained) # now: by now `DistributedTrainer` has wrapped the model
         if self._distributed: check_share(self.learn.dl)
         self.trained.train()
@@ -220,6 +225,7 @@ class FRSKDCallback(Callback):
         self.losses = {k:v.detach() for k,v in parts.items()}
         self._record(factor)
         if self.schedule=='trust': self.trust.update(self._log_p(logits))
+        else: self.trust.steps += 1
         if self._columns:
             self._columns.add({f'{k}_loss':v for k,v in self.losses.items()}, len(logits))
             self._add_accuracy(logits)

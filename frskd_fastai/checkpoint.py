@@ -88,6 +88,7 @@ def load_trained(
         if cb.trained is None: raise ValueError(f"FRSKD: {file} has a self-teacher, but there is no training batch here to build one for; load the student alone: `learn.load(file, with_opt=False)`")
         check_saved(file, saved['trained'], cb.trained.state_dict(), list(saved['levels']), list(cb.level_names))
     load(file, *args, with_opt=with_opt, **kwargs)
+    cb.student_alone = saved is None
     if saved is not None:
         cb.trained.load_state_dict(saved['trained'])
         cb.trust.load_state_dict(saved['trust'], one_param(cb.teacher).device)

@@ -186,4 +186,5 @@ class Trust:
     def state_dict(self): return dict(loss=None if self.loss is None else self.loss.item(), steps=self.steps)
     def load_state_dict(self, state, device=None):
         loss,self.steps = state['loss'],state['steps']
+        self.last = self.steps # until the next fit says more
         self.loss = None if loss is None else torch.tensor(loss, device=device)

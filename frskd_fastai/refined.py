@@ -84,8 +84,12 @@ def refined(self:FRSKDCallback,
 )->Learner: # Plain: without FRSKD, with the same data, transforms, loss function and metrics
     "A Learner whose model is the student and the self-teacher as they are now. A copy: further training doesn't change it"
     learn = self.learn
-    if self.teacher is None:
-        raise ValueError("FRSKD: this Learner has no self-teacher yet, so there is no refined model. Train it first: `learn.fit_one_cycle(5)`.")
+    if self.teacher is None or not self.trust.steps:
+        raise ValueError("FRSKD: this Learner has no trained self-teacher, so there is no refined model. Train it first, `learn.fit_one_cycle(5)`, or "
+                         "load a checkpoint that was saved with the optimizer.")
+    if self.student_alone:
+        warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left it; they may not go together. "
+             "Save both, by `learn.save` with the optimizer or `SaveModelCallback(with_opt=True)`.")
     student,teacher = deepcopy(self.student).eval(),deepcopy(self.teacher).eval()
     size = self._hw if any(o.kind=='BNC' for o in self.found_levels) else None
     b = sample_batch(learn)

@@ -280,6 +280,7 @@ class Shares(Callback):
 def test_a_short_training_gets_a_part_of_trust(make, capsys):
     "n/1000, n the steps of all fits until the end of this one; the line says so, in the fits whose body trains"
     learn,look = make(cbs=FRSKDCallback()),Shares()
+    learn.logger = print
     learn.fit(2, 1e-3, cbs=look)
     assert look.seen==[(12/1000,i) for i in range(12)]
     assert capsys.readouterr().out.count('FRSKD: only 12 training steps')==1
@@ -297,23 +298,38 @@ def test_fine_tune_counts_the_steps_of_both_phases(make, capsys):
     learn,shares = make(cbs=FRSKDCallback()),[]
     class Look(Shares):
         def after_fit(self): shares.append(self.seen)
+    learn.logger = print
     learn.fine_tune(3, 1e-3, cbs=Look())
     assert [sorted({o for o,_ in s}) for s in shares]==[[6/1000],[24/1000]] and [n for s in shares for _,n in s]==list(range(24))
     assert capsys.readouterr().out.count('FRSKD: only 24 training steps')==1
 
 @pytest.mark.parametrize('schedule', ['constant','ramp',lambda pct: 1.])
 def test_other_schedules_are_as_they_are_in_short_trainings(make, capsys, schedule):
-    learn,seen = make(cbs=FRSKDCallback(schedule=schedule)),[]
-    learn.fit(1, 1e-3, cbs=[Shares()])
+    learn = make(cbs=FRSKDCallback(schedule=schedule))
+    learn.logger = print
+    learn.fit(1, 1e-3)
+    assert learn.frskd.trust.steps==6
     want = {'ramp':late_ramp}.get(schedule, lambda pct: 1.)
     torch.testing.assert_close(learn.frskd.steps.factor.tolist(), [want(i/6) for i in range(6)])
     assert 'FRSKD' not in capsys.readouterr().out
 
 def test_lr_find_counts_no_steps(make, capsys):
     learn = make(cbs=FRSKDCallback())
+    learn.logger = print
     learn.fit(1, 1e-3); capsys.readouterr()
     learn.lr_find(num_it=8, show_plot=False)
     assert learn.frskd.trust.steps==6 and 'FRSKD' not in capsys.readouterr().out
+
+def test_the_line_about_short_trainings(make, capsys):
+    "Not where nothing is trained or nothing is printed; a fit that begins later has fewer steps"
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3) # by `make`, nothing is printed
+    learn.logger = print
+    learn.fit(0, 1e-3)
+    with learn.no_logging(): learn.fit(1, 1e-3)
+    assert 'FRSKD' not in capsys.readouterr().out
+    learn.fit(4, 1e-3, start_epoch=2)
+    assert 'FRSKD: only 24 training steps' in capsys.readouterr().out and learn.frskd.trust.steps==24==learn.frskd.trust.last
 
 def test_the_steps_are_in_the_checkpoint(make, tmp_path):
     learn = make(cbs=FRSKDCallback(), path=tmp_path)
@@ -321,7 +337,7 @@ def test_the_steps_are_in_the_checkpoint(make, tmp_path):
     for other in make(cbs=FRSKDCallback(), path=tmp_path),learn:
         other.fit(1, 1e-3)
         other.load('a')
-        assert other.frskd.trust.steps==6
+        assert other.frskd.trust.steps==6 and other.frskd.trust.share==6/1000
         look = Shares()
         other.fit(1, 1e-3, cbs=look)
         assert look.seen==[(12/1000,i) for i in range(6, 12)]

@@ -1,5 +1,5 @@
 "The refined model: student and self-teacher as one plain Learner, for each task and kind of network"
-import io, pickle
+import io, pickle, warnings
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.all import *
@@ -105,4 +105,37 @@ def test_tokens_of_another_size(make, digits):
     for size in (32,32),(48,32): check(learn, F.interpolate(digits[0][:4], size=size))
 
 def test_before_training_there_is_none(make):
-    with pytest.raises(ValueError, match='no self-teacher yet.*Train it first'): make(cbs=FRSKDCallback()).frskd.refined()
+    with pytest.raises(ValueError, match='no trained self-teacher.*Train it first'): make(cbs=FRSKDCallback()).frskd.refined()
+
+@pytest.mark.parametrize('untrained', ['built','searched','student alone'])
+def test_an_untrained_self_teacher_makes_no_refined_model(make, tmp_path, untrained):
+    learn = make(cbs=FRSKDCallback(), path=tmp_path)
+    if untrained=='built': learn.create_opt()
+    elif untrained=='searched': learn.lr_find(num_it=3, show_plot=False)
+    else:
+        trained = make(cbs=FRSKDCallback(), path=tmp_path)
+        trained.fit(1, 1e-3)
+        trained.save('student', with_opt=False)
+        learn.create_opt()
+        learn.load('student', with_opt=False)
+    with pytest.raises(ValueError, match='no trained self-teacher'): learn.frskd.refined()
+
+@pytest.mark.parametrize('schedule', ['trust','constant'])
+def test_a_student_without_its_self_teacher_is_told(make, tmp_path, schedule):
+    "`SaveModelCallback` brings the best student back, and leaves the self-teacher as the last step did"
+    learn = make(cbs=FRSKDCallback(schedule=schedule), path=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='FRSKD')
+        learn.fit(1, 1e-3)
+        learn.frskd.refined()
+    learn.save('both')
+    learn.fit(2, 1e-3, cbs=SaveModelCallback(monitor='accuracy'))
+    with pytest.warns(UserWarning, match='without its self-teacher'): learn.frskd.refined()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='FRSKD')
+        learn.load('both'); learn.frskd.refined()
+    learn.load('model', with_opt=False)
+    learn.fit(1, 1e-3) # trained together again
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='FRSKD')
+        learn.frskd.refined()
