@@ -63,7 +63,7 @@ def test_metadata(meta):
 
 def test_requirements(meta):
     extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
-    assert set(extras) == set(meta.get_all('Provides-Extra')) == {'timm', 'accelerate', 'docs', 'dev'}
+    assert set(extras) == set(meta.get_all('Provides-Extra')) == {'timm', 'accelerate', 'demo', 'docs', 'dev'}
     want = cfg['requirements'].split() + [f'{r}{" and" if ";" in r else ";"} extra == "{e}"' for e,rs in extras.items() for r in rs]
     got = {Requirement(r) for r in meta.get_all('Requires-Dist')}
     assert got == set(map(Requirement, want))
