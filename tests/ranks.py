@@ -188,7 +188,7 @@ def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
     return {**end(learn, together), 'losses':learn.frskd.losses, 'dtypes':dtypes}
 
 @scenario
-def steps(world_bs=16, n=48, epochs=1, lr=.1, cbs=None, **kw):
+def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
     "A few steps on batches of `world_bs`, BatchNorm in evaluation mode: what several processes do must be what one does"
     class NoStatistics(Callback):
         order,run_valid = 99,False
