@@ -71,19 +71,20 @@ def show_attention(self:FRSKDCallback,
     attention = dict(cmap='viridis', vmin=0, vmax=most(student+teacher))
     difference = dict(cmap='PuOr', vmin=-most(rows['difference']), vmax=most(rows['difference']))
     n,columns = len(b[0]),1+len(shown)
-    fig,axs = plt.subplots(3*n, columns, figsize=(size*columns+1, size*3*n+.6), squeeze=False, layout='constrained')
+    h,w = _gray(images[0][0]).shape
+    fig,axs = plt.subplots(3*n, columns, figsize=(size*columns+1, size*3*n*h/w+.6), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for r,(image,*label) in enumerate(images):
         gray = _gray(image)
-        extent = (0,gray.shape[1],gray.shape[0],0)
-        show_image(image, ctx=axs[3*r,0])
+        extent,middle,half = (0,gray.shape[1],gray.shape[0],0),(gray.max()+gray.min())/2,(gray.max()-gray.min())/2+1e-6
+        show_image(image, ctx=axs[3*r,0], cmap='gray')
         if not self.dense: axs[3*r,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
         for (who,maps),row in zip(rows.items(), axs[3*r:3*r+3]):
             style = difference if who=='difference' else attention
             row[0].text(1.05, .5, who, transform=row[0].transAxes, rotation=90, va='center', fontsize=8)
             for ax,m in zip(row[1:], maps):
-                ax.imshow(gray, cmap='gray', extent=extent)
-                im = ax.imshow(m[r], alpha=.6, interpolation='bilinear', extent=extent, **style)
+                ax.imshow(gray, cmap='gray', extent=extent, vmin=middle-2*half, vmax=middle+2*half) # soft, so that the map's colours stay
+                im = ax.imshow(m[r], alpha=.7, interpolation='bilinear', extent=extent, **style)
             if r==0 and who=='difference': fig.colorbar(im, ax=axs[2,-1], label='self-teacher\n− student')
             elif r==0 and who=='self-teacher': fig.colorbar(im, ax=axs[:2,-1], shrink=.7, label='attention, × uniform')
     for ax,i in zip(axs[0,1:], shown): ax.set_title(f"level {i} · {'×'.join(map(str, both[0][i].shape[1:]))}\n{self.level_names[i]}", fontsize=8)
