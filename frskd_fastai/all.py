@@ -4,6 +4,7 @@ from .levels import *
 from .teacher import *
 from .dense import *
 from .losses import *
+from .task import *
 from .targets import *
 from .callback import *
 from .refined import *

@@ -9,8 +9,7 @@ __all__ = ['rotations', 'joint_labels', 'aggregate_rotations', 'FRSKDSLACallback
 
 # %% ../nbs/05_augmentation.ipynb #1dbe3a39
 from fastai.basics import *
-from .losses import *
-from .targets import *
+from .task import *
 from .callback import *
 
 # %% ../nbs/05_augmentation.ipynb #bf56f0de
@@ -48,7 +47,7 @@ class FRSKDSLACallback(FRSKDCallback):
     def _make(self, levels, xb, yb, pred):
         x = xb[0]
         if len(xb)!=1 or x.ndim!=4 or x.shape[2]!=x.shape[3]: raise ValueError(f"FRSKD: label augmentation rotates square images, B×C×S×S; these inputs are of shape {', '.join(str(tuple(o.shape)) for o in xb)}")
-        if len(yb)!=1 or yb[0].is_floating_point() or yb[0].numel()!=len(yb[0]) or is_multi_label(self.learn.loss_func): raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class number a sample")
+        if len(yb)!=1 or yb[0].is_floating_point() or yb[0].numel()!=len(yb[0]) or not isinstance(self.task, SingleLabel): raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class number a sample")
         trained = super()._make(levels, xb, yb, pred)
         for who,c in ('student',levels[-1].channels),('teacher',self.refined_channels[-1]): trained[f'joint_{who}'] = nn.Linear(c, 4*pred.shape[1]).to(pred.device)
         return trained
@@ -66,7 +65,7 @@ class FRSKDSLACallback(FRSKDCallback):
             j = self.trained[f'joint_{who}'](o.mean((2,3))).float()
             aggregated[who] = aggregate_rotations(j)
             joint = joint + self._joint_loss(j)
-            aggregation = aggregation + soft_label_loss(logits[who], aggregated[who], self.temperature)
+            aggregation = aggregation + self.task.soft_labels(logits[who], aggregated[who], self.temperature)
         both = [torch.cat([logits[o].float(), aggregated[o]]) for o in ('student','teacher')]
         cat = lambda a,b: [torch.cat(o) for o in zip(a, b)]
         return {'student':learn.loss_grad, 'teacher':learn.loss_func(teacher, *learn.yb), 'joint':joint, 'aggregation':aggregation,

@@ -20,6 +20,7 @@ from .levels import *
 from .teacher import *
 from .dense import *
 from .losses import *
+from .task import *
 from .targets import *
 from .checkpoint import *
 from .columns import *
@@ -49,12 +50,12 @@ class FRSKDCallback(Callback):
         given = dict(alpha=alpha, beta=beta, temperature=temperature)
         check_options(**given, width=width, budget=budget, depth=depth, levels=levels, finest=finest, schedule=schedule, feature_loss=feature_loss, teacher=teacher)
         self._unset = [k for k,v in dict(**given, width=width, finest=finest).items() if v is None] # `build` knows the task
-        self._defaults = {k:v for k,v in default_settings(False, feature_loss).items() if k in given and k in self._unset}
+        self._defaults = {k:v for k,v in SingleLabel.defaults(feature_loss).items() if k in given and k in self._unset}
         alpha,beta,temperature = (self._defaults.get(k, v) for k,v in given.items())
         store_attr(but='teacher')
         self.own_teacher = teacher
-        self.teacher,self.losses,self.found_levels,self.trust,self.multi_label,self.dense = None,{},L(),Trust(),False,False
-        self._learn=self._taps=self._model=self._yb=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
+        self.teacher,self.task,self.losses,self.found_levels,self.trust = None,None,{},L(),Trust()
+        self._learn=self._taps=self._model=self._seen=self._all_params=self._columns=self._wrapped=self._guard=self.trained = None
         self._overrides,self._watches,self._half,self._paper,self._compiled,self.recorded,self._steps = [],[],False,None,{},[],[]
         self.skipped = 0 # Steps of the last fit that were left out; known every 50 steps, and at the end of an epoch
 
@@ -66,7 +67,7 @@ class FRSKDCallback(Callback):
         "The settings of the reference implementation. For CIFAR-100: α = 2, β = 100 for attention, K = 4, constant; a self-teacher of width 2 and depth 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the self-teacher's head"
         settings = dict(alpha=1., beta=50., temperature=1., schedule='ramp', teacher=partial(DenseSelfTeacher, n_channels=64, head_channels=256)) if segmentation else dict(alpha=2., temperature=4., width=2., depth=2, levels=4, finest=0, schedule='constant')
         cb = cls(**{**settings, **kwargs})
-        cb._paper = segmentation
+        cb._paper = 'pixel' if segmentation else 'image'
         return cb
 
     # -- Attaching and detaching -------------------------------------------------------------
@@ -110,24 +111,22 @@ class FRSKDCallback(Callback):
         check_loss(self.learn.loss_func)
         check_targets(yb)
         levels,pred = find_levels(model, *xb, levels=self.levels)
-        check_pred(pred, yb, self.learn.loss_func)
-        self.dense = pred.ndim==4
-        if self._paper not in (None,self.dense):
-            raise ValueError(f"FRSKD: these are the paper's settings for {'segmentation' if self._paper else 'classification'}, and the model {'labels pixels' if self.dense else 'labels images'}: take `FRSKDCallback.paper({'segmentation=True' if self.dense else ''})`")
-        for k,v in default_settings(self.dense, self.feature_loss).items():
+        self.task = check_pred(pred, yb, self.learn.loss_func)
+        check_paper(self._paper, self.task)
+        for k,v in self.task.defaults(self.feature_loss).items():
             if k not in self._unset: continue
             if k in self._defaults: # a weight: unless the user has set it since
                 if getattr(self, k)!=self._defaults[k]: continue
                 self._defaults[k] = v
             setattr(self, k, v)
         self.finest = min(self.finest, len(levels)-1)
-        if self.dense and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
+        if self.task.per=='pixel' and isinstance(self.levels, Integral) and not decoder_names(model, self.levels):
             raise ValueError(f"FRSKD: {dense_levels}")
         with same_random(): trained = self._make(levels, xb, yb, pred) # the student's later randomness is as without FRSKD
         if self._preact: check_preact(model, xb, levels, self.feature_loss)
         if self.teacher is not None: self._leave()
         self.trained,self.teacher,self.found_levels,self.trust,self._model = trained,trained['teacher'],levels,Trust(),weakref.ref(model)
-        self._yb,self._hw = yb,tuple(xb[0].shape[-2:])
+        self._seen,self._hw = (pred,yb),tuple(xb[0].shape[-2:])
         return self
 
     @property
@@ -136,11 +135,11 @@ class FRSKDCallback(Callback):
     def _make(self, levels, xb, yb, pred):
         "All that trains beside the student, a `Companion`: the self-teacher and, if it has parameters, the feature loss"
         levels = [lv._replace(size=tuple(o.shape[-2:])) for lv,o in zip(levels, pooled([torch.empty(1,1,*lv.size) for lv in levels], self.finest))]
-        if 'width' in self._unset and not self.dense and not self.own_teacher:
+        if 'width' in self._unset and self.task.budgeted and not self.own_teacher:
             count = operations(self.student, *xb)
             self.width = affordable_width(levels, pred.shape[1], self.depth, count and self.budget*count/len(xb[0]))
-        make = self.own_teacher or (partial(DenseSelfTeacher, n_channels=max(1, round(64*self.width))) if self.dense else partial(SelfTeacher, width=self.width, depth=self.depth))
-        trained,self._feature_loss,self.refined_channels = build_companion(levels, pred.shape[1], pred.device, make, self.feature_loss, self.dense)
+        make = self.own_teacher or self.task.self_teacher(self.width, self.depth)
+        trained,self._feature_loss,self.refined_channels = build_companion(levels, pred.shape[1], pred.device, make, self.feature_loss, self.task.ndim)
         return trained
 
     @property
@@ -166,12 +165,11 @@ class FRSKDCallback(Callback):
         self._join()
         if self.teacher is None: raise ValueError("FRSKD: the training data loader has no batch, so the self-teacher can't be built. Use more images or a smaller batch size.")
         check_loss(learn.loss_func)
-        self.multi_label = is_multi_label(learn.loss_func, self._yb) # now: later MixUp swaps the loss function
-        self._ignored = ignored_labels(learn.loss_func)
+        self.task = task_of(*self._seen, learn.loss_func) # now: later MixUp swaps the loss function
         self._half = any(p.dtype==torch.float16 for p in self.student.parameters()) # by `to_non_native_fp16`
         if self._half: convert_network(self.trained, torch.float16)
         self._cast = any(p.dtype in (torch.bfloat16,torch.float64) for p in self.student.parameters()) # without autocast; the self-teacher is float32 then
-        if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,soft_label_loss,self._feature_loss) if o is not None}
+        if self.compile: self._compiled = {o:Compiled(o) for o in (self.teacher,self.task.soft_labels,self._feature_loss) if o is not None}
         self.recorded,self._steps = [],[]
         if self.columns and not hasattr(learn, 'lr_finder'): self._columns = TrainColumns(learn, [f'{n}_loss' for n in self._part_names]+['teacher_accuracy'])
         self._watches = [Override(learn, '_do_epoch', self._watched), Override(learn, '_call_one', self._with_taps)]
@@ -248,7 +246,7 @@ class FRSKDCallback(Callback):
         "Mean log-probability that the self-teacher's `logits` give to the right answers, over all processes"
         sums = 0.
         for y,w in self._targets:
-            try: a = answers(logits, y, self.multi_label, self._ignored)
+            try: a = self.task.answers(logits, y)
             except (ValueError,AttributeError) as e:
                 raise ValueError(f"FRSKD: the schedule 'trust' reads labels from the targets, and these have none that it knows ({e}). "
                                  "Choose a schedule that needs none: `FRSKDCallback(schedule='ramp')`.") from e
@@ -317,18 +315,17 @@ class FRSKDCallback(Callback):
             maps = pooled(taps.pop(self._scale(xb)), self.finest)
             if not self._half: maps = to_float(maps) # the self-teacher is float32, whatever the student is
             refined,logits = self.teacher(maps)
-        return maps,pred,refined,resize(logits, pred.shape[-2:]) if self.dense else logits
+        return maps,pred,refined,self.task.fit_size(logits, pred)
 
     def _teach(self, maps, factor):
         "Refined maps and logits of the self-teacher; `factor` of its gradient goes on to the student"
         refined,logits = self._fast(self.teacher)([_scale_grad(f, factor) for f in maps[0]], **({'preact':True} if self._preact else {}))
-        logits = logits.float()
-        return refined,resize(logits, self.learn.pred.shape[-2:]) if self.dense else logits
+        return refined,self.task.fit_size(logits.float(), self.learn.pred)
 
     def _distil(self, student, teacher, maps, refined):
         "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
         parts = {}
-        if self.alpha: parts['soft_label'] = self._fast(soft_label_loss)(student, teacher, self.temperature, self.multi_label, self._keep)
+        if self.alpha: parts['soft_label'] = self._fast(self.task.soft_labels)(student, teacher, self.temperature, self.task.keep(self.learn.yb))
         if self.beta or 'feature_loss' in self.trained: # its parameters take part in each step, where several processes train
             maps,refined = maps[1],[o.detach() for o in refined]
             f = self._fast(self._feature_loss)
@@ -336,11 +333,6 @@ class FRSKDCallback(Callback):
         return parts
 
     def _fast(self, f): return self._compiled.get(f, f)
-
-    @property
-    def _keep(self):
-        "In segmentation, the pixels of this batch that the loss function doesn't ignore"
-        return kept_pixels(self.learn.yb[0], self._ignored) if self.dense and len(self.learn.yb)==1 else None
 
     @property
     def factor(self):
@@ -426,7 +418,7 @@ class FRSKDCallback(Callback):
     def _part_names(self): return ['student','teacher','soft_label','feature'] # α and β may change: a part that isn't computed is NaN
 
     def _add_accuracy(self, logits):
-        try: a = answers(logits, self.learn.yb[0], self.multi_label, self._ignored)
+        try: a = self.task.answers(logits, self.learn.yb[0])
         except (ValueError,AttributeError): return # targets that only the loss function knows
         right,n = mean_where(a.right, a.keep)
         self._columns.add({'teacher_accuracy':right/n.clamp(min=1)}, n)
