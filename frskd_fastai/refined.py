@@ -80,5 +80,6 @@ def refined(self:FRSKDCallback,
     student,teacher = deepcopy(self.student).eval(),deepcopy(self.teacher).eval()
     size = self._hw if any(o.kind=='BNC' for o in self.found_levels) else None
     b = sample_batch(learn)
-    model = RefinedStudent(student, teacher, self.found_levels, self.finest, size, average, self.task, b[0] if b else ())
+    example = b[0] if b else ()
+    model = RefinedStudent(student, teacher, self.found_levels, self.finest, size, average, self.task, example)
     return Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=list(learn.metrics), path=learn.path, model_dir=learn.model_dir)

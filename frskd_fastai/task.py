@@ -19,9 +19,9 @@ from .losses import *
 
 # %% ../nbs/02_task.ipynb #ec13e067
 Answers = namedtuple('Answers', 'right cls log_p keep asked')
-Answers.__doc__ = """What logits say to the targets, tensors B×N of an image's N answers: is it `right`, of which class (`cls`),
-the log-probability `log_p` of the right one, does it count (`keep`), and is it a label that the image has (`asked`;
-all that count, but of several labels the positive ones)"""
+Answers.__doc__ = """What logits say to the targets, tensors B×N of an image's N answers: is it `right`,
+of which class (`cls`), the log-probability `log_p` of the right one, does it count (`keep`), and is it a label that the
+image has (`asked`; all that count, but of several labels the positive ones)"""
 
 def mean_where(
     values:Tensor,
@@ -51,10 +51,11 @@ class Task:
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         log_p = F.log_softmax(logits, dim=1)
         if y.shape==logits.shape: cls,log_p,keep = _of_probabilities(log_p, y.float())
-        elif not y.is_floating_point() and y.numel()==logits[:,:1].numel(): cls,log_p,keep = self._of_classes(log_p, y)
+        elif not y.is_floating_point() and y.numel()==log_p[:,:1].numel(): cls,log_p,keep = self._of_classes(log_p, y)
         else:
-            raise ValueError(f"FRSKD can't read labels from targets of shape {tuple(y.shape)}, {y.dtype}, for logits of shape "
-                             f"{tuple(logits.shape)}. Expected are class numbers, or a number for each of the {logits.shape[1]} classes.")
+            raise ValueError(f"FRSKD can't read labels from targets of shape {tuple(y.shape)}, {y.dtype}, for logits "
+                             f"of shape {tuple(logits.shape)}. Expected are class numbers, or a number for each of the "
+                             f"{logits.shape[1]} classes.")
         right = logits.argmax(1)==cls
         right,cls,log_p,keep = (o.reshape(len(logits), -1) for o in (right,cls,log_p,keep))
         return Answers(right, cls, log_p, keep, keep)
@@ -133,7 +134,8 @@ def _of_probabilities(log_p, y):
 
 class SingleLabel(Task):
     "An image is of one class"
-    def soft_labels(self, student, teacher, temperature, keep=None): return soft_label_loss(student, teacher, temperature)
+    def soft_labels(self, student, teacher, temperature, keep=None):
+        return soft_label_loss(student, teacher, temperature)
 
 # %% ../nbs/02_task.ipynb #9e77bda0
 class MultiLabel(Task):
@@ -215,8 +217,10 @@ def is_multi_label(
         return (loss_func.activation(torch.zeros(1,4))==0.5).all().item()
     name = loss_name(loss_func).lower()
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
-    if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor) or not yb[0].is_floating_point(): return False
-    return isinstance(yb[0], TensorMultiCategory) or ((yb[0].sum(-1)-1).abs()>1e-3).any().item()
+    if name.startswith('cross') or len(yb)!=1: return False
+    y = yb[0]
+    if not isinstance(y, Tensor) or not y.is_floating_point(): return False
+    return isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any().item()
 
 def task_of(
     pred:Tensor, # Logits, B×C or B×C×H×W

@@ -167,7 +167,8 @@ def check_teacher(
         if as_map(t, Level('refined map of '+lv.name, None, None)).shape[-2:]!=lv.size: raise ValueError(f"FRSKD: the self-teacher's refined map of level {lv.name!r} is {tuple(t.shape[-2:])}, the level is {lv.size}. {want}")
     if logits.shape[:2]!=(2,n_out) or logits.ndim!=ndim:
         wanted = ', '.join(['2',str(n_out),'height','width'][:ndim])
-        raise ValueError(f"FRSKD: the self-teacher's logits are of shape {tuple(logits.shape)}, the student's ({wanted}). {want}")
+        raise ValueError(f"FRSKD: the self-teacher's logits are of shape {tuple(logits.shape)}, "
+                         f"the student's ({wanted}). {want}")
     channels = [o.shape[1] for o in refined]
     if preact and [o.num_features for o in getattr(teacher, 'norms', []) if isinstance(o, nn.BatchNorm2d)]!=channels:
         raise ValueError("FRSKD: the self-teacher has no `norms`, a list of the BatchNorms that make its refined maps, one a level, which this feature loss needs")

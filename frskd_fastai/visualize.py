@@ -85,7 +85,7 @@ def plot_losses(self:FRSKDCallback,
     "The parts of the loss in each step of the last fit (of `fine_tune`, that of all layers), times their constant weights α and β but not yet the schedule's factor, and on the right axis the schedule's factor of what the student gets from the self-teacher"
     d = self.steps.dropna(axis=1, how='all')
     if not len(d): raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot: train first, `learn.fit_one_cycle(5)`")
-    weights = self._weights(1.)
+    weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(_colors), itertools.cycle(('-','--','-.',':'))):
         w = weights.get(k, 1.)
@@ -146,6 +146,7 @@ def show_masks(
     names = class_names(learn.dls) or range(pred.shape[1])
     shown = sorted(set(y[keep].unique().tolist()) | set(p[keep].unique().tolist()))
     patches = [matplotlib.patches.Patch(color=im.cmap(im.norm(o)), label=str(names[o])) for o in shown]
-    if task.ignored: patches.append(matplotlib.patches.Patch(facecolor='w', edgecolor='k', lw=.5, label='does not count'))
+    if task.ignored:
+        patches.append(matplotlib.patches.Patch(facecolor='w', edgecolor='k', lw=.5, label='does not count'))
     fig.legend(handles=patches, loc='outside right upper', fontsize=7)
     return fig

@@ -167,11 +167,11 @@ def test_golden_sla(name):
         "Sees the logits that the soft-label loss gets, and stops before the step"
         order = cb.order+1
         def before_train(self):
-            distil = cb._distil
+            distil = cb.trained.distil
             def look(student, teacher, *args):
                 seen['logits'],seen['teacher_logits'] = student,teacher
                 return distil(student, teacher, *args)
-            cb._distil = look
+            cb.trained.distil = look
         def after_loss(self):
             seen['total'] = self.learn.loss
             raise CancelFitException

@@ -154,7 +154,7 @@ def test_sla_mixes_the_joint_labels(make, mix):
     learn = make(cbs=[cb,m])
     learn.create_opt()
     heads,seen = deepcopy(cb.trained),{}
-    for who in 'student','teacher': cb.trained[f'joint_{who}'].register_forward_hook(lambda mod,inp,out,who=who: seen.__setitem__(who, (out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float())))
+    for who in 'student','teacher': getattr(cb.trained, f'joint_{who}').register_forward_hook(lambda mod,inp,out,who=who: seen.__setitem__(who, (out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float())))
     one_batch(learn, noop)
     expected = 0.
     for j,y,y1,lam in seen.values():
@@ -340,7 +340,7 @@ def test_feature_losses(make, loss, n):
     one_batch(without, look)
     assert not all(torch.allclose(a, b) for a,b in zip(grads[0][0], grads[1][0]))
     for a,b in zip(grads[0][1], grads[1][1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    if n: assert all(p.grad is not None and p.grad.abs().sum()>0 for p in cb.trained['feature_loss'].parameters() if p.ndim>1)
+    if n: assert all(p.grad is not None and p.grad.abs().sum()>0 for p in cb.trained.feature_loss.parameters() if p.ndim>1)
     learn.fit(1, 1e-3)
     learn.remove_cb(cb)
     assert len(learn.opt.all_params())==len(list(learn.model.parameters())) and n_hooks(learn.model)==0
@@ -380,9 +380,9 @@ def test_without_feature_loss_there_is_none(make):
     "With β = 0 no feature loss is computed, with α = 0 no soft labels; connectors stay for a β that comes later, and learn nothing"
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0))
     learn.fit(1)
-    assert set(learn.frskd.losses)=={'student','teacher'} and list(learn.frskd.trained)==['teacher']
+    assert set(learn.frskd.losses)=={'student','teacher'} and [n for n,_ in learn.frskd.trained.named_children()]==['teacher']
     cb = FRSKDCallback(feature_loss='overhaul', alpha=0, beta=0)
-    def look(l): assert all((p.grad==0).all() for p in cb.trained['feature_loss'].parameters())
+    def look(l): assert all((p.grad==0).all() for p in cb.trained.feature_loss.parameters())
     one_batch(make(cbs=cb), look)
 
 def test_overhaul_reads_the_students_maps_before_the_relu(make):
