@@ -30,7 +30,9 @@ from .guard import *
 from .building import *
 
 # %% ../nbs/03_callback.ipynb #88fbe8cd
-def method_option(name):
+def method_option(
+    name:str, # Of the option, an attribute of `FRSKD`
+)->property:
     "An option of the callback that its `FRSKD` module holds, once this is built"
     def _get(self): return self._own[name] if self.trained is None else getattr(self.trained, name)
     def _set(self, value):
