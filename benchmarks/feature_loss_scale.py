@@ -16,9 +16,8 @@ class Scale(Callback):
         if self.iter!=self.n_iter//2: return
         cb,body = self.learn.frskd,[p for m in self.learn.model[:5] for p in m.parameters()]
         state = deepcopy(cb.trained.state_dict()) # a second pass must not move BatchNorm's statistics twice
-        maps = cb._pop_maps()
-        refined,_ = cb._teach(maps, 1.)
-        loss = cb._feature_loss(maps[1], [o.detach() for o in refined], cb._positions)
+        maps,pre = cb._pop_maps()
+        loss = cb.trained(maps, self.learn.pred, self.learn.yb, self.learn.loss_func, 1., pre).losses['feature']
         norm = lambda l: torch.cat([g.flatten() for g in torch.autograd.grad(l, body, retain_graph=True, allow_unused=True) if g is not None]).norm()
         self.ratios.append((cb.beta*norm(loss)/norm(self.learn.loss_grad)).item())
         cb.trained.load_state_dict(state)

@@ -81,7 +81,11 @@ class WarmUp(ByLength):
     def gate(self): return min(1., self.trust.steps/self.warm)
     @property
     def factor(self): return super().factor*(1. if self.body else self.gate)
-    def _weights(self, factor): return super()._weights(factor*(self.gate if self.body else 1.))
+    def build(self):
+        super().build()
+        method = self.trained
+        if self.body and method is not None: method.weights = lambda factor=1.: type(method).weights(method, factor*self.gate)
+        return self
 
 class Unfrozen(ByLength):
     "The student follows the self-teacher only when its body trains: not in the first phase of `fine_tune`"

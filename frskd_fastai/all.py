@@ -4,6 +4,8 @@ from .levels import *
 from .teacher import *
 from .dense import *
 from .losses import *
+from .task import *
+from .frskd import *
 from .targets import *
 from .callback import *
 from .refined import *

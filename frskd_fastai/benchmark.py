@@ -104,7 +104,8 @@ def profile_step(
 )->dict: # Seconds of the `parts` of a step and of the whole, and `memory` at its peak in bytes
     "One fit under torch's profiler"
     frskd,gpu = getattr(learn, 'frskd', None),one_param(learn.model).is_cuda
-    wraps = [Override(frskd, o, partial(_named, n)) for o,n in (('after_loss','all of FRSKD'),('_teach','self-teacher'))] if frskd else []
+    wraps = [Override(frskd, 'after_loss', partial(_named, 'all of FRSKD')),
+             Override(frskd.trained, 'teach', partial(_named, 'self-teacher'))] if frskd else []
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     if gpu:
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()

@@ -11,12 +11,12 @@ __all__ = ['StudentComparison']
 from types import MethodType
 from fastai.vision.all import *
 from .features import *
-from .targets import *
+from .task import *
 from .callback import *
 from .visualize import class_names, label_text, _colors
 
 # %% ../nbs/06_interpret.ipynb #055d645d
-def _answers(logits, y, loss_func): return answers(logits, y, is_multi_label(loss_func, (y,)), ignored_labels(loss_func))
+def _answers(logits, y, loss_func): return task_of(logits, (y,), loss_func).answers(logits, y)
 
 def _names(learn, n): return class_names(learn.dls) or [str(o) for o in range(n)]
 
@@ -268,7 +268,8 @@ class StudentComparison:
         batches = [self._batch(dl, pick) for dl in self.loaders]
         logits = [_logits(o, b) for o,b in zip(self.learners, batches)]
         images = self._decoded(self.loaders[0], batches[0])
-        draw = self._masks if logits[0].ndim==4 else self._titles
+        task = task_of(logits[0], (batches[0][1],), self.learners[0].loss_func)
+        draw = self._masks if isinstance(task, Segmentation) else partial(self._titles, task)
         fig = draw(images, batches, logits, pick, size)
         fig.suptitle(f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}", fontsize=9)
         return fig
@@ -283,14 +284,13 @@ class StudentComparison:
         if hasattr(dl, 'decode_batch'): return dl.decode_batch(b, max_n=len(b[0]))
         return [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
 
-    def _titles(self, images, batches, logits, pick, size):
+    def _titles(self, task, images, batches, logits, pick, size):
         cols,names = min(4, len(pick)),_names(self.learners[0], logits[0].shape[1])
-        multi = is_multi_label(self.learners[0].loss_func, (batches[0][1],))
         rows = -(-len(pick)//cols)
         fig,axs = plt.subplots(rows, cols, figsize=(size*cols*1.2, size*rows*1.45), squeeze=False, layout='constrained')
         for ax in axs.flat: ax.axis('off')
         for ax,(image,y,*_),i,*ls in zip(axs.flat, images, pick, *logits):
-            said = [label_text([names[j] for j in (l>0).nonzero().flatten()]) if multi else names[l.argmax()] for l in ls]
+            said = [label_text(task.predicted(l, names)) for l in ls]
             show_image(image, ctx=ax)
             lines = [f'{who} {p:.2f}' + (f' → {what}' if r<1 else '') for who,what,p,r in zip(self.names, said, self.probs[i], self.right[i])]
             ax.set_title('\n'.join([label_text(y), *lines]), fontsize=8, wrap=True)
@@ -299,8 +299,9 @@ class StudentComparison:
     def _masks(self, images, batches, logits, pick, size):
         wrong,(h,w) = [],logits[0].shape[-2:]
         for o,(_,y,*_),l in zip(self.learners, batches, logits):
-            y = pixel_labels(y).as_subclass(Tensor).cpu()
-            keep = kept_pixels(y, ignored_labels(o.loss_func))
+            task = Segmentation(ignored_labels(o.loss_func))
+            y = task.labels(y).cpu()
+            keep = task.counts(y)
             wrong.append(np.ma.masked_where(~keep, l.as_subclass(Tensor).argmax(1)!=y))
         fig,axs = plt.subplots(len(pick), 3, figsize=(size*3.6, size*1.2*len(pick)*h/w+.4), squeeze=False, layout='constrained')
         colors = matplotlib.colors.ListedColormap(['#DDDDDD',_colors[1]])

@@ -13,9 +13,9 @@ import argparse, contextlib, io, json, math, shlex, shutil
 from fastai.basics import *
 from .callback import *
 from .command import *
-from .losses import default_settings
 from .recipes import *
 from .resume import *
+from .task import Segmentation, SingleLabel
 
 # %% ../nbs/09_options.ipynb #538fc7c2
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
@@ -43,7 +43,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--size', type=pixels, help="image size in pixels; in segmentation their height (default: 224; 48 for the embedded digits; in segmentation the images' own, up to 224)")
     p.add_argument('--lr', type=_lr, default='auto', help="learning rate, or 'auto' for fastai's lr_find (of one process)")
     p.add_argument('--pretrained', action=argparse.BooleanOptionalAction, help="start from pretrained weights (default: yes; no for the embedded digits)")
-    both = lambda k: '{:g}; {:g} for segmentation'.format(*(default_settings(dense)[k] for dense in (False,True)))
+    both = lambda k: '{:g}; {:g} for segmentation'.format(*(o.defaults()[k] for o in (SingleLabel,Segmentation)))
     p.add_argument('--alpha', type=number(float, 0), help=f"weight of the soft-label loss (default: {both('alpha')})")
     p.add_argument('--beta', type=number(float, 0), help=f"weight of the attention loss (default: {both('beta')})")
     p.add_argument('--temperature', type=number(float, 0, True), help=f"softens the soft labels (default: {both('temperature')})")

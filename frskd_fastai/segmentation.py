@@ -10,8 +10,8 @@ __all__ = ['PixelAccuracy', 'MeanIoU', 'BiFPNSegmenter', 'efficientnet_bifpn', '
 # %% ../nbs/04_segmentation.ipynb #2964303c
 from fastai.basics import *
 from .companion import deepcopied
-from .targets import *
 from .dense import *
+from .task import *
 
 # %% ../nbs/04_segmentation.ipynb #b0cd2e61
 class _PixelMetric(Metric):
@@ -24,9 +24,9 @@ class _PixelMetric(Metric):
     def __reduce__(self): return ValueMetric, (noop, self.name)
     def __deepcopy__(self, memo): return deepcopied(self, memo)
     def accumulate(self, learn):
-        n = learn.pred.shape[1]
-        p,y = learn.pred.detach().argmax(1).as_subclass(Tensor),pixel_labels(learn.y).as_subclass(Tensor)
-        keep = kept_pixels(y, self.ignored) & (y>=0) & (y<n)
+        n,task = learn.pred.shape[1],Segmentation(self.ignored)
+        p,y = learn.pred.detach().argmax(1).as_subclass(Tensor),task.labels(learn.y)
+        keep = task.counts(y) & (y>=0) & (y<n)
         p,y = p[keep],y[keep].long()
         counts = learn.to_detach(torch.stack([torch.bincount(o, minlength=n) for o in (y[p==y],p,y)])[None]).sum(0) # over all processes
         self.counts = counts if self.counts is None else self.counts+counts

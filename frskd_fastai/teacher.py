@@ -150,7 +150,7 @@ def check_teacher(
     n_out:int, # Number of the student's logits
     device=None, # Where to run it
     preact:bool=False, # Shall it give refined maps before their ReLU, and have `norms`?
-    dense:bool=False, # For segmentation: logits for each position of a map?
+    ndim:int=2, # Dimensions of the logits; 4: some for each position of a map
 )->list: # Channels d_i of the refined maps
     "Run `teacher` once on maps like those of `levels`, without a trace; `ValueError` where it isn't a self-teacher for them"
     feats = [torch.zeros(2, o.channels, *o.size, device=device) for o in levels]
@@ -165,7 +165,10 @@ def check_teacher(
     if len(refined)!=len(feats): raise ValueError(f"FRSKD: the self-teacher returns {len(refined)} refined maps for {len(feats)} levels. {want}")
     for lv,t in zip(levels, refined):
         if as_map(t, Level('refined map of '+lv.name, None, None)).shape[-2:]!=lv.size: raise ValueError(f"FRSKD: the self-teacher's refined map of level {lv.name!r} is {tuple(t.shape[-2:])}, the level is {lv.size}. {want}")
-    if logits.shape[:2]!=(2,n_out) or logits.ndim!=(4 if dense else 2): raise ValueError(f"FRSKD: the self-teacher's logits are of shape {tuple(logits.shape)}, the student's (2, {n_out}{', height, width' if dense else ''}). {want}")
+    if logits.shape[:2]!=(2,n_out) or logits.ndim!=ndim:
+        wanted = ', '.join(['2',str(n_out),'height','width'][:ndim])
+        raise ValueError(f"FRSKD: the self-teacher's logits are of shape {tuple(logits.shape)}, "
+                         f"the student's ({wanted}). {want}")
     channels = [o.shape[1] for o in refined]
     if preact and [o.num_features for o in getattr(teacher, 'norms', []) if isinstance(o, nn.BatchNorm2d)]!=channels:
         raise ValueError("FRSKD: the self-teacher has no `norms`, a list of the BatchNorms that make its refined maps, one a level, which this feature loss needs")

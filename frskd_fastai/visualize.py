@@ -11,7 +11,7 @@ __all__ = ['label_text', 'class_names', 'attention_maps', 'plot_curves', 'show_m
 from fastai.vision.all import *
 from .features import *
 from .losses import *
-from .targets import *
+from .task import *
 from .callback import *
 
 # %% ../nbs/06_visualize.ipynb #8fca4b12
@@ -78,7 +78,7 @@ def show_attention(self:FRSKDCallback,
         gray = _gray(image)
         extent,middle,half = (0,gray.shape[1],gray.shape[0],0),(gray.max()+gray.min())/2,(gray.max()-gray.min())/2+1e-6
         show_image(image, ctx=axs[3*r,0], cmap='gray')
-        if not self.dense: axs[3*r,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
+        if self.task.per=='image': axs[3*r,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
         for (who,maps),row in zip(rows.items(), axs[3*r:3*r+3]):
             style = difference if who=='difference' else attention
             row[0].text(1.05, .5, who, transform=row[0].transAxes, rotation=90, va='center', fontsize=8)
@@ -98,7 +98,7 @@ def plot_losses(self:FRSKDCallback,
     "The parts of the loss in each step of the last fit (of `fine_tune`, that of all layers), times their constant weights α and β but not yet the schedule's factor, and on the right axis the schedule's factor of what the student gets from the self-teacher"
     d = self.steps.dropna(axis=1, how='all')
     if not len(d): raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot: train first, `learn.fit_one_cycle(5)`")
-    weights = self._weights(1.)
+    weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(_colors), itertools.cycle(('-','--','-.',':'))):
         w = weights.get(k, 1.)
@@ -141,11 +141,11 @@ def show_masks(
     size:float=2.2, # Width of one picture, in inches
 )->plt.Figure:
     "Images of the validation set, evenly spaced over it, with their masks, the student's, and where that is wrong; white pixels don't count"
-    ignored = ignored_labels(learn.loss_func) if ignored is None else set(L(ignored))
+    task = Segmentation(ignored_labels(learn.loss_func) if ignored is None else L(ignored))
     b,images = _some(learn, n)
     with unnoticed(learn.model): pred = learn.model(to_device(b[0], one_param(learn.model).device))
-    y,p = pixel_labels(b[1]).as_subclass(Tensor).cpu(),pred.argmax(1).as_subclass(Tensor).cpu()
-    keep = kept_pixels(y, ignored)
+    y,p = task.labels(b[1]).cpu(),pred.argmax(1).as_subclass(Tensor).cpu()
+    keep = task.counts(y)
     h,w = pred.shape[-2:]
     fig,axs = plt.subplots(len(y), 4, figsize=(4*size+1.5, size*len(y)*h/w+.4), squeeze=False, layout='constrained')
     style = dict(cmap='tab20', vmin=0, vmax=max(19, pred.shape[1]-1), interpolation='nearest')
@@ -159,6 +159,7 @@ def show_masks(
     names = class_names(learn.dls) or range(pred.shape[1])
     shown = sorted(set(y[keep].unique().tolist()) | set(p[keep].unique().tolist()))
     patches = [matplotlib.patches.Patch(color=im.cmap(im.norm(o)), label=str(names[o])) for o in shown]
-    if ignored: patches.append(matplotlib.patches.Patch(facecolor='w', edgecolor='k', lw=.5, label='does not count'))
+    if task.ignored:
+        patches.append(matplotlib.patches.Patch(facecolor='w', edgecolor='k', lw=.5, label='does not count'))
     fig.legend(handles=patches, loc='outside right upper', fontsize=7)
     return fig

@@ -252,7 +252,7 @@ def segments():
     for c in range(4):
         p,t = preds[keep]==c,y[keep]==c
         if t.any(): iou.append(((p&t).sum()/(p|t).sum()).item())
-    return {**end(learn, together), 'own_hooks':hooks, 'dense':learn.frskd.dense, 'values':values, 'wanted':[np.mean(iou), (preds==y)[keep].float().mean().item()]}
+    return {**end(learn, together), 'own_hooks':hooks, 'per':learn.frskd.task.per, 'values':values, 'wanted':[np.mean(iou), (preds==y)[keep].float().mean().item()]}
 
 @scenario
 def prints(path):

@@ -109,7 +109,7 @@ def test_compiled_is_the_same(make, monkeypatch):
         learn = make(cbs=FRSKDCallback(compile=c))
         learn.fit(1, 1e-3)
         ends.append((weights(learn.model),weights(learn.frskd.teacher)))
-        assert learn.frskd._compiled=={}
+        assert learn.frskd.trained.compiled=={}
     assert len(seen)==3 and seen[0] is learn.frskd.teacher
     assert torch._dynamo.utils.counters['stats']['unique_graphs']==3 and not torch._dynamo.utils.counters['graph_break']
     for a,b in zip(*ends):

@@ -69,7 +69,7 @@ def test_a_unet_on_two_processes(pair):
     "Both networks stay together, and the metrics are those of all images"
     both = pair.run('segments')
     for o in both:
-        assert o['dense'] and same(o['model'], both[0]['model']) and same(o['trained'], both[0]['trained']) and len(o['same'])==4 and all(all(s) for s in o['same'])
+        assert o['per']=='pixel' and same(o['model'], both[0]['model']) and same(o['trained'], both[0]['trained']) and len(o['same'])==4 and all(all(s) for s in o['same'])
         assert o['hooks']==o['own_hooks'] and o['left']==[] and o['kind']=='DynamicUnet'
         assert o['values']==pytest.approx(o['wanted'], rel=1e-5) and 0<o['values'][0]<1
 

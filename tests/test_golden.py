@@ -5,7 +5,7 @@ import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, overhaul_margin, soft_label_loss
+from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, overhaul_margin, pixel_soft_label_loss, soft_label_loss
 from frskd_fastai.teacher import SelfTeacher
 from frskd_fastai.dense import DenseSelfTeacher
 
@@ -167,11 +167,11 @@ def test_golden_sla(name):
         "Sees the logits that the soft-label loss gets, and stops before the step"
         order = cb.order+1
         def before_train(self):
-            distil = cb._distil
+            distil = cb.trained.distil
             def look(student, teacher, *args):
                 seen['logits'],seen['teacher_logits'] = student,teacher
                 return distil(student, teacher, *args)
-            cb._distil = look
+            cb.trained.distil = look
         def after_loss(self):
             seen['total'] = self.learn.loss
             raise CancelFitException
@@ -209,5 +209,5 @@ def test_golden_dense(name):
     close(loss, tensor(z, 'loss/attention'), 'attention loss')
     for i,g in enumerate(torch.autograd.grad(loss, feats)): close(g, tensor(z, f'grad/feat{i}'), f'gradient of level {i}')
     s,teacher = tensor(z, 'in/logits').requires_grad_(),tensor(z, 'in/teacher_logits')
-    for K in 1,4: close(soft_label_loss(s, teacher, K), tensor(z, f'loss/kd_T{K}'), f'soft labels at K={K}')
-    close(torch.autograd.grad(soft_label_loss(s, teacher, 1), s)[0], tensor(z, 'grad/logits'), 'gradient of the logits')
+    for K in 1,4: close(pixel_soft_label_loss(s, teacher, K), tensor(z, f'loss/kd_T{K}'), f'soft labels at K={K}')
+    close(torch.autograd.grad(pixel_soft_label_loss(s, teacher, 1), s)[0], tensor(z, 'grad/logits'), 'gradient of the logits')

@@ -3,12 +3,13 @@ import json, math, shutil, warnings
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import autocast, GradScaler
-import frskd_fastai.callback as callback, frskd_fastai.train as command
+import frskd_fastai.train as command
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.augmentation import FRSKDSLACallback
 from frskd_fastai.data import digits_data
 from frskd_fastai.guard import Guard
 from frskd_fastai.resume import Resumable
+from frskd_fastai.task import SingleLabel
 from conftest import SmallNet, n_hooks, same, weights
 
 class Poison(Callback):
@@ -134,8 +135,8 @@ def test_the_parts_of_the_loss(short, make, monkeypatch):
         learn.loss_func.bad = bad
         assert '(nor' not in stops(learn, name)
     stops(make(cbs=FRSKDCallback(feature_loss=lambda f,t: f[0].mean()*math.nan)), 'the feature loss')
-    soft = callback.soft_label_loss
-    monkeypatch.setattr(callback, 'soft_label_loss', lambda *a: soft(*a)*math.nan)
+    soft = SingleLabel.soft_labels
+    monkeypatch.setattr(SingleLabel, 'soft_labels', lambda *a: soft(*a)*math.nan)
     stops(make(cbs=FRSKDCallback()), 'the soft-label loss')
 
 def test_a_few_in_a_row_are_no_end(short, make):
@@ -214,7 +215,7 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     for c in '01':
         (tmp_path/'data'/c).mkdir(parents=True)
         for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c/f.name)
-    if option=='--alpha': monkeypatch.setattr(callback, 'soft_label_loss', lambda s,t,*a: (s-t).sum()*math.nan)
+    if option=='--alpha': monkeypatch.setattr(SingleLabel, 'soft_labels', lambda self,s,t,*a: (s-t).sum()*math.nan)
     value = {'--alpha':'1','--lr':'1e30'}[option]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

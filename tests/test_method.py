@@ -6,6 +6,7 @@ import reference as R, test_golden as G
 from frskd_fastai.augmentation import FRSKDSLACallback
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.losses import HintLoss, attention_loss, attention_map
+from frskd_fastai.task import MultiLabel, SingleLabel
 from frskd_fastai.teacher import SelfTeacher
 from conftest import SmallNet, n_hooks, same, weights
 from test_callback import one_batch
@@ -153,7 +154,7 @@ def test_sla_mixes_the_joint_labels(make, mix):
     learn = make(cbs=[cb,m])
     learn.create_opt()
     heads,seen = deepcopy(cb.trained),{}
-    for who in 'student','teacher': cb.trained[f'joint_{who}'].register_forward_hook(lambda mod,inp,out,who=who: seen.__setitem__(who, (out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float())))
+    for who in 'student','teacher': getattr(cb.trained, f'joint_{who}').register_forward_hook(lambda mod,inp,out,who=who: seen.__setitem__(who, (out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float())))
     one_batch(learn, noop)
     expected = 0.
     for j,y,y1,lam in seen.values():
@@ -190,7 +191,7 @@ def test_label_loss_follows_the_learners(make, loss_func, by_hand):
     learn.create_opt()
     s,t,y = logits_of_a_batch(learn, cb)
     for k,v in dict(student=by_hand(s, y), teacher=by_hand(t, y), soft_label=R.kd(s, t, 4)).items(): torch.testing.assert_close(cb.losses[k], v, rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
-    assert not cb.multi_label
+    assert isinstance(cb.task, SingleLabel)
 
 @pytest.fixture
 def multi(digits, make):
@@ -211,7 +212,7 @@ def test_multi_label(multi, loss_func):
     learn = multi(loss_func=loss_func, cbs=cb)
     learn.create_opt()
     s,t,y = logits_of_a_batch(learn, cb)
-    assert cb.multi_label
+    assert isinstance(cb.task, MultiLabel)
     bce = lambda z: -(y*z.sigmoid().log() + (1-y)*(-z).sigmoid().log()).mean()
     p,q = (t/4).sigmoid(),(s/4).sigmoid()
     kd = (p*(p/q).log() + (1-p)*((1-p)/(1-q)).log()).mean()*16
@@ -225,17 +226,17 @@ def test_multi_label_with_mixup_and_one_class(multi, digits):
     cb = FRSKDCallback()
     learn = multi(cbs=[cb,MixUp()])
     learn.fit(1, 1e-2)
-    assert cb.multi_label and all(v.isfinite() for v in cb.losses.values())
+    assert isinstance(cb.task, MultiLabel) and all(v.isfinite() for v in cb.losses.values())
     learn = multi(n_out=1, cbs=FRSKDCallback())
     data = [(x,(y>4).float()[None]) for x,y in zip(*digits)]
     learn.dls = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[64:96], bs=16))
     learn.fit(1, 1e-2)
-    assert learn.frskd.multi_label
+    assert isinstance(learn.frskd.task, MultiLabel)
 
 def test_loss_function_may_change_between_fits(make, multi):
     learn = multi(cbs=FRSKDCallback())
     learn.fit(1)
-    assert learn.frskd.multi_label
+    assert isinstance(learn.frskd.task, MultiLabel)
     learn.loss_func = MSELossFlat()
     with pytest.raises(ValueError, match='regression'): learn.fit(1)
     assert n_hooks(learn.model)==0
@@ -264,7 +265,7 @@ def test_multi_label_by_the_type_of_targets(multi):
     ones = TensorMultiCategory(torch.eye(3)[[0,1,2]*32])
     learn.dls = DataLoaders(DataLoader(list(zip(torch.rand(96,3,32,32), ones)), bs=16, drop_last=True), learn.dls.valid)
     learn.fit(1)
-    assert learn.frskd.multi_label
+    assert isinstance(learn.frskd.task, MultiLabel)
 
 @pytest.mark.parametrize('what', ['own loss','multi-label with cross-entropy','single-label with BCE','masks'])
 def test_targets_that_do_not_go_with_the_loss(make, digits, what):
@@ -339,7 +340,7 @@ def test_feature_losses(make, loss, n):
     one_batch(without, look)
     assert not all(torch.allclose(a, b) for a,b in zip(grads[0][0], grads[1][0]))
     for a,b in zip(grads[0][1], grads[1][1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    if n: assert all(p.grad is not None and p.grad.abs().sum()>0 for p in cb.trained['feature_loss'].parameters() if p.ndim>1)
+    if n: assert all(p.grad is not None and p.grad.abs().sum()>0 for p in cb.trained.feature_loss.parameters() if p.ndim>1)
     learn.fit(1, 1e-3)
     learn.remove_cb(cb)
     assert len(learn.opt.all_params())==len(list(learn.model.parameters())) and n_hooks(learn.model)==0
@@ -379,9 +380,9 @@ def test_without_feature_loss_there_is_none(make):
     "With β = 0 no feature loss is computed, with α = 0 no soft labels; connectors stay for a β that comes later, and learn nothing"
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0))
     learn.fit(1)
-    assert set(learn.frskd.losses)=={'student','teacher'} and list(learn.frskd.trained)==['teacher']
+    assert set(learn.frskd.losses)=={'student','teacher'} and [n for n,_ in learn.frskd.trained.named_children()]==['teacher']
     cb = FRSKDCallback(feature_loss='overhaul', alpha=0, beta=0)
-    def look(l): assert all((p.grad==0).all() for p in cb.trained['feature_loss'].parameters())
+    def look(l): assert all((p.grad==0).all() for p in cb.trained.feature_loss.parameters())
     one_batch(make(cbs=cb), look)
 
 def test_overhaul_reads_the_students_maps_before_the_relu(make):
@@ -468,7 +469,7 @@ def test_multi_label_datablock(tmp_path):
     dls = DataBlock((ImageBlock,MultiCategoryBlock), get_y=label, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=16, num_workers=0)
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy_multi, cbs=FRSKDCallback(columns=True))
     learn.fine_tune(1)
-    assert learn.frskd.multi_label and learn.frskd.losses['soft_label'].isfinite()
+    assert isinstance(learn.frskd.task, MultiLabel) and learn.frskd.losses['soft_label'].isfinite()
     learn.remove_cb(FRSKDCallback)
     with pytest.raises(ValueError, match='single-label'): learn.add_cb(FRSKDSLACallback())
     learn.fit(1)

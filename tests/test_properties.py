@@ -11,7 +11,7 @@ from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.dense import DenseSelfTeacher
 from frskd_fastai.features import PreactTaps, Taps, pooled
 from frskd_fastai.levels import find_levels
-from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, soft_label_loss
+from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, binary_soft_label_loss, pixel_soft_label_loss, soft_label_loss
 from frskd_fastai.teacher import SelfTeacher
 from conftest import n_hooks, same, weights
 from test_precision import CPUMixedPrecision
@@ -70,7 +70,7 @@ def kl(s, t, K):
 def test_soft_label_loss(b, c, K, scale, dtype, task, seed):
     torch.manual_seed(seed)
     s,t = ((torch.randn(b, c)*scale).to(dtype).requires_grad_() for _ in range(2))
-    loss = soft_label_loss(s, t, K, multi_label=task=='labels')
+    loss = (binary_soft_label_loss if task=='labels' else soft_label_loss)(s, t, K)
     loss.backward()
     value,grad = 0.,[]
     for ss,ts in zip(s.tolist(), t.tolist()):
@@ -90,7 +90,7 @@ def test_soft_label_loss_of_pixels(b, c, h, w, K, dtype, fmt, keep, seed):
     torch.manual_seed(seed)
     s,t = (torch.randn(b, c, h, w).mul(3).to(dtype).to(memory_format=fmt).requires_grad_() for _ in range(2))
     kept = dict(all=torch.ones(b, h, w), some=torch.rand(b, h, w).round(), none=torch.zeros(b, h, w))[keep].bool()
-    loss = soft_label_loss(s, t, K, keep=None if keep=='all' else kept)
+    loss = pixel_soft_label_loss(s, t, K, keep=None if keep=='all' else kept)
     loss.backward()
     n,value,grad = max(1, int(kept.sum())),0.,torch.zeros(s.shape, dtype=torch.float64)
     for i in range(b):

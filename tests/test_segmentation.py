@@ -9,8 +9,8 @@ from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.augmentation import FRSKDSLACallback
 from frskd_fastai.dense import DenseSelfTeacher
 from frskd_fastai.levels import find_levels, list_levels
-from frskd_fastai.losses import soft_label_loss
-from frskd_fastai.targets import ignored_labels
+from frskd_fastai.losses import pixel_soft_label_loss
+from frskd_fastai.task import Segmentation, ignored_labels
 from frskd_fastai.visualize import * # pictures as methods
 from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights
 
@@ -60,7 +60,7 @@ def test_unet_learner_in_one_line(items, tmp_path, capsys):
     learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), cbs=FRSKDCallback(columns=True), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-3)
     cb = learn.frskd
-    assert cb.dense and cb.level_names==['layers.7','layers.6','layers.5','layers.4'] and list(cb.found_levels.attrgot('size'))==[(16,16),(8,8),(4,4),(2,2)]
+    assert isinstance(cb.task, Segmentation) and cb.level_names==['layers.7','layers.6','layers.5','layers.4'] and list(cb.found_levels.attrgot('size'))==[(16,16),(8,8),(4,4),(2,2)]
     assert all(math.isfinite(o) for o in learn.recorder.values[-1]) and n_hooks(learn.model)==sum(len(o._forward_hooks) for o in learn.model.modules())
     capsys.readouterr(); list_levels(learn)
     assert 'layers.7  1×96×16×16' in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_ignored_pixels_are_not_distilled(name, seg):
     want = (p*(p.log()-q.log())).sum(1)[keep].mean()*4
     torch.testing.assert_close(step['parts']['soft_label'].as_subclass(Tensor), want, rtol=1e-4, atol=1e-6)
     s = s.requires_grad_()
-    g, = torch.autograd.grad(soft_label_loss(s, t, 2., keep=keep), s)
+    g, = torch.autograd.grad(pixel_soft_label_loss(s, t, 2., keep=keep), s)
     assert not g.movedim(1,3)[~keep].any() and g.movedim(1,3)[keep].abs().sum(1).all()
 
 def test_losses_without_ignored_pixels(seg):
@@ -280,7 +280,7 @@ def test_camvid(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3)
         learn.show_results(max_n=2); plt.close('all')
-    assert learn.frskd.dense and all(math.isfinite(o) for o in learn.recorder.values[-1])
+    assert isinstance(learn.frskd.task, Segmentation) and all(math.isfinite(o) for o in learn.recorder.values[-1])
     fig = learn.frskd.show_attention(); plt.close(fig)
     fig = learn.frskd.plot_losses().figure; plt.close(fig)
     learn.export('e.pkl')
