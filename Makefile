@@ -46,7 +46,7 @@ export: $(BIN)/.installed-dev ## write the modules and README.md from the notebo
 	$(BIN)/python tools/make_readme.py
 
 outputs: $(BIN)/.installed-dev ## run the notebooks and keep their outputs in them, then export
-	set -e; for f in nbs/*.ipynb nbs/tutorials/*.ipynb; do echo $$f; $(BIN)/nbdev-test $$f --save; done # one process each: an open figure would show up in the next
+	set -e; for f in $$(git ls-files 'nbs/*.ipynb'); do echo $$f; $(BIN)/nbdev-test $$f --save; done # one process each: an open figure would show up in the next
 	$(BIN)/python tools/tidy_outputs.py
 	$(MAKE) export
 

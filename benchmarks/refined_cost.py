@@ -8,7 +8,7 @@ its median and quartiles are reported. Operations are torch's count for one imag
 import argparse, time
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from frskd_fastai.building import operations
+from frskd_fastai.build import operations
 
 def learner(arch, size, n_classes=10, bs=2):
     items = [(torch.randn(3, size, size), i%n_classes) for i in range(2*bs)]

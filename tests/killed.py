@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd, torch, torchvision
 from fastai.basics import defaults
 import fastai.callback.progress as progress
-from frskd_fastai.data import digits_data
-from frskd_fastai.train import main
+from frskd_fastai.data.images import digits_data
+from frskd_fastai.cli.train import main
 
 progress.ProgressCallback.run = False
 FAST = '--bs','16','--lr','1e-3','--seed','1'

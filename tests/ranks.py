@@ -212,7 +212,7 @@ def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
 @scenario
 def resumes(path):
     "A training with `Resumable`, undisturbed, and interrupted on all ranks in its second epoch"
-    from frskd_fastai.resume import Resumable
+    from frskd_fastai.learner.resume import Resumable
     res = {}
     for name,stops in ('whole',[None]),('parts',[9,None]):
         for stop in stops:

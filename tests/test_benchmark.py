@@ -5,15 +5,15 @@ import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from torch.utils._python_dispatch import TorchDispatchMode
 from frskd_fastai.all import *
-from frskd_fastai.benchmark import bench, main, parts, results
-from frskd_fastai.building import Compiled
+from frskd_fastai.cli.bench import bench, main, parts, results
+from frskd_fastai.build import Compiled
 from conftest import SmallNet, n_hooks, same, weights
 
 SMALL = '--arch cifar_resnet18 --size 32 --bs 4 --rounds 1 --steps 1'
 
 def test_command(tmp_path, capsys, monkeypatch):
     "Every file it writes; a self-teacher of the user's, from the working directory"
-    (tmp_path/'mine.py').write_text('from functools import partial\nfrom frskd_fastai.teacher import SelfTeacher\nNarrow = partial(SelfTeacher, width=.25, depth=1)\n')
+    (tmp_path/'mine.py').write_text('from functools import partial\nfrom frskd_fastai.method.teacher import SelfTeacher\nNarrow = partial(SelfTeacher, width=.25, depth=1)\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     assert main(shlex.split(f'{SMALL} --teacher mine:Narrow --channels-last --out out'))==0

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.augmentation import FRSKDSLACallback
-from frskd_fastai.teacher import SelfTeacher
+from frskd_fastai.sla_callback import FRSKDSLACallback
+from frskd_fastai.method.teacher import SelfTeacher
 from conftest import SmallNet, n_hooks, pickled_modules, same, weights
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_save_and_load_are_the_learners_own_again(make):
 @pytest.fixture
 def exported(tmp_path, digits):
     "A plain and an FRSKD Learner on image files, trained and exported"
-    from frskd_fastai.data import digits_data
+    from frskd_fastai.data.images import digits_data
     files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:16])
     dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, seed=0)
     learns = {}

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.vision.all import *
-import frskd_fastai.benchmark as bench, frskd_fastai.train as command
+import frskd_fastai.cli.bench as bench, frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.command import folder as folder_name
-from frskd_fastai.data import DataError, find_images, find_masks, image_files
+from frskd_fastai.cli.command import folder as folder_name
+from frskd_fastai.data.images import DataError, find_images, find_masks, image_files
 from conftest import same, weights
 
 def picture(seed=0, size=(20,20)): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8))
@@ -156,7 +156,7 @@ def test_a_checkpoint_runs_nothing(make, tmp_path):
     learn.fit(1, 1e-3); learn.save('good')
     torch.save({'model':learn.model.state_dict(), 'opt':{**learn.opt.state_dict(), 'frskd':Evil(), 'resume':Evil()}}, tmp_path/'models/bad.pth')
     with pytest.raises(Exception, match='[Ww]eights'): learn.load('bad')
-    from frskd_fastai.resume import CheckpointError, Resumable
+    from frskd_fastai.learner.resume import CheckpointError, Resumable
     (tmp_path/'c').mkdir()
     shutil.copy(tmp_path/'models/bad.pth', tmp_path/'c/0-0001.pth')
     with pytest.raises(CheckpointError, match='damaged'): learn.fit(2, cbs=Resumable(tmp_path/'c'))

@@ -141,7 +141,7 @@ def test_a_query_that_is_a_view_of_a_parameter(make):
 
 def test_it_trains_without_a_count(make, monkeypatch):
     def broken(*args, **kw): raise RuntimeError('no such operation')
-    monkeypatch.setattr('frskd_fastai.building.FlopCounterMode', broken)
+    monkeypatch.setattr('frskd_fastai.build.FlopCounterMode', broken)
     learn = make(cbs=FRSKDCallback())
     with pytest.warns(UserWarning, match="can't count .*no such operation"): learn.fit(1)
     assert learn.frskd.width==1 and learn.frskd.losses['feature']>0

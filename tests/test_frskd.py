@@ -4,13 +4,13 @@ from copy import deepcopy
 from functools import partial
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from frskd_fastai.augmentation import FRSKDSLA, aggregate_rotations, joint_labels
-from frskd_fastai.dense import DenseSelfTeacher
-from frskd_fastai.features import pooled
-from frskd_fastai.frskd import FRSKD, FRSKDOutput, scale_grad, weighted_sum
-from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, attention_map
-from frskd_fastai.task import MultiLabel, Segmentation, SingleLabel
-from frskd_fastai.teacher import SelfTeacher
+from frskd_fastai.sla_callback import FRSKDSLA, aggregate_rotations, joint_labels
+from frskd_fastai.method.dense_teacher import DenseSelfTeacher
+from frskd_fastai.student.features import pooled
+from frskd_fastai.method.frskd import FRSKD, FRSKDOutput, scale_grad, weighted_sum
+from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, attention_map
+from frskd_fastai.task.task import MultiLabel, Segmentation, SingleLabel
+from frskd_fastai.method.teacher import SelfTeacher
 from conftest import same, weights
 
 VOID = 9

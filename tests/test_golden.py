@@ -5,9 +5,9 @@ import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, overhaul_margin, pixel_soft_label_loss, soft_label_loss
-from frskd_fastai.teacher import SelfTeacher
-from frskd_fastai.dense import DenseSelfTeacher
+from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, overhaul_margin, pixel_soft_label_loss, soft_label_loss
+from frskd_fastai.method.teacher import SelfTeacher
+from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 
 GOLDEN = Path(os.environ.get('FRSKD_GOLDEN', Path(__file__).parents[2]/'shared/golden'))
 TOL = dict(rtol=1e-4, atol=1e-5)
@@ -153,7 +153,7 @@ class ThreeConvs(torch.nn.Module):
 def test_golden_sla(name):
     "One training step of a Learner with the callback"
     from fastai.vision.all import Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
-    from frskd_fastai.augmentation import FRSKDSLACallback, rotations
+    from frskd_fastai.sla_callback import FRSKDSLACallback, rotations
     z,c = load(name)
     n = len(c['channels'])
     student = ThreeConvs(c['channels'], c['n_classes'])

@@ -3,13 +3,13 @@ import json, math, shutil, warnings
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import autocast, GradScaler
-import frskd_fastai.train as command
+import frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.augmentation import FRSKDSLACallback
-from frskd_fastai.data import digits_data
-from frskd_fastai.guard import Guard
-from frskd_fastai.resume import Resumable
-from frskd_fastai.task import SingleLabel
+from frskd_fastai.sla_callback import FRSKDSLACallback
+from frskd_fastai.data.images import digits_data
+from frskd_fastai.learner.nonfinite import Guard
+from frskd_fastai.learner.resume import Resumable
+from frskd_fastai.task.task import SingleLabel
 from conftest import SmallNet, n_hooks, same, weights
 
 class Poison(Callback):

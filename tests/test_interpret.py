@@ -3,8 +3,8 @@ import math
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data import digits_data
-from frskd_fastai.interpret import StudentComparison
+from frskd_fastai.data.images import digits_data
+from frskd_fastai.show.comparison import StudentComparison
 from conftest import SmallNet
 
 def images(): return [f for c in '0123' for f in sorted((digits_data()/'train'/c).iterdir())[:12]]

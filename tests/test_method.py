@@ -3,11 +3,11 @@ import json
 import pytest, torch
 from fastai.vision.all import *
 import reference as R, test_golden as G
-from frskd_fastai.augmentation import FRSKDSLACallback
+from frskd_fastai.sla_callback import FRSKDSLACallback
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.losses import HintLoss, attention_loss, attention_map
-from frskd_fastai.task import MultiLabel, SingleLabel
-from frskd_fastai.teacher import SelfTeacher
+from frskd_fastai.method.losses import HintLoss, attention_loss, attention_map
+from frskd_fastai.task.task import MultiLabel, SingleLabel
+from frskd_fastai.method.teacher import SelfTeacher
 from conftest import SmallNet, n_hooks, same, weights
 from test_callback import one_batch
 
@@ -92,7 +92,7 @@ def test_five_sgd_steps_are_those_of_a_plain_loop(make):
         s = student.head(x)
         refined,t = teacher(feats)
         kd = 16*F.kl_div(F.log_softmax(s/4, 1), F.log_softmax(t.detach()/4, 1), log_target=True, reduction='batchmean')
-        phi = attention_map # its values and gradient are compared with the formula in nbs/02_losses.ipynb; another arithmetic drifts away by rounding
+        phi = attention_map # its values and gradient are compared with the formula in nbs/method/losses.ipynb; another arithmetic drifts away by rounding
         parts = dict(student=F.cross_entropy(s, y), teacher=F.cross_entropy(t, y), soft_label=kd, feature=sum((phi(f)-phi(r.detach())).pow(2).mean() for f,r in zip(feats, refined)))
         loss = parts['student'] + parts['teacher'] + 2*parts['soft_label'] + 100*parts['feature']
         opt.zero_grad(); loss.backward(); opt.step()
@@ -281,7 +281,7 @@ def test_targets_that_do_not_go_with_the_loss(make, digits, what):
 @pytest.mark.parametrize('what', ['bounding boxes','points','regression'])
 def test_fastai_targets_it_cannot_serve(what, tmp_path):
     "DataBlocks of fastai's, refused before the first batch"
-    from frskd_fastai.data import digits_data
+    from frskd_fastai.data.images import digits_data
     files = get_image_files(digits_data()/'valid')[:32]
     block,get_y = {'bounding boxes':((ImageBlock,BBoxBlock,BBoxLblBlock), [lambda o: [[1,1,5,5]],lambda o: ['a']]), 'points':((ImageBlock,PointBlock), lambda o: tensor([[1.,2.]])),
                    'regression':((ImageBlock,RegressionBlock(3)), lambda o: [1.,2.,3.])}[what]
@@ -463,7 +463,7 @@ def test_sla_composes(make, tmp_path):
 
 def test_multi_label_datablock(tmp_path):
     "fastai's own multi-label data and loss, as a user has them"
-    from frskd_fastai.data import digits_data
+    from frskd_fastai.data.images import digits_data
     files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
     label = lambda f: ['even' if int(f.parent.name)%2==0 else 'odd', *(['loop'] if f.parent.name in '0689' else [])]
     dls = DataBlock((ImageBlock,MultiCategoryBlock), get_y=label, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=16, num_workers=0)

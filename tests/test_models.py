@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.features import Taps
-from frskd_fastai.levels import _feature_info, _run, _search, find_levels, list_levels
+from frskd_fastai.student.features import Taps
+from frskd_fastai.student.levels import _feature_info, _run, _search, find_levels, list_levels
 from conftest import same, SmallNet, n_hooks, weights
 
 DOCS = Path(__file__).parents[1]/'nbs/tutorials'

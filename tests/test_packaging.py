@@ -75,7 +75,7 @@ def test_entry_points(info):
     eps = ConfigParser(delimiters='=')
     eps.read_string(info('entry_points.txt'))
     assert {s: dict(eps[s]) for s in eps.sections()} == {
-        'console_scripts': {'frskd-train': 'frskd_fastai.train:main', 'frskd-bench': 'frskd_fastai.benchmark:main'}, 'nbdev': {'frskd_fastai': 'frskd_fastai._modidx:d'}}
+        'console_scripts': {'frskd-train': 'frskd_fastai.cli.train:main', 'frskd-bench': 'frskd_fastai.cli.bench:main'}, 'nbdev': {'frskd_fastai': 'frskd_fastai._modidx:d'}}
 
 def test_wheel_files(wheel, info, meta):
     assert meta.get_all('License-File') == ['LICENSE']

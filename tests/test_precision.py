@@ -6,8 +6,8 @@ from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrec
 from fastai.callback.mixup import MixHandler
 from fastai.distributed import DistributedTrainer
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.augmentation import FRSKDSLACallback
-from frskd_fastai.losses import attention_loss, attention_map, HintLoss
+from frskd_fastai.sla_callback import FRSKDSLACallback
+from frskd_fastai.method.losses import attention_loss, attention_map, HintLoss
 from conftest import SmallNet, n_hooks, same, weights
 
 class CPUMixedPrecision(MixedPrecision):

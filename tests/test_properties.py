@@ -8,11 +8,11 @@ from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from hypothesis import HealthCheck, Phase, assume, given, settings, strategies as st
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.dense import DenseSelfTeacher
-from frskd_fastai.features import PreactTaps, Taps, pooled
-from frskd_fastai.levels import find_levels
-from frskd_fastai.losses import HintLoss, OverhaulLoss, attention_loss, binary_soft_label_loss, pixel_soft_label_loss, soft_label_loss
-from frskd_fastai.teacher import SelfTeacher
+from frskd_fastai.method.dense_teacher import DenseSelfTeacher
+from frskd_fastai.student.features import PreactTaps, Taps, pooled
+from frskd_fastai.student.levels import find_levels
+from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, binary_soft_label_loss, pixel_soft_label_loss, soft_label_loss
+from frskd_fastai.method.teacher import SelfTeacher
 from conftest import n_hooks, same, weights
 from test_precision import CPUMixedPrecision
 

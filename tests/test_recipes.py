@@ -6,10 +6,10 @@ from PIL import Image
 from scipy.io import savemat
 from fastai.basics import Callback
 from fastai.learner import load_learner
-from frskd_fastai.data import DataError, digits_data
-from frskd_fastai.recipes import ClipValue, recipe_dls, recipe_items, recipes
-from frskd_fastai.segmentation import BiFPNSegmenter
-from frskd_fastai.train import results
+from frskd_fastai.data.images import DataError, digits_data
+from frskd_fastai.data.recipes import ClipValue, recipe_dls, recipe_items, recipes
+from frskd_fastai.models.bifpn import BiFPNSegmenter
+from frskd_fastai.cli.train import results
 from conftest import pickled_modules
 from test_train import SHARED, run
 
@@ -114,7 +114,7 @@ def test_recipe_on_a_few_images(name, tmp_path, capsys):
 @pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')
 def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
     "With the paper's settings all the way, but for the number of epochs"
-    import frskd_fastai.train as t
+    import frskd_fastai.cli.train as t
     with zipfile.ZipFile(SHARED/'cifar100-0.zip') as z:
         count = {}
         for n in z.namelist():
@@ -142,7 +142,7 @@ VOC = '--recipe','voc','--size',64,'--bs',4,'--epochs',3,'--no-pretrained'
 
 def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
     "With the paper's settings, but for size and epochs: the student, its optimizer, what is clipped, and the weights' schedule"
-    import frskd_fastai.train as t
+    import frskd_fastai.cli.train as t
     voc(tmp_path/'data')
     train,valid = recipe_items('voc', tmp_path/'data')
     assert (len(train),len(valid))==(17,8) and '2007_000020' in train.itemgot(0).attrgot('stem') and '2007_000100' not in train.itemgot(0).attrgot('stem')
@@ -197,7 +197,7 @@ def told(err, name):
 
 @pytest.mark.parametrize('name', ALL)
 def test_missing_data_is_told(name, tmp_path, capsys, monkeypatch):
-    import frskd_fastai.recipes as m
+    import frskd_fastai.data.recipes as m
     def offline(url): raise OSError('no network')
     monkeypatch.setattr(m, 'untar_data', offline)
     (tmp_path/'empty').mkdir()
@@ -209,7 +209,7 @@ def test_missing_data_is_told(name, tmp_path, capsys, monkeypatch):
         elif recipes[name].url: assert 'no network' in err
 
 def test_download_is_fastais(tmp_path, monkeypatch):
-    import frskd_fastai.recipes as m
+    import frskd_fastai.data.recipes as m
     cifar100(tmp_path/'cifar100')
     monkeypatch.setattr(m, 'untar_data', lambda url: {'https://s3.amazonaws.com/fast-ai-imageclas/cifar100.tgz':tmp_path/'cifar100'}[url])
     assert len(recipe_items('cifar100')[0])==24
@@ -237,7 +237,7 @@ def test_one_class_or_a_file(tmp_path):
 @pytest.mark.parametrize('workers', [0,2])
 def test_an_image_that_cannot_be_read(workers, tmp_path, capsys, monkeypatch):
     "It is found in training only, and named then"
-    import frskd_fastai.train as t
+    import frskd_fastai.cli.train as t
     monkeypatch.setattr(t, 'recipe_dls', lambda *args, **kw: recipe_dls(*args, **kw, num_workers=workers))
     imagenet(tmp_path/'data')
     for f in (tmp_path/'data/train/n01').iterdir(): f.write_bytes(b'nothing')

@@ -6,11 +6,11 @@ import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data import digits_data
-from frskd_fastai.interrupt import end_at_batch, end_at_once
-from frskd_fastai.options import alone
-from frskd_fastai.resume import *
-import frskd_fastai.resume as resume, frskd_fastai.train as command
+from frskd_fastai.data.images import digits_data
+from frskd_fastai.cli.signals import end_at_batch, end_at_once
+from frskd_fastai.cli.options import alone
+from frskd_fastai.learner.resume import *
+import frskd_fastai.learner.resume as resume, frskd_fastai.cli.train as command
 from conftest import SmallNet, same, split, weights
 
 # -- Killed processes -------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.models.unet import DynamicUnet
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.augmentation import FRSKDSLACallback
-from frskd_fastai.dense import DenseSelfTeacher
-from frskd_fastai.levels import find_levels, list_levels
-from frskd_fastai.losses import pixel_soft_label_loss
-from frskd_fastai.task import Segmentation, ignored_labels
-from frskd_fastai.visualize import * # pictures as methods
+from frskd_fastai.sla_callback import FRSKDSLACallback
+from frskd_fastai.method.dense_teacher import DenseSelfTeacher
+from frskd_fastai.student.levels import find_levels, list_levels
+from frskd_fastai.method.losses import pixel_soft_label_loss
+from frskd_fastai.task.task import Segmentation, ignored_labels
+from frskd_fastai.show.attention import * # pictures as methods
 from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights
 
 CAMVID = Path(__file__).parents[2]/'shared/data/camvid-half.zip'
@@ -48,7 +48,7 @@ class Look(Callback):
 def test_pickled_metrics_need_no_frskd():
     "(An exported Learner with them is in tests/test_train.py.)"
     import pickle
-    from frskd_fastai.segmentation import MeanIoU, PixelAccuracy
+    from frskd_fastai.models.bifpn import MeanIoU, PixelAccuracy
     for m in MeanIoU(VOID),PixelAccuracy({VOID,0}):
         b = pickle.dumps(m)
         assert b'frskd' not in b and pickle.loads(b).name==m.name and deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)
@@ -237,7 +237,7 @@ def test_own_dense_self_teacher(seg):
     learn = seg(cbs=FRSKDCallback(teacher=partial(DenseSelfTeacher, n_channels=16, head_channels=256)))
     learn.fit(1, 1e-3)
     assert learn.frskd.teacher.channels==[16]*3 and learn.frskd.teacher.head[0].out_channels==256
-    from frskd_fastai.teacher import SelfTeacher
+    from frskd_fastai.method.teacher import SelfTeacher
     with pytest.raises(ValueError, match=r"logits are of shape \(2, 4\), the student's \(2, 4, height, width\)"): seg(cbs=FRSKDCallback(teacher=partial(SelfTeacher, width=1))).create_opt()
 
 def test_the_papers_settings_are_of_one_task(seg):

@@ -3,7 +3,7 @@ import warnings
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.levels import _is_attention, find_levels, list_levels
+from frskd_fastai.student.levels import _is_attention, find_levels, list_levels
 from conftest import SmallNet, n_hooks, weights
 
 TRUNK = ['stages.0','stages.1','stages.2']

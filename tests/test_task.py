@@ -5,9 +5,9 @@ from functools import partial
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.vision.core import TensorMask, TensorMultiCategory
 from torch import nn, tensor
-from frskd_fastai.dense import DenseSelfTeacher
-from frskd_fastai.task import MultiLabel, Segmentation, SingleLabel, mean_where, task_of
-from frskd_fastai.teacher import SelfTeacher
+from frskd_fastai.method.dense_teacher import DenseSelfTeacher
+from frskd_fastai.task.task import MultiLabel, Segmentation, SingleLabel, mean_where, task_of
+from frskd_fastai.method.teacher import SelfTeacher
 
 IGNORED = 3
 TASKS = SingleLabel({IGNORED}),MultiLabel(),Segmentation({IGNORED})
