@@ -20,6 +20,7 @@ from .student.features import *
 from .student.levels import *
 from .method.dense_teacher import *
 from .method.losses import *
+from .method.schedule import *
 from .task.task import *
 from .method.frskd import *
 from .task.checks import *
@@ -165,9 +166,9 @@ class FRSKDCallback(Callback):
             count = operations(self.student, *xb)
             self.width = affordable_width(levels, pred.shape[1], self.depth, count and self.budget*count/len(xb[0]))
         make,loss = self.own_teacher or task.self_teacher(self.width, self.depth),self.feature_loss
-        *parts,self.refined_channels = build_parts(levels, pred.shape[1], pred.device, make, loss, task.ndim)
+        teacher,feature_loss,self.refined_channels = build_parts(levels, pred.shape[1], pred.device, make, loss, task.ndim)
         options = self.alpha,self.beta,self.temperature,self.finest
-        return self._assemble(levels, pred, *parts, task, *options, isinstance(loss, str))
+        return self._assemble(levels, pred, teacher, task, feature_loss, *options, isinstance(loss, str))
 
     def _assemble(self, levels, pred, *args): return FRSKD(*args)
 
@@ -251,8 +252,7 @@ class FRSKDCallback(Callback):
 
     def _step(self, maps, pre, factor):
         "What the `FRSKD` module, or its wrapper, says of this step"
-        learn,imitate = self.learn,self.schedule=='trust' or factor>0 # not while a ramp is at nought
-        return self._wrapped(maps, learn.pred, learn.yb, learn.loss_func, factor, pre, imitate)
+        return self._wrapped(maps, self.learn.pred, self.learn.yb, self.learn.loss_func, factor, pre)
 
     @contextmanager
     def _teaching(self, maps):
@@ -272,7 +272,7 @@ class FRSKDCallback(Callback):
 
     def _record(self, factor):
         dev = self.losses['student'].device
-        scalar = lambda v: v.detach().as_subclass(Tensor).float() if isinstance(v, Tensor) else torch.full((), v, device=dev) # a kernel fills it: nothing waits for a copy
+        scalar = lambda v: v.detach().as_subclass(Tensor).float().to(dev) if isinstance(v, Tensor) else torch.full((), v, device=dev) # a kernel fills it: nothing waits for a copy
         self._steps.append(torch.stack([scalar(v) for v in (*(self.losses.get(k, math.nan) for k in self._part_names), factor)]))
 
     @property
@@ -356,7 +356,7 @@ class FRSKDCallback(Callback):
     @property
     def factor(self):
         "The factor, now, of all that the student gets from the self-teacher"
-        if self.schedule=='trust': return self.trust.factor
+        if self.schedule=='trust': return self.trust.factor()
         if self.schedule=='constant': return 1.
         factor = (late_ramp if self.schedule=='ramp' else self.schedule)(self.learn.pct_train)
         if not (isinstance(factor, (Real,Tensor)) and 0<=factor<=1): raise ValueError(f"FRSKD: schedule must return a number from 0 to 1, got {factor!r}")
