@@ -4,8 +4,10 @@ from .student.levels import *
 from .method.teacher import *
 from .method.dense_teacher import *
 from .method.losses import *
+from .method.schedule import *
 from .task.task import *
 from .method.frskd import *
+from .method.sla import *
 from .task.checks import *
 from .callback import *
 from .refined import *

@@ -4,11 +4,10 @@ from copy import deepcopy
 from functools import partial
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from frskd_fastai.sla_callback import FRSKDSLA, aggregate_rotations, joint_labels
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
-from frskd_fastai.student.features import pooled
-from frskd_fastai.method.frskd import FRSKD, FRSKDOutput, scale_grad, weighted_sum
+from frskd_fastai.method.frskd import FRSKD, FRSKDOutput, pool_to, scale_grad, weighted_sum
 from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, attention_map
+from frskd_fastai.method.sla import FRSKDSLA, aggregate_rotations, joint_labels
 from frskd_fastai.task.task import MultiLabel, Segmentation, SingleLabel
 from frskd_fastai.method.teacher import SelfTeacher
 from conftest import same, weights
@@ -34,7 +33,7 @@ def batch(task=TASKS[0], b=6, c=5):
 def module(task=TASKS[0], feature_loss=attention_loss, **kw):
     torch.manual_seed(1)
     make = partial(DenseSelfTeacher, n_channels=8) if task.per=='pixel' else partial(SelfTeacher, width=1., depth=1)
-    return FRSKD(make(CHANNELS, 5), feature_loss, task, **kw)
+    return FRSKD(make(CHANNELS, 5), task, feature_loss, **kw)
 
 def overhaul():
     f = module()
@@ -81,14 +80,15 @@ def test_where_the_gradients_go(task):
 
 def test_what_is_left_out():
     frskd = module()
-    step = lambda f,**kw: set(f(*batch(), **kw).losses)
+    step = lambda f,*factor: set(f(*batch(), *factor).losses)
     assert step(module(alpha=0))=={'teacher','feature'} and step(module(beta=0))=={'teacher','soft_label'}
-    assert step(frskd, imitate=False)=={'teacher'}
+    assert step(frskd, 0.)=={'teacher'} # while a ramp is at nought
+    assert step(frskd, torch.tensor(0.))==set(FRSKD.loss_names) # reading a tensor would make the GPU wait
     frskd.alpha = 0 # at any time
     assert step(frskd)=={'teacher','feature'}
     # parameters of a feature loss take part in each step, where several processes train
     hint = module(feature_loss=HintLoss(CHANNELS, CHANNELS), beta=0)
-    assert step(hint, imitate=False)==set(FRSKD.loss_names)
+    assert step(hint, 0.)==set(FRSKD.loss_names)
 
 def test_weights_and_sum():
     frskd = module(alpha=2., beta=3.)
@@ -97,19 +97,21 @@ def test_weights_and_sum():
 
 # -- Maps --------------------------------------------------------------------------------------------------
 def test_finest_pools_the_maps_and_tells_the_feature_loss():
-    "The self-teacher and the feature loss read pooled maps; the loss is told the positions from before"
+    "The self-teacher and the feature loss read pooled maps; the loss is told what is left of the positions"
     seen = []
-    def spy(student, refined, positions=None): seen.append((student,refined,positions)); return student[0].mean()
+    def spy(student, refined, ratios=None):
+        seen.append((student,refined,ratios))
+        return student[0].mean()
     maps,*rest = batch()
     frskd = module(feature_loss=spy, finest=1)
     frskd.teacher.register_forward_pre_hook(lambda m,inp: seen.append(inp[0]))
     frskd(maps, *rest)
-    read,(student,refined,positions) = seen
-    assert [o.shape[-1] for o in read]==[o.shape[-1] for o in refined]==[8,8,4] and positions==[256,64,16]
-    for a,b,c in zip(read, student, pooled(maps, 1)): assert torch.equal(a, b) and torch.equal(b, c)
-    frskd.positions = False # a loss of one's own: float32 maps, and no more
+    read,(student,refined,ratios) = seen
+    assert [o.shape[-1] for o in read]==[o.shape[-1] for o in refined]==[8,8,4] and ratios==[1/4,1,1]
+    for a,b,c in zip(read, student, pool_to(maps, 1)): assert torch.equal(a, b) and torch.equal(b, c)
+    frskd.takes_ratios = False # a loss of one's own: float32 maps, and no more
     half = [o.half() for o in maps]
-    frskd.distil(rest[0], rest[0], half, half, positions)
+    frskd.distil(rest[0], rest[0], half, half, ratios)
     assert seen[-1][2] is None and all(o.dtype==torch.float32 for o in (*seen[-1][0],*seen[-1][1]))
 
 def test_maps_before_the_relu():
@@ -172,7 +174,7 @@ def test_label_augmentation_by_hand():
     heads = [nn.Linear(CHANNELS[-1], 20) for _ in range(2)]
     rotated = [torch.rand(24, *o.shape[1:]) for o in maps]
     teacher = deepcopy(plain.teacher)
-    frskd = FRSKDSLA(plain.teacher, joint_student=heads[0], joint_teacher=heads[1], sla_weight=.5)
+    frskd = FRSKDSLA(plain.teacher, SingleLabel(), joint_student=heads[0], joint_teacher=heads[1], sla_weight=.5)
     (refined,soft),(refined_rotated,_) = teacher(maps),teacher(rotated)
     out = frskd(maps, logits, (y,), label_loss, rotated=(rotated,None))
     joint = [head(o.mean((2,3))) for head,o in zip(heads, (rotated[-1],refined_rotated[-1]))]

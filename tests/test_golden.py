@@ -153,7 +153,8 @@ class ThreeConvs(torch.nn.Module):
 def test_golden_sla(name):
     "One training step of a Learner with the callback"
     from fastai.vision.all import Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
-    from frskd_fastai.sla_callback import FRSKDSLACallback, rotations
+    from frskd_fastai.sla_callback import FRSKDSLACallback
+    from frskd_fastai.method.sla import rotations
     z,c = load(name)
     n = len(c['channels'])
     student = ThreeConvs(c['channels'], c['n_classes'])

@@ -25,7 +25,7 @@ def sound(learn):
     "Is all finite that a later step reads?"
     f = learn.frskd
     state = [v for *_,s,_ in learn.opt.all_params() for v in s.values() if v is not None]
-    return all(torch.as_tensor(o).isfinite().all() for o in [*learn.model.state_dict().values(), *f.trained.state_dict().values(), f.trust.factor, learn.recorder.smooth_loss.val, *state, *(p.grad for p in learn.model.parameters() if p.grad is not None)])
+    return all(torch.as_tensor(o).isfinite().all() for o in [*learn.model.state_dict().values(), *f.trained.state_dict().values(), f.trust.factor(), learn.recorder.smooth_loss.val, *state, *(p.grad for p in learn.model.parameters() if p.grad is not None)])
 
 def test_plain_fastai_loses_the_training(make):
     "What this is for; without the callback nothing is changed"

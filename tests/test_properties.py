@@ -9,8 +9,9 @@ from fastai.callback.channelslast import ChannelsLast
 from hypothesis import HealthCheck, Phase, assume, given, settings, strategies as st
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
-from frskd_fastai.student.features import PreactTaps, Taps, pooled
+from frskd_fastai.student.features import PreactTaps, Taps
 from frskd_fastai.student.levels import find_levels
+from frskd_fastai.method.frskd import pool_to
 from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, binary_soft_label_loss, pixel_soft_label_loss, soft_label_loss
 from frskd_fastai.method.teacher import SelfTeacher
 from conftest import n_hooks, same, weights
@@ -191,11 +192,11 @@ def test_feature_losses_with_parameters(shapes, d, dtype, fmt, kind, seed):
 # -- Maps ---------------------------------------------------------------------------------------------
 @cases(100)
 @given(map_shapes(), st.integers(0, 4), float_types, formats, seeds)
-def test_pooled(shapes, finest, dtype, fmt, seed):
+def test_pool_to(shapes, finest, dtype, fmt, seed):
     "The mean of each cell, as in adaptive pooling; the gradient is shared out in the same way"
     torch.manual_seed(seed)
     maps,finest = rand_maps(shapes, dtype, fmt),min(finest, len(shapes)-1)
-    out,(h,w) = pooled(maps, finest),shapes[finest][2:]
+    out,(h,w) = pool_to(maps, finest),shapes[finest][2:]
     for i,(o,p) in enumerate(zip(maps, out, strict=True)):
         H,W = o.shape[-2:]
         if i>=finest or (H,W)==(h,w):

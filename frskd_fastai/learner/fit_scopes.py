@@ -68,6 +68,7 @@ class FitScopes(TrainingOnly):
     def detach(self): "It leaves `self.learn`"
     def enter_fit(self): "A fit begins: put into `fit_ctx` what ends with it"
     def enter_train(self): "An epoch's training begins: put into `train_ctx` what ends with it"
+    def leave_train(self): "It has ended, or the callback leaves: end what isn't in `train_ctx`"
     def interrupted(self): "The fit ended by an exception, of which fastai tells callbacks nothing"
 
     @property
@@ -81,7 +82,11 @@ class FitScopes(TrainingOnly):
             self.close()
             self.detach()
         self.__dict__['_learn'] = learn
-        if learn is not None: self.attach()
+        if learn is None: return
+        try: self.attach()
+        except BaseException:
+            self.__dict__['_learn'] = None
+            raise
 
     def before_fit(self):
         if self.learn.lock.locked(): return # validation or prediction, perhaps in the middle of a fit
@@ -94,12 +99,13 @@ class FitScopes(TrainingOnly):
 
     def before_train(self):
         if not self.in_fit: FitScopes.before_fit(self) # added, or switched on, in the middle of a fit
-        self.train_ctx.close()
+        self._close_train()
         self.enter_train()
 
     def _around_event(self, call, event):
         call(event)
-        if event=='after_train': self.train_ctx.close()
+        if self.learn is None: return # removed by another callback
+        if event=='after_train': self._close_train()
         if event=='after_fit' and not self.learn.lock.locked(): self.close()
 
     def _around_epoch(self, epoch):
@@ -110,8 +116,12 @@ class FitScopes(TrainingOnly):
             self.interrupted()
             raise
 
+    def _close_train(self):
+        self.train_ctx.close()
+        self.leave_train()
+
     def close(self):
         "End what is open"
-        self.train_ctx.close()
+        self._close_train()
         self.fit_ctx.close()
         self.in_fit = False

@@ -61,7 +61,8 @@ class LossLog(FitScopes):
 
 def _scalar(v, device):
     "float32; a number by a kernel that fills it, so that nothing waits for a copy"
-    return v.detach().as_subclass(Tensor).float() if isinstance(v, Tensor) else torch.full((), v, device=device)
+    if not isinstance(v, Tensor): return torch.full((), v, device=device)
+    return v.detach().as_subclass(Tensor).float().to(device)
 
 def _gathered(d): return {k:maybe_gather(v) if isinstance(v, Tensor) else v for k,v in d.items()} # means over processes
 

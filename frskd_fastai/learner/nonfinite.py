@@ -80,6 +80,12 @@ class SkipNonFinite(TrainingOnly):
     def keep(self):
         "Keep the buffers as they are, to set them back to"
         self.kept = [b.clone() for b in self.buffers]
+    def also_keep(self,
+        module:nn.Module, # Has come beside the model in the middle of an epoch
+    ):
+        "Keep the buffers of `module`, too"
+        if self.watching: self.kept += [b.clone() for b in module.buffers()]
+
     def _set_back(self):
         for b,k in zip(self.buffers, self.kept): b.copy_(k)
 

@@ -8,9 +8,8 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/method/dense_teacher.html.md""
 __all__ = ['resize', 'DenseNode', 'DenseLayer', 'dense_head', 'DenseSelfTeacher']
 
 # %% ../../nbs/method/dense_teacher.ipynb #17017ac0
-from numbers import Integral
 from fastai.basics import *
-from .teacher import _project
+from .teacher import _project, _check_levels, check_number
 
 # %% ../../nbs/method/dense_teacher.ipynb #a9b297de
 def resize(
@@ -20,10 +19,10 @@ def resize(
 )->Tensor: # B×C×size
     "`x` at another size"
     if tuple(x.shape[-2:])==tuple(size): return x
-    return F.interpolate(x, size=tuple(size), mode=mode, **({'align_corners':False} if mode=='bilinear' else {}))
+    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False if mode=='bilinear' else None)
 
 class DenseNode(nn.Sequential):
-    "N: per-channel 1×1 convolution → BatchNorm on the sum of its inputs; the ReLU after it belongs to whoever reads it"
+    "N: per-channel 1×1 convolution → BatchNorm on the sum of its inputs; whoever reads it takes the ReLU after it"
     def __init__(self,
         d:int, # Channels
     ): super().__init__(nn.Conv2d(d, d, 1, groups=d), nn.BatchNorm2d(d))
@@ -48,7 +47,9 @@ class DenseLayer(nn.Module):
         for i in reversed(range(n-1)): u[i] = self.up[i](feats[i], resize(F.relu(u[i+1]), feats[i].shape[-2:]))
         if not len(self.down): return u
         v = [u[0]]
-        for i in range(1,n): v.append(self.down[i-1](feats[i], F.relu(u[i]), resize(F.relu(v[-1]), feats[i].shape[-2:], 'nearest')))
+        for i in range(1, n):
+            path = resize(F.relu(v[-1]), feats[i].shape[-2:], 'nearest')
+            v.append(self.down[i-1](feats[i], F.relu(u[i]), path))
         return v
 
 # %% ../../nbs/method/dense_teacher.ipynb #f6bc9ea5
@@ -58,26 +59,26 @@ def dense_head(
     n_out:int, # Logits a position
 )->nn.Sequential:
     "3×3 convolution → BatchNorm → ReLU → 3×3 convolution"
-    return nn.Sequential(nn.Conv2d(d, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), nn.Conv2d(hidden, n_out, 3, padding=1))
+    return nn.Sequential(nn.Conv2d(d, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden),
+                         nn.ReLU(inplace=True), nn.Conv2d(hidden, n_out, 3, padding=1))
 
 class DenseSelfTeacher(nn.Module):
-    "The self-teacher of FRSKD for segmentation: refines the student's feature maps, and labels each position of the finest one"
+    "The self-teacher of FRSKD for segmentation: refines the student's maps, and labels each position of the finest one"
     def __init__(self,
         channels:list, # Channels c_i of the student's levels, largest map first; at least two
         n_out:int, # Number of logits a pixel, as the student's
         n_channels:int=64, # Channels d of all refined maps
-        head_channels:int|None=None, # Channels between the head's two convolutions; the paper's are 256. Default: `n_channels`
+        head_channels:int|None=None, # Channels between the head's two convolutions; the paper has 256. Default: `n_channels`
     ):
         super().__init__()
-        head_channels = n_channels if head_channels is None else head_channels
-        for name,v in dict(n_channels=n_channels, head_channels=head_channels).items():
-            if not (isinstance(v, Integral) and v>0): raise ValueError(f"FRSKD: {name} must be a positive whole number, got {v!r}")
-        if len(channels)<2: raise ValueError(f"FRSKD: the self-teacher needs at least two levels, got channels={list(channels)}")
+        check_number('n_channels', n_channels, whole=True)
+        check_number('head_channels', head_channels, whole=True, optional=True)
+        _check_levels(channels)
         n,d = len(channels),n_channels
         self.channels = [d]*n # of the refined maps
         self.laterals = nn.ModuleList(nn.Identity() if c==d else _project(c, d) for c in channels)
         self.layers = nn.ModuleList([DenseLayer(n, d), DenseLayer(n, d, both=False)])
-        self.head = dense_head(d, head_channels, n_out)
+        self.head = dense_head(d, head_channels or d, n_out)
 
     @property
     def norms(self):
@@ -88,7 +89,7 @@ class DenseSelfTeacher(nn.Module):
         feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first
         preact:bool=False, # Refined maps before the ReLU?
     )->tuple: # Refined maps T_i, a list of B×d×H_i×W_i, and logits B×n_out×H_0×W_0
-        if len(feats)!=len(self.channels): raise ValueError(f"FRSKD: the self-teacher was built for {len(self.channels)} levels, got {len(feats)} feature maps")
+        _check_levels(feats, self.channels)
         feats = [lat(f) for lat,f in zip(self.laterals, feats)]
         for layer in self.layers:
             pre = layer(feats)

@@ -1,4 +1,4 @@
-"""What the student learns from the self-teacher, soft labels and features, and how far it should trust it
+"""What the student learns from the self-teacher: soft labels and features
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/losses.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/method/losses.html.md"""
 
 # %% auto #0
 __all__ = ['default_beta', 'soft_label_loss', 'binary_soft_label_loss', 'pixel_soft_label_loss', 'attention_map',
-           'attention_loss', 'HintLoss', 'overhaul_margin', 'OverhaulLoss', 'check_feature_loss', 'late_ramp', 'Trust']
+           'attention_loss', 'HintLoss', 'overhaul_margin', 'OverhaulLoss', 'check_feature_loss']
 
 # %% ../../nbs/method/losses.ipynb #4abcce75
 from fastai.basics import *
@@ -49,11 +49,13 @@ def pixel_soft_label_loss(
 
 # %% ../../nbs/method/losses.ipynb #db5b5a3f
 class _Energy(torch.autograd.Function):
-    "Mean over channels of x². Autograd's own way back, through `pow`, makes several copies of the map (fifteen times slower on a CPU)"
+    "Mean over channels of x², whose gradient makes no copies of the map (that of `pow` does: 15 times slower on a CPU)"
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last): return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).square().float()/x.shape[1] # no copy of the map; slow on a CPU in the other format
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last): # no copy of the map, but slow on a CPU in the other format
+            return torch.linalg.vector_norm(x, dim=1, dtype=dtype).square().float()/x.shape[1]
         return x.float().square().mean(1)
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -64,21 +66,24 @@ class _Energy(torch.autograd.Function):
 def attention_map(
     x:Tensor, # Feature map, B×C×H×W
 )->Tensor: # B×H·W, float32, L2 norm 1 over the positions
-    "φ: the mean over channels of x², flattened over the positions and divided by its L2 norm (attention transfer; paper section 3.2)"
-    energy = x.float().square().mean(1) if torch.compiler.is_compiling() else _Energy.apply(x.as_subclass(Tensor)) # the compiler makes one pass of the plain formula, and can't look into the function
+    "φ: the mean over channels of x², flattened and divided by its L2 norm (attention transfer; paper section 3.2)"
+    # The compiler makes one pass of the plain formula, and can't look into the function
+    if torch.compiler.is_compiling(): energy = x.float().square().mean(1)
+    else: energy = _Energy.apply(x.as_subclass(Tensor))
     return F.normalize(energy.flatten(1), dim=1)
 
 def attention_loss(
     student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
     teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
-    positions:list|None=None, # Positions of the student's maps as the student makes them, where these are pooled ones. Default: H_i·W_i
+    ratios:list|None=None, # Positions of each map over those that it had before pooling. Default: 1 each
 )->Tensor: # Scalar, float32
-    "Σ_i of the mean over batch and positions of ( φ(F_i) − φ(T_i) )² (paper section 3.2, L_F). φ has norm 1 on a pooled map as well, so that one's sum is divided by `positions`, as in the paper"
+    "Σ_i of the mean over batch and positions of ( φ(F_i) − φ(T_i) )² (paper section 3.2, L_F)"
     loss = 0.
-    for f,t,n in zip(student, teacher, positions or [None]*len(student), strict=True):
+    for f,t,ratio in zip(student, teacher, ratios or [1.]*len(student), strict=True):
         squares = (attention_map(f)-attention_map(t.detach())).pow(2)
-        loss = loss + squares.mean()*(squares.shape[1]/(n or squares.shape[1]))
+        loss = loss + squares.mean()*ratio # φ has norm 1 on a pooled map as well; the paper divides by all positions
     return loss
+
 
 # %% ../../nbs/method/losses.ipynb #f47c17d9
 def _connector(c, d): return nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d))
@@ -95,20 +100,24 @@ class HintLoss(nn.Module):
     def forward(self,
         student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
-        positions:list|None=None, # As for `attention_loss`; a mean of squares is of the same scale on pooled maps
+        ratios:list|None=None, # As for `attention_loss`; a mean of squares is of the same scale on pooled maps
     )->Tensor: # Scalar, float32
-        return sum(F.mse_loss(F.relu(c(f)).float(), t.detach().float()) for c,f,t in zip(self.connectors, student, teacher, strict=True))
+        rows = zip(self.connectors, student, teacher, strict=True)
+        return sum(F.mse_loss(F.relu(connect(f)).float(), t.detach().float()) for connect,f,t in rows)
 
+
+# %% ../../nbs/method/losses.ipynb #f47c17da
 def overhaul_margin(
     norm:nn.BatchNorm2d, # The BatchNorm before the ReLU
 )->Tensor: # d, one margin a channel
-    "Mean of the negative values of a normal distribution with `norm`'s bias as mean and its weight as standard deviation; −3 standard deviations where hardly a value (0.1%) is negative"
+    "Mean of the negative values of a normal distribution with `norm`'s bias as mean and its weight as standard deviation"
     m,s = norm.bias.detach().float(),norm.weight.detach().float().abs().clamp(min=1e-12)
     negative = torch.special.ndtr(-m/s)
-    return torch.where(negative>1e-3, m - s*torch.exp(-(m/s)**2/2)/(math.sqrt(2*math.pi)*negative), -3*s)
+    mean = m - s*torch.exp(-(m/s)**2/2)/(math.sqrt(2*math.pi)*negative)
+    return torch.where(negative>1e-3, mean, -3*s) # where hardly a value is negative, three standard deviations
 
 class OverhaulLoss(nn.Module):
-    "Squared distance of BatchNorm(1×1 convolution(F_i)) from max(T_i, margin), where it matters to the ReLU: summed over a sample, mean over the batch, level i of n weighted 1/2^(n−i−1)"
+    "Squared distance of BatchNorm(1×1 convolution(F_i)) from max(T_i, margin), where it matters to the ReLU"
     preact = True # Takes maps before the ReLU
     def __init__(self,
         channels:list, # Channels c_i of the student's maps, largest map first
@@ -121,16 +130,17 @@ class OverhaulLoss(nn.Module):
     def forward(self,
         student:list, # Student's feature maps F_i before the ReLU, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i before the ReLU, B×d_i×H_i×W_i; detached here
-        positions:list|None=None, # As for `attention_loss`; a sum over fewer positions is brought to theirs
-    )->Tensor: # Scalar, float32
+        ratios:list|None=None, # As for `attention_loss`; a sum over fewer positions is brought to that over all
+    )->Tensor: # Scalar, float32; a sum over each sample, mean over the batch, level i of n weighted 1/2^(n−i−1)
         loss,n = 0.,len(student)
-        each = [m.shape[-2:].numel() for m in student]
-        scales = [a/b for a,b in zip(positions or each, each, strict=True)]
-        for i,(connect,norm,f,t,scale) in enumerate(zip(self.connectors, self.norms, student, teacher, scales, strict=True)):
-            source,target = connect(f).float(),torch.maximum(t.detach().float(), overhaul_margin(norm)[:,None,None])
+        rows = zip(self.connectors, self.norms, student, teacher, ratios or [1.]*n, strict=True)
+        for i,(connect,norm,f,t,ratio) in enumerate(rows):
+            source = connect(f).float()
+            target = torch.maximum(t.detach().float(), overhaul_margin(norm)[:,None,None])
             matters = (source>target) | (target>0)
-            loss = loss + ((source-target).pow(2)*matters).sum()*(scale/len(f)/2**(n-i-1))
+            loss = loss + ((source-target).pow(2)*matters).sum()*(1/ratio/len(f)/2**(n-i-1))
         return loss
+
 
 # %% ../../nbs/method/losses.ipynb #a029f89c
 # The weights of the feature losses: attention's is the paper's, the others bring the gradient to its scale
@@ -144,56 +154,13 @@ def check_feature_loss(
     refined:list, # Maps like the refined ones, B×d_i×H_i×W_i
 ):
     "Compute `loss` once; `ValueError` where it isn't a feature loss for such maps"
-    want = "A feature loss takes two lists, the student's and the refined maps, a B×C×H×W tensor a level, and returns a scalar tensor; see `FRSKDCallback(feature_loss=...)`"
+    want = ("It takes two lists, the student's and the refined maps, a B×C×H×W tensor a level, and returns a scalar "
+            "tensor; see `FRSKDCallback(feature_loss=...)`")
     try: v = loss(student, refined)
-    except Exception as e: raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {[tuple(o.shape) for o in student]} and {[tuple(o.shape) for o in refined]}: {type(e).__name__}: {e}. {want}") from e
-    if not (isinstance(v, Tensor) and v.ndim==0): raise ValueError(f"FRSKD: the feature loss returns {f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)}. {want}")
+    except Exception as e:
+        shapes = ' and '.join(str([tuple(o.shape) for o in maps]) for maps in (student,refined))
+        raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {shapes}: {type(e).__name__}: {e}. {want}") from e
+    if isinstance(v, Tensor) and v.ndim==0: return
+    got = f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)
+    raise ValueError(f"FRSKD: the feature loss returns {got}. {want}")
 
-# %% ../../nbs/method/losses.ipynb #24a3b665
-def late_ramp(
-    pct:float, # Part of the fit that is done, 0 to 1
-)->float: # Factor, 0 to 1
-    "The paper's schedule for segmentation: nothing for two thirds of the fit, then exp(−5·(1−p)²) with p from 0 to 1 over the rest"
-    return 0. if pct<2/3 else math.exp(-5*(3-3*pct)**2)
-
-class Trust:
-    "How much the student follows the self-teacher: the running geometric mean of the probability that it gives to the right answer; in a short training only a part of it"
-    def __init__(self,
-        beta:float=0.95, # Part of the running mean that a new batch leaves in place
-        full:int=1000, # Steps of a training that is long enough for all of it; one of n steps gets n/full
-    ):
-        self.beta,self.full = beta,full
-        self.loss = None # the running mean of −log p, infinite before the first finite one
-        self.steps,self.last = 0,math.inf # steps until now, and when the fit ends
-
-    def will_train(self,
-        n:int, # Steps that follow until the end of the fit
-    ):
-        "Take in how long the training will be, with the fits before it"
-        self.last = self.steps+n
-
-    @property
-    def share(self):
-        "The part of trust that a training of this length gets, 0 to 1"
-        return min(1., self.last/self.full)
-
-    def update(self,
-        log_p:Tensor, # Log-probability that the self-teacher gives to the right answers of one batch, their mean; a scalar
-    ):
-        "Take in one more batch; a value that is not finite leaves the mean as it was"
-        self.steps += 1
-        loss = -log_p.detach()
-        if self.loss is None: self.loss = torch.full_like(loss, math.inf)
-        new = torch.where(self.loss.isinf(), loss, torch.lerp(loss, self.loss, self.beta))
-        self.loss = torch.where(new.isfinite(), new, self.loss)
-
-    @property
-    def factor(self):
-        "Now: 0. before the first batch, then a scalar tensor, which stays on its device (reading it would make the GPU wait)"
-        return 0. if self.loss is None else torch.exp(-self.loss.clamp(min=0))*self.share
-
-    def state_dict(self): return dict(loss=None if self.loss is None else self.loss.item(), steps=self.steps)
-    def load_state_dict(self, state, device=None):
-        loss,self.steps = state['loss'],state['steps']
-        self.last = self.steps # until the next fit says more
-        self.loss = None if loss is None else torch.tensor(loss, device=device)
