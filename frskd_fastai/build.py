@@ -9,7 +9,9 @@ __all__ = ['widths', 'FRSKDOptions', 'Seen', 'operations', 'affordable_width', '
            'check_preact', 'Compiled']
 
 # %% ../nbs/build.ipynb #f5c9dd2e
+from dataclasses import dataclass, replace
 from numbers import Integral
+from typing import NamedTuple
 from fastai.basics import *
 from .method.teacher import *
 from .method.losses import *
