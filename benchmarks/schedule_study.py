@@ -20,7 +20,7 @@ this order, and one who has failed is not run in the next.
 import argparse, io, os, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from frskd_fastai.method.losses import Trust
+from frskd_fastai.method.teacher import BiFPNLayer
 
 class Shared(SelfTeacher):
     "The two passes share the laterals and the convolutions of their nodes; fusion weights and the nodes' BatchNorms are their own"
