@@ -6,7 +6,8 @@
 `frskd-bench` in a script, with other variants: `reference` is `tests/reference.py`, the reference implementation written out node by node, with its attention loss;
 `before` is the paper's settings with the modules of an earlier commit, read from git. `candidates` measures the variants of `schedule_study.py` on its student, as it trains it.
 """
-import argparse, subprocess, sys, tempfile
+import argparse, io, subprocess, sys, tarfile, tempfile
+from importlib import import_module
 from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here.parent/'tests'), str(here)]
@@ -18,13 +19,15 @@ CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w
 
 def before(commit):
     "The paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
-    d = tempfile.mkdtemp()
-    for o in 'teacher','losses':
-        text = subprocess.run(['git','show',f'{commit}:frskd_fastai/{o}.py'], capture_output=True, text=True, check=True, cwd=here).stdout
-        (Path(d)/f'before_{o}.py').write_text(text.replace('from .', 'from frskd_fastai.'))
-    sys.path.insert(0, d)
-    import before_teacher, before_losses
-    return partial(FRSKDCallback.paper, teacher=before_teacher.SelfTeacher, feature_loss=before_losses.attention_loss, beta=100.)
+    d = Path(tempfile.mkdtemp())
+    tar = subprocess.run(['git','archive',commit,'frskd_fastai'], capture_output=True, check=True, cwd=here.parent).stdout
+    with tarfile.open(fileobj=io.BytesIO(tar)) as t: t.extractall(d)
+    (d/'frskd_fastai').rename(d/'before')
+    sys.path.insert(0, str(d))
+    def module(name): # in a folder, or in none as before the rebuild
+        file = next((d/'before').rglob(f'{name}.py'))
+        return import_module('.'.join(file.relative_to(d).with_suffix('').parts))
+    return partial(FRSKDCallback.paper, teacher=module('teacher').SelfTeacher, feature_loss=module('losses').attention_loss, beta=100.)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -20,7 +20,7 @@ this order, and one who has failed is not run in the next.
 import argparse, io, os, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from frskd_fastai.method.schedule import Trust
+from frskd_fastai.method.teacher import BiFPNLayer
 
 class Shared(SelfTeacher):
     "The two passes share the laterals and the convolutions of their nodes; fusion weights and the nodes' BatchNorms are their own"
@@ -64,7 +64,7 @@ class TrustBoth(ByLength):
         super().before_fit()
         self.ready = Trust()
     @property
-    def factor(self): return super().factor*self.ready.factor()
+    def factor(self): return super().factor*self.ready.factor
     def after_loss(self):
         super().after_loss()
         if self.training: self.ready.update(-self.losses['student']) # plain cross-entropy here, so a log-probability
@@ -72,7 +72,7 @@ class TrustBoth(ByLength):
 class TrustStudent(TrustBoth):
     "Follows the self-teacher as far as the student itself knows the training set"
     @property
-    def factor(self): return self.ready.factor()
+    def factor(self): return self.ready.factor
 
 class WarmUp(ByLength):
     "Trust times min(1, step/`warm`), steps counted since the self-teacher was built; `body` leaves the gradient into the student's body out of it"

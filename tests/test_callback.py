@@ -4,6 +4,7 @@ import pytest, torch
 from fastai.vision.all import *
 from fastai.callback.core import CancelFitException
 from frskd_fastai.all import *
+from frskd_fastai.student.features import pooled
 from conftest import SmallNet, n_hooks, pickled_modules, same, split, weights
 
 def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]

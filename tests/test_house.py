@@ -1,0 +1,105 @@
+"How the house is kept: the names that users get, which folder may import which, how long a line, function, class or module is"
+import ast, json, re, subprocess, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+lib = root/'frskd_fastai'
+modules = {f.relative_to(lib).with_suffix('').as_posix():f.read_text(encoding='utf-8') for f in sorted(lib.rglob('*.py'))}
+del modules['_modidx']
+trees = {name:ast.parse(text) for name,text in modules.items()}
+
+# -- The public surface --------------------------------------------------------------------------
+NAMES = '''FRSKDCallback FRSKDSLACallback FRSKD SelfTeacher DenseSelfTeacher Resumable
+    soft_label_loss attention_loss HintLoss OverhaulLoss Trust late_ramp Level FeatureHooks find_levels list_levels
+    StudentComparison plot_curves show_masks MeanIoU PixelAccuracy
+    cifar_resnet18 wrn16_2 efficientnet_bifpn bifpn_split digits_data find_images image_dls find_masks mask_dls'''.split()
+
+USER = '''
+import json
+fastai,ours = {},{}
+exec('from fastai.vision.all import *', fastai)
+exec('from frskd_fastai.all import *', ours)
+names = ours.keys()-{'__builtins__'}
+print(json.dumps([sorted(names), sorted(names & fastai.keys()), dir(ours['FRSKDCallback'])]))
+'''
+
+@pytest.fixture(scope='module')
+def user():
+    "What `from frskd_fastai.all import *` gives in a process of its own: names, those that hide one of fastai's, the callback's methods"
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', USER], cwd=root, capture_output=True, text=True)
+    assert not out.returncode, out.stderr
+    return json.loads(out.stdout)
+
+def test_names_of_all(user):
+    names,hidden,_ = user
+    assert names==sorted(NAMES)
+    assert not hidden
+
+def is_patch(f): return any(getattr(o, 'id', '')=='patch' for o in f.decorator_list)
+
+def test_all_brings_the_callbacks_methods(user):
+    "What other modules patch onto `FRSKDCallback` is there"
+    functions = [o for t in trees.values() for o in t.body if isinstance(o, ast.FunctionDef) and is_patch(o)]
+    patched = {o.name for o in functions if getattr(o.args.args[0].annotation, 'id', '')=='FRSKDCallback'}
+    assert {'refined','show_attention','plot_losses','agreement','plot_agreement'} <= patched <= set(user[2])
+
+# -- Who imports whom ----------------------------------------------------------------------------
+NEVER = dict(
+    method={'student','task','learner','callback'},
+    student={'method','task','learner','callback'},
+    data={'learner','callback'},
+    learner={'method','student','task','callback'})
+
+def imported(name, tree):
+    "The folders, or modules beside them, that the module `name` imports, anywhere in it"
+    package = ['frskd_fastai', *name.split('/')[:-1]]
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import): paths = [a.name.split('.') for a in o.names]
+        elif isinstance(o, ast.ImportFrom):
+            base = package[:len(package)+1-o.level] if o.level else []
+            base += o.module.split('.') if o.module else []
+            paths = [[*base, a.name] for a in o.names]
+        else: continue
+        yield from (p[1] for p in paths if p[0]=='frskd_fastai' and len(p)>1)
+
+def test_imported():
+    code = 'import os, frskd_fastai.build\nfrom . import losses\ndef f():\n    from ..task.task import *\n    from frskd_fastai import callback'
+    assert set(imported('method/frskd', ast.parse(code)))=={'build','method','task','callback'}
+    assert set(imported('all', ast.parse('from . import refined as _')))=={'refined'}
+
+def test_imports():
+    "Method, student and learner stand on the ground and don't see each other; the command is on top"
+    bad = []
+    for name,tree in trees.items():
+        folder = name.split('/')[0]
+        never = NEVER.get(folder, set()) | {'cli'}-{folder}
+        bad += [f'{name} imports {o}' for o in sorted(never & set(imported(name, tree)))]
+    assert not bad, '\n'.join(bad)
+
+# -- How long ------------------------------------------------------------------------------------
+LIMITS = {ast.ClassDef:150, ast.FunctionDef:40}
+
+def test_sizes():
+    "Each module, class and function is short enough to be read"
+    sizes = [(name, len(text.splitlines()), 250) for name,text in modules.items()]
+    for name,tree in trees.items():
+        defs = [o for o in ast.walk(tree) if type(o) in LIMITS]
+        sizes += [(f'{name}: {o.name}', o.end_lineno-o.lineno+1, LIMITS[type(o)]) for o in defs]
+    bad = [f'{what}, {n} lines of {limit}' for what,n,limit in sizes if n>limit]
+    assert not bad, '\n'.join(bad)
+
+def written(text):
+    "The lines of a module, less what nbdev writes and addresses"
+    return re.sub(r'^(__all__ = \[[^]]*\]|# %% .*)$|https?://[^\s)]+', '', text, flags=re.M).splitlines()
+
+def test_lines():
+    "None is over 120 characters, at most one in twenty over 110"
+    lines = [(name,l) for name,text in modules.items() for l in written(text)]
+    long = [f'{name}: {l.strip()[:60]}…, {len(l)} characters' for name,l in lines if len(l)>120]
+    assert not long, '\n'.join(long)
+    assert sum(len(l)>110 for _,l in lines) <= .05*len(lines)
+
+def test_notebooks_have_no_numbers():
+    "One list in `tools/make_docs.py` gives the order"
+    assert not [f for f in root.glob('nbs/**/*.ipynb') if re.search(r'\d', f.stem)]
