@@ -5,6 +5,7 @@ from .method.teacher import *
 from .method.dense_teacher import *
 from .method.losses import *
 from .task.task import *
+from .task.metrics import *
 from .method.frskd import *
 from .task.checks import *
 from .callback import *
@@ -13,6 +14,8 @@ from .models.bifpn import *
 from .sla_callback import *
 from .show.attention import *
 from .show.comparison import *
+from .data.embedded import *
 from .data.images import *
+from .data.masks import *
 from .models.cifar import *
 from .learner.resume import Resumable
