@@ -19,7 +19,7 @@ def small(pretrained=False):
 def run(path, arm, seed, a):
     from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, unet_learner)
     from frskd_fastai.callback import FRSKDCallback
-    from frskd_fastai.models.bifpn import MeanIoU, PixelAccuracy
+    from frskd_fastai.task.metrics import MeanIoU, PixelAccuracy
     codes = (path/'codes.txt').read_text().split()
     void = len(codes)-1
     files = get_image_files(path/'train/images').sorted()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd, torch, torchvision
 from fastai.basics import defaults
 import fastai.callback.progress as progress
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.train import main
 
 progress.ProgressCallback.run = False

@@ -124,7 +124,7 @@ def test_save_and_load_are_the_learners_own_again(make):
 @pytest.fixture
 def exported(tmp_path, digits):
     "A plain and an FRSKD Learner on image files, trained and exported"
-    from frskd_fastai.data.images import digits_data
+    from frskd_fastai.data.embedded import digits_data
     files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:16])
     dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, seed=0)
     learns = {}

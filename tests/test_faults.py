@@ -7,7 +7,8 @@ from fastai.vision.all import *
 import frskd_fastai.cli.bench as bench, frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.cli.command import folder as folder_name
-from frskd_fastai.data.images import DataError, find_images, find_masks, image_files
+from frskd_fastai.data.images import DataError, find_images
+from frskd_fastai.data.masks import find_masks
 from conftest import same, weights
 
 def picture(seed=0, size=(20,20)): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8))

@@ -6,7 +6,7 @@ from fastai.callback.fp16 import autocast, GradScaler
 import frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.sla_callback import FRSKDSLACallback
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.learner.nonfinite import Guard
 from frskd_fastai.learner.resume import Resumable
 from frskd_fastai.task.task import SingleLabel

@@ -3,7 +3,7 @@ import math
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.show.comparison import StudentComparison
 from conftest import SmallNet
 

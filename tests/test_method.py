@@ -281,7 +281,7 @@ def test_targets_that_do_not_go_with_the_loss(make, digits, what):
 @pytest.mark.parametrize('what', ['bounding boxes','points','regression'])
 def test_fastai_targets_it_cannot_serve(what, tmp_path):
     "DataBlocks of fastai's, refused before the first batch"
-    from frskd_fastai.data.images import digits_data
+    from frskd_fastai.data.embedded import digits_data
     files = get_image_files(digits_data()/'valid')[:32]
     block,get_y = {'bounding boxes':((ImageBlock,BBoxBlock,BBoxLblBlock), [lambda o: [[1,1,5,5]],lambda o: ['a']]), 'points':((ImageBlock,PointBlock), lambda o: tensor([[1.,2.]])),
                    'regression':((ImageBlock,RegressionBlock(3)), lambda o: [1.,2.,3.])}[what]
@@ -463,7 +463,7 @@ def test_sla_composes(make, tmp_path):
 
 def test_multi_label_datablock(tmp_path):
     "fastai's own multi-label data and loss, as a user has them"
-    from frskd_fastai.data.images import digits_data
+    from frskd_fastai.data.embedded import digits_data
     files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
     label = lambda f: ['even' if int(f.parent.name)%2==0 else 'odd', *(['loop'] if f.parent.name in '0689' else [])]
     dls = DataBlock((ImageBlock,MultiCategoryBlock), get_y=label, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=16, num_workers=0)

@@ -6,7 +6,8 @@ from PIL import Image
 from scipy.io import savemat
 from fastai.basics import Callback
 from fastai.learner import load_learner
-from frskd_fastai.data.images import DataError, digits_data
+from frskd_fastai.data.embedded import digits_data
+from frskd_fastai.data.images import DataError
 from frskd_fastai.data.recipes import ClipValue, recipe_dls, recipe_items, recipes
 from frskd_fastai.models.bifpn import BiFPNSegmenter
 from frskd_fastai.cli.train import results

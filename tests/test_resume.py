@@ -6,7 +6,7 @@ import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.signals import end_at_batch, end_at_once
 from frskd_fastai.cli.options import alone
 from frskd_fastai.learner.resume import *

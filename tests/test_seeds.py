@@ -2,7 +2,7 @@
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from conftest import SmallNet, same, weights
 
 class Net(SmallNet):

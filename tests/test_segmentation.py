@@ -48,7 +48,7 @@ class Look(Callback):
 def test_pickled_metrics_need_no_frskd():
     "(An exported Learner with them is in tests/test_train.py.)"
     import pickle
-    from frskd_fastai.models.bifpn import MeanIoU, PixelAccuracy
+    from frskd_fastai.task.metrics import MeanIoU, PixelAccuracy
     for m in MeanIoU(VOID),PixelAccuracy({VOID,0}):
         b = pickle.dumps(m)
         assert b'frskd' not in b and pickle.loads(b).name==m.name and deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)

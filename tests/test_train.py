@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
 from fastai.vision.all import L, get_image_files
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.train import main, results
 from conftest import pickled_modules
 

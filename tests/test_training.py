@@ -8,7 +8,7 @@ from fastai.vision.all import *
 from fastai.callback.hook import ActivationStats
 from fastai.callback.fp16 import MixedPrecision
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 from conftest import SmallNet, n_hooks, same, weights
 from test_method import Own
 

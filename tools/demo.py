@@ -14,7 +14,7 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'))
 import pandas as pd
 from finetune import run, weights_file
-from frskd_fastai.data.images import digits_data
+from frskd_fastai.data.embedded import digits_data
 
 names = {'plain':'plain', 'frskd':"FRSKD's student", 'frskd refined':'refined model', 'frskd average':'average of both'}
 

@@ -17,12 +17,15 @@ with warnings.catch_warnings(): # fastai's import makes torch warn of its `torch
 import frskd_fastai
 from ..callback import *
 from .command import *
+from ..data.embedded import *
 from ..data.images import *
+from ..data.masks import *
 from ..student.features import unnoticed
 from ..learner.nonfinite import not_finite
 from .launch import *
 from .options import *
-from ..models.bifpn import MeanIoU, PixelAccuracy, efficientnet_bifpn
+from ..models.bifpn import efficientnet_bifpn
+from ..task.metrics import *
 from ..data.recipes import *
 from ..refined import *
 from ..learner.resume import *

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fastai.vision.all import *
 from fastai.callback.training import GradientClip
 from .images import *
+from .masks import *
 
 # %% ../../nbs/data/recipes.ipynb #a875e3a4
 def _listed(root, names, label):
@@ -26,6 +27,8 @@ def _lines(file):
     if not file.is_file(): raise DataError(f"{file} is missing")
     return [o.strip() for o in file.read_text().splitlines() if o.strip()]
 
+def _first_folder(name): return name.split('/')[0]
+
 def _folders(path, valid, depth=-1):
     "`train/` and a `valid` folder, whose images are in a folder of their class"
     return images_below(path/'train', depth),images_below(path/valid, depth)
@@ -38,31 +41,36 @@ def _tinyimagenet(path):
 def _cub200(path):
     "All images below their class; one list numbers them, another says which are for training"
     names,is_train = (dict(o.split() for o in _lines(path/f)) for f in ('images.txt','train_test_split.txt'))
-    return [_listed(path/'images', [n for i,n in names.items() if is_train.get(i)==k], lambda n: n.split('/')[0]) for k in '10']
+    parts = [[n for i,n in names.items() if is_train.get(i)==k] for k in '10']
+    return [_listed(path/'images', o, _first_folder) for o in parts]
 
 def _dogs(path):
     "All images below their class; two Matlab files list them"
     from scipy.io import loadmat
-    names = [[str(o) for o in np.atleast_1d(loadmat(path/f'{k}_list.mat', simplify_cells=True)['file_list'])] for k in ('train','test')]
-    return [_listed(path/'Images', o, lambda n: n.split('/')[0]) for o in names]
+    files = [loadmat(path/f'{k}_list.mat', simplify_cells=True)['file_list'] for k in ('train','test')]
+    return [_listed(path/'Images', map(str, np.atleast_1d(o)), _first_folder) for o in files]
 
 def _mit67(path):
     "All images below their class; two text files list them"
-    return [_listed(path/'Images', _lines(path/f'{k}Images.txt'), lambda n: n.split('/')[0]) for k in ('Train','Test')]
+    return [_listed(path/'Images', _lines(path/f'{k}Images.txt'), _first_folder) for k in ('Train','Test')]
 
 def _stanford40(path):
     "All images in one folder, named after their class; two lists a class"
-    names = [[n for f in sorted((path/'ImageSplits').glob(f'*_{k}.txt')) for n in _lines(f)] for k in ('train','test')]
+    lists = [sorted((path/'ImageSplits').glob(f'*_{k}.txt')) for k in ('train','test')]
+    names = [[n for f in files for n in _lines(f)] for files in lists]
     return [_listed(path/'JPEGImages', o, lambda n: n.rpartition('_')[0]) for o in names]
 
-voc_codes = ('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor').split()
+# %% ../../nbs/data/recipes.ipynb #ed8a9b04
+voc_codes = ('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike '
+             'person pottedplant sheep sofa train tvmonitor').split()
 
 def _voc(path):
     "Images and masks of two years, each in a folder of its own; text files list them"
     def listed(year, part):
         root = path/f'VOC{year}'
         names = _lines(root/f'ImageSets/Segmentation/{part}.txt')
-        images,masks = (_listed(root/d, [n+ext for n in names], noop).itemgot(0) for d,ext in (('JPEGImages','.jpg'),('SegmentationClass','.png')))
+        kinds = ('JPEGImages','.jpg'),('SegmentationClass','.png')
+        images,masks = (_listed(root/d, [n+ext for n in names], noop).itemgot(0) for d,ext in kinds)
         return images.zipwith(masks)
     test = listed(2007, 'test')
     tested = {f'2007_{i.stem}' for i,_ in test} # their names in later years
@@ -86,7 +94,7 @@ def large_tfms(
 def mask_tfms(
     size:int, # Of the crop, in pixels
 )->list: # Item transforms of image and mask
-    "Cropped to a quarter of the image or more, and mirrored; the validation sees the whole image, squeezed to a square"
+    "Cropped to a quarter of the image or more, and mirrored; in validation all of it, squeezed to a square"
     return [RandomResizedCrop(size, min_scale=0.25, val_xtra=0), FlipItem()]
 
 # %% ../../nbs/data/recipes.ipynb #f0cc473f
@@ -113,17 +121,43 @@ class Recipe:
     @property
     def segmentation(self): return self.codes is not None
 
+# %% ../../nbs/data/recipes.ipynb #a31b3a01
 _small = dict(arch='cifar_resnet18', size=32, bs=128, tfms=small_tfms)
+_voc_parts = 'JPEGImages','SegmentationClass','ImageSets/Segmentation'
 recipes = dict(
-    cifar100 = Recipe('CIFAR-100', partial(_folders, valid='test'), ('train','test'), URLs.CIFAR_100, 'train/ and test/, each with a folder per class (in folders of superclasses, or not)', URLs.CIFAR_100, stats=cifar_stats, **_small),
-    tinyimagenet = Recipe('TinyImageNet', _tinyimagenet, ('train','val/images','val/val_annotations.txt'), 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt', **_small),
-    cub200 = Recipe('CUB-200-2011', _cub200, ('images','images.txt','train_test_split.txt'), URLs.CUB_200_2011, 'images/CLASS/*.jpg, images.txt and train_test_split.txt', URLs.CUB_200_2011),
-    dogs = Recipe('Stanford Dogs', _dogs, ('Images','train_list.mat','test_list.mat'), 'http://vision.stanford.edu/aditya86/ImageNetDogs/ (images.tar and lists.tar)', 'Images/CLASS/*.jpg, train_list.mat and test_list.mat'),
-    mit67 = Recipe('MIT Indoor 67', _mit67, ('Images','TrainImages.txt','TestImages.txt'), 'http://web.mit.edu/torralba/www/indoor.html', 'Images/CLASS/*.jpg, TrainImages.txt and TestImages.txt'),
-    stanford40 = Recipe('Stanford 40 Actions', _stanford40, ('JPEGImages','ImageSplits'), 'http://vision.stanford.edu/Datasets/40actions.html', 'JPEGImages/CLASS_*.jpg, ImageSplits/CLASS_train.txt and ImageSplits/CLASS_test.txt'),
-    imagenet = Recipe('ImageNet (ILSVRC 2012)', partial(_folders, valid='val', depth=0), ('train','val'), 'https://image-net.org/download.php', 'train/WNID/*.JPEG and val/WNID/*.JPEG', bs=128),
-    voc = Recipe('PASCAL VOC 2007+2012', _voc, [f'VOC{y}/{o}' for y in (2007,2012) for o in ('JPEGImages','SegmentationClass','ImageSets/Segmentation')], 'http://host.robots.ox.ac.uk/pascal/VOC/ (VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and VOCtrainval_11-May-2012.tar, unpacked at one place)',
-        'VOC2007/ and VOC2012/ (in VOCdevkit/, or not), each with JPEGImages/*.jpg, SegmentationClass/*.png and ImageSets/Segmentation/*.txt', arch='efficientnet_b0', size=512, bs=16, tfms=mask_tfms, codes=voc_codes, epochs=60, lr=0.01, drops=(2/3,), clip=2.),
+    cifar100 = Recipe(
+        'CIFAR-100', partial(_folders, valid='test'), ('train','test'), URLs.CIFAR_100,
+        'train/ and test/, each with a folder per class (in folders of superclasses, or not)',
+        URLs.CIFAR_100, stats=cifar_stats, **_small),
+    tinyimagenet = Recipe(
+        'TinyImageNet', _tinyimagenet, ('train','val/images','val/val_annotations.txt'),
+        'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+        'train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt', **_small),
+    cub200 = Recipe(
+        'CUB-200-2011', _cub200, ('images','images.txt','train_test_split.txt'), URLs.CUB_200_2011,
+        'images/CLASS/*.jpg, images.txt and train_test_split.txt', URLs.CUB_200_2011),
+    dogs = Recipe(
+        'Stanford Dogs', _dogs, ('Images','train_list.mat','test_list.mat'),
+        'http://vision.stanford.edu/aditya86/ImageNetDogs/ (images.tar and lists.tar)',
+        'Images/CLASS/*.jpg, train_list.mat and test_list.mat'),
+    mit67 = Recipe(
+        'MIT Indoor 67', _mit67, ('Images','TrainImages.txt','TestImages.txt'),
+        'http://web.mit.edu/torralba/www/indoor.html',
+        'Images/CLASS/*.jpg, TrainImages.txt and TestImages.txt'),
+    stanford40 = Recipe(
+        'Stanford 40 Actions', _stanford40, ('JPEGImages','ImageSplits'),
+        'http://vision.stanford.edu/Datasets/40actions.html',
+        'JPEGImages/CLASS_*.jpg, ImageSplits/CLASS_train.txt and ImageSplits/CLASS_test.txt'),
+    imagenet = Recipe(
+        'ImageNet (ILSVRC 2012)', partial(_folders, valid='val', depth=0), ('train','val'),
+        'https://image-net.org/download.php', 'train/WNID/*.JPEG and val/WNID/*.JPEG', bs=128),
+    voc = Recipe(
+        'PASCAL VOC 2007+2012', _voc, [f'VOC{year}/{o}' for year in (2007,2012) for o in _voc_parts],
+        'http://host.robots.ox.ac.uk/pascal/VOC/ (VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and '
+        'VOCtrainval_11-May-2012.tar, unpacked at one place)',
+        'VOC2007/ and VOC2012/ (in VOCdevkit/, or not), each with JPEGImages/*.jpg, SegmentationClass/*.png and '
+        'ImageSets/Segmentation/*.txt', arch='efficientnet_b0', size=512, bs=16, tfms=mask_tfms, codes=voc_codes,
+        epochs=60, lr=0.01, drops=(2/3,), clip=2.),
 )
 
 # %% ../../nbs/data/recipes.ipynb #80312b2b
@@ -131,26 +165,32 @@ def recipe_items(
     name:str, # A key of `recipes`
     path:str|Path|None=None, # Folder with the data; None for fastai's download, where there is one
 )->tuple: # Training and validation items: two `L`s of pairs (file, label), or (image, mask)
-    "The images of a recipe, split as its data set has it. `DataError` where they aren't all there: it says where to get them, and in which layout to put them"
+    "The images of a recipe, split as its data set has it. `DataError` where they aren't all there: how to get them"
     r = recipes[name]
-    how = f"The recipe {name} needs {r.data}, from {r.get}, as a folder with {r.layout}: `frskd-train FOLDER --recipe {name}`"
-    if path is None:
-        if r.url is None: raise DataError(f"no folder given. {how}")
-        try: path = untar_data(r.url)
-        except Exception as e: raise DataError(f"can't download {r.url} ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no reason given'}). {how}") from e
-    path = Path(path)
     try:
-        if not path.exists(): raise DataError(f"no such folder: {path}")
-        if not path.is_dir(): raise DataError(f"{path} is not a folder")
-        path = max([path, *sorted(path.iterdir())], key=lambda p: sum((p/n).exists() for n in r.needs)) # archives may have a folder around
-        lost = first(n for n in r.needs if not (path/n).exists())
-        if lost: raise DataError(f"{path/lost} is missing")
-        train,valid = r.find(path)
-        for which,items in ('training',train),('validation',valid):
-            if not items: raise DataError(f"no {which} images in {path}")
-        if not r.segmentation: check_split(train, valid)
-    except DataError as e: raise DataError(f"{e}. {how}") from e
-    except Exception as e: raise DataError(f"{path} can't be read as {r.data} ({type(e).__name__}: {e}). {how}") from e
+        path = _download(r.url) if path is None else existing_folder(path)
+        return _found(r, path)
+    except Exception as e:
+        why = e if isinstance(e, DataError) else f"{path} can't be read as {r.data} ({type(e).__name__}: {e})"
+        raise DataError(f"{why}. The recipe {name} needs {r.data}, from {r.get}, as a folder with {r.layout}: "
+                        f"`frskd-train FOLDER --recipe {name}`") from e
+
+def _download(url):
+    if url is None: raise DataError("no folder given")
+    try: return untar_data(url)
+    except Exception as e:
+        why = (str(e) or 'no reason given').splitlines()[0]
+        raise DataError(f"can't download {url} ({type(e).__name__}: {why})") from e
+
+def _found(r, path):
+    "The items of the recipe `r` in `path`, or in the folder there that has most of what it needs"
+    path = max([path, *sorted(path.iterdir())], key=lambda p: sum((p/n).exists() for n in r.needs))
+    lost = first(n for n in r.needs if not (path/n).exists())
+    if lost: raise DataError(f"{path/lost} is missing")
+    train,valid = r.find(path)
+    for which,items in ('training',train),('validation',valid):
+        if not items: raise DataError(f"no {which} images in {path}")
+    if not r.segmentation: check_split(train, valid)
     return train,valid
 
 def recipe_dls(
@@ -164,7 +204,8 @@ def recipe_dls(
     "`DataLoaders` with the transforms of a recipe"
     r = recipes[name]
     make = partial(mask_dls, codes=r.codes) if r.segmentation else image_dls
-    return make(train, valid, item_tfms=r.tfms(size or r.size), batch_tfms=Normalize.from_stats(*r.stats), bs=bs or r.bs, num_workers=num_workers)
+    return make(train, valid, item_tfms=r.tfms(size or r.size), batch_tfms=Normalize.from_stats(*r.stats),
+                bs=bs or r.bs, num_workers=num_workers)
 
 # %% ../../nbs/data/recipes.ipynb #b6cacbda
 class ClipValue(Callback):
@@ -183,7 +224,8 @@ def recipe_learner(
 )->Learner:
     "A Learner with the recipe's loss function and optimizer: SGD as torch has it, with weight decay on all parameters"
     loss = CrossEntropyLossFlat(axis=1, ignore_index=255) if recipes[name].segmentation else CrossEntropyLossFlat()
-    return Learner(dls, model, loss_func=loss, opt_func=partial(SGD, mom=0.9, decouple_wd=False), wd=1e-4, wd_bn_bias=True, **kwargs)
+    sgd = partial(SGD, mom=0.9, decouple_wd=False)
+    return Learner(dls, model, loss_func=loss, opt_func=sgd, wd=1e-4, wd_bn_bias=True, **kwargs)
 
 def recipe_fit(
     learn:Learner, # From `recipe_learner`
@@ -194,5 +236,8 @@ def recipe_fit(
     "Train with the recipe's schedule"
     r = recipes[name]
     lr,cuts = ifnone(lr, r.lr),(0,*r.drops,1)
-    sched = combine_scheds([b-a for a,b in zip(cuts, cuts[1:])], [SchedNo(o,o) for o in (lr/10**i for i in range(len(cuts)-1))])
-    learn.fit(ifnone(epochs, r.epochs), cbs=[ParamScheduler({'lr':sched}), *([ClipValue(r.clip)] if r.clip else [])])
+    pcts = [b-a for a,b in zip(cuts, cuts[1:])]
+    rates = [lr/10**i for i in range(len(pcts))]
+    cbs = [ParamScheduler({'lr':combine_scheds(pcts, [SchedNo(o, o) for o in rates])})]
+    if r.clip: cbs.append(ClipValue(r.clip))
+    learn.fit(ifnone(epochs, r.epochs), cbs=cbs)

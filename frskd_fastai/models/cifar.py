@@ -16,7 +16,7 @@ def cifar_resnet18(
     n_out:int=100, # Number of classes
     n_in:int=3, # Channels of the images
 )->nn.Module: # From B×n_in×H×W to logits B×n_out
-    "torchvision's ResNet-18 with a 3×3 stem and without the first pooling: four stages of 32, 16, 8 and 4 pixels for an image of 32"
+    "torchvision's ResNet-18 with a 3×3 stem and no first pooling: for 32 pixels stages of 32, 16, 8 and 4"
     m = torchvision.models.resnet18(num_classes=n_out)
     m.conv1 = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(m.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does it
@@ -47,10 +47,14 @@ def wrn16_2(
     n_out:int=100, # Number of classes
     n_in:int=3, # Channels of the images
 )->nn.Module: # From B×n_in×H×W to logits B×n_out
-    "WRN-16-2: a wide ResNet of 16 layers and twice the width, in three groups of 32, 16 and 8 pixels for an image of 32. An exported one needs this package to be loaded"
+    """WRN-16-2: a wide ResNet of 16 layers and twice the width; for 32 pixels groups of 32, 16 and 8.
+
+    An exported one needs this package to be loaded."""
     nfs = 16,32,64,128
     groups = {f'group{i+1}': WideGroup(nfs[i], nfs[i+1], 1 if i==0 else 2) for i in range(3)}
-    m = nn.Sequential(OrderedDict(stem=nn.Sequential(_conv3(n_in, nfs[0]), *_norm_act(nfs[0])), **groups, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(nfs[-1], n_out)))
+    stem = nn.Sequential(_conv3(n_in, nfs[0]), *_norm_act(nfs[0]))
+    head = dict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(nfs[-1], n_out))
+    m = nn.Sequential(OrderedDict(stem=stem, **groups, **head))
     for o in m.modules():
         if isinstance(o, nn.Conv2d): nn.init.kaiming_normal_(o.weight, mode='fan_out', nonlinearity='relu')
     return m
