@@ -11,7 +11,9 @@ __all__ = ['RefinedStudent', 'traced_student']
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from fastai.basics import *
 from .callback import *
+from .method.frskd import *
 from .student.features import *
+from .student.probe import *
 from .task.task import *
 
 # %% ../nbs/refined.ipynb #a1c00007
@@ -40,15 +42,15 @@ class RefinedStudent(nn.Module):
         if self.traced:
             out = self.student(*xb)
             return [as_map(out[lv.name], lv, scale) for lv in self.levels],out['logits']
-        with Taps(self.student, self.levels) as taps:
+        with FeatureHooks(self.student, self.levels, self.size) as hooks:
             logits = self.student(*xb)
-            return taps.pop(scale),logits
+            return hooks.pop(),logits
 
     def forward(self,
         *xb:Tensor, # Inputs, as the student gets them
     )->Tensor: # Logits, of the student's shape
         maps,logits = self._read(*xb)
-        refined = self.teacher(to_float(pooled(maps, self.finest)))[1].float()
+        refined = self.teacher(to_float(pool_to(maps, self.finest)))[1].float()
         refined = self.task.fit_size(refined, logits)
         return self.task.mean_logits(logits.float(), refined) if self.average else refined
 
@@ -62,8 +64,8 @@ def traced_student(
     try:
         last = get_graph_node_names(copy)[1][-1]
         graph = create_feature_extractor(copy, {**{n:n for n in names}, last:'logits'}).eval()
-        with Taps(student, levels) as taps, unnoticed(student, graph):
-            logits,maps,out = student(*example),taps.outputs(),graph(*example)
+        with FeatureHooks(student, levels) as hooks, probing(student, graph):
+            logits,maps,out = student(*example),hooks.outputs(),graph(*example)
     except Exception: return # control flow, other inputs than tensors, a module that runs twice
     wanted = [*zip(names, maps), ('logits',logits)]
     return graph if all(torch.allclose(out[n], o, rtol=1e-4, atol=1e-5) for n,o in wanted) else None
@@ -82,7 +84,7 @@ def refined(self:FRSKDCallback,
         warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left it; they "
              "may not go together. Save both, by `learn.save` with the optimizer or `SaveModelCallback(with_opt=True)`.")
     student,teacher = deepcopy(self.student).eval(),deepcopy(self.teacher).eval()
-    size = self._hw if any(o.kind=='BNC' for o in self.found_levels) else None
+    size = self.trained.seen.size if any(o.kind=='BNC' for o in self.found_levels) else None
     b = sample_batch(learn)
     example = b[0] if b else ()
     model = RefinedStudent(student, teacher, self.found_levels, self.finest, size, average, self.task, example)

@@ -91,7 +91,7 @@ def test_maps_are_released_after_the_step(make):
     refs = []
     class Look(Callback):
         order,run_valid = FRSKDCallback.order-1,False
-        def after_loss(self): refs.extend(weakref.ref(o) for o in self.frskd._taps._maps.values())
+        def after_loss(self): refs.extend(weakref.ref(o) for o in self.frskd.hooks._maps.values())
         def after_batch(self): self.learn.pred = self.learn.loss_grad = None; gc.collect(); self.alive = sum(r() is not None for r in refs)
     look = Look()
     make(cbs=[FRSKDCallback(),look]).fit(1, 1e-3)

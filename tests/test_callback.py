@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.vision.all import *
 from fastai.callback.core import CancelFitException
 from frskd_fastai.all import *
-from frskd_fastai.student.features import pooled
+from frskd_fastai.method.frskd import pool_to
 from conftest import SmallNet, n_hooks, pickled_modules, same, split, weights
 
 def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]
@@ -95,7 +95,7 @@ def test_weight_decay_and_frozen_batchnorm_as_the_model(make):
     for kw,do_wd,force in ({}, False, True),(dict(wd_bn_bias=True), None, True),(dict(train_bn=False), False, None):
         learn = make(cbs=FRSKDCallback(), **kw)
         learn.create_opt()
-        t = learn.frskd.teacher
+        t = learn.frskd.build().teacher
         norm,bias = norm_bias_params(t, False),norm_bias_params(t, True)
         assert all(learn.opt.state[p].get('do_wd')==do_wd for p in bias) and len(bias)>len(norm)>0
         assert all(learn.opt.state[p].get('force_train')==force for p in norm)
@@ -105,7 +105,7 @@ def test_weight_decay_and_frozen_batchnorm_as_the_model(make):
 def test_freeze_unfreeze_and_learning_rates(make):
     learn = make(cbs=FRSKDCallback())
     learn.freeze()
-    t = learn.frskd.teacher
+    t = learn.frskd.build().teacher
     assert all(p.requires_grad for p in t.parameters())
     assert not learn.model.stages[0][0].weight.requires_grad
     body,teacher = learn.model.stages[0][0].weight.clone(),weights(t)
@@ -153,7 +153,8 @@ def test_probing_changes_nothing(make):
     learn.model.stem.eval()
     before = weights(learn.model)
     learn.create_opt()
-    assert learn.frskd.teacher is not None
+    assert learn.frskd.teacher is None # nothing was run for that
+    assert learn.frskd.build().teacher is not None
     assert same(before, weights(learn.model)) and all(p.grad is None for p in learn.model.parameters())
     assert not learn.model.stem[1].training and learn.model.stages.training and n_hooks(learn.model)==0
     assert torch.equal(rng, torch.get_rng_state())
@@ -166,18 +167,31 @@ def test_torch_dataloader_order_is_kept(digits, make):
         dl = torch.utils.data.DataLoader(list(zip(x[:64],y[:64])), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(1))
         learn = make(cbs=FRSKDCallback() if frskd else None)
         learn.dls = DataLoaders(dl, dl)
-        learn.create_opt()
+        if frskd: learn.frskd.build()
         return [b[1].tolist() for b in dl]
     assert order(True)==order(False)
 
 def test_errors_leave_the_learner_as_it_was(make):
     learn = make(); learn.create_opt()
     before = groups(learn.opt)
-    for kw,msg in ((dict(levels=['stage.1','head']),"no module named 'stage.1'"), (dict(levels=['stages.1','head']),'shape'), (dict(levels=['stages.2']),'at least two')):
+    for kw,msg in ((dict(levels=['stage.1','head']),"no module named 'stage.1'"), (dict(levels=['stages.1','stages.1']),'named twice')):
         with pytest.raises(ValueError, match=msg): learn.add_cb(FRSKDCallback(**kw))
         assert groups(learn.opt)==before and not hasattr(learn, 'frskd') and 'create_opt' not in learn.__dict__
         assert all(not isinstance(o, FRSKDCallback) for o in learn.cbs) and n_hooks(learn.model)==0
     learn.fit(1)
+
+def test_errors_of_a_first_step_leave_the_learner_as_it_was(make):
+    "What only a batch shows is refused before the step trains anything"
+    for kw,msg in ((dict(levels=['stages.1','head']),'shape'), (dict(levels=['stages.2']),'at least two')):
+        learn = make(cbs=FRSKDCallback(**kw)); learn.create_opt()
+        before,params = groups(learn.opt),weights(learn.model)
+        with pytest.raises(ValueError, match=msg): learn.frskd.build()
+        assert same(params, weights(learn.model))
+        with pytest.raises(ValueError, match=msg): learn.fit(1)
+        assert groups(learn.opt)==before and learn.frskd.teacher is None and left(learn)==clean(learn)
+        assert all(torch.equal(params[k], p) for k,p in learn.model.named_parameters())
+        learn.remove_cb(FRSKDCallback)
+        learn.fit(1)
 
 @pytest.mark.parametrize('kw', [dict(alpha=-1), dict(alpha=float('nan')), dict(beta='x'), dict(temperature=0), dict(width=float('inf')), dict(depth=0),
                                 dict(levels=1), dict(levels='layer1'), dict(schedule='slow')], ids=str)
@@ -192,8 +206,9 @@ def test_targets_it_cannot_serve_are_refused(make, loss_func, msg):
     assert n_hooks(learn.model)==0
 
 def test_models_it_cannot_serve_are_refused(make):
-    for model,msg in ((SmallNet(1), r'\(2, 1\)'), (SmallNet().stages, r'logits, of shape \(2, 32, 4, 4\)')):
+    for model,msg in ((SmallNet(1), r'\(16, 1\)'), (SmallNet().stages, r'logits, of shape \(16, 32, 4, 4\)')):
         learn = make(model=nn.Sequential(ConvLayer(3,8), model) if 'logits' in msg else model, splitter=trainable_params, cbs=FRSKDCallback())
+        learn.loss_func = lambda pred,y: pred.mean() # it takes anything
         with pytest.raises(ValueError, match=msg): learn.fit(1)
 
 def test_empty_training_set_is_told(make):
@@ -223,8 +238,7 @@ def test_teachers_gradient_reaches_the_body(make):
     grads = {}
     for name,kw in dict(with_teacher=dict(alpha=0, beta=0, schedule='constant'), detached=dict(alpha=0, beta=0, schedule='constant'), plain=None).items():
         learn = make(cbs=None if kw is None else FRSKDCallback(**kw))
-        learn.create_opt()
-        if name=='detached': learn.frskd.teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
+        if name=='detached': learn.frskd.build().teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
         one_batch(learn, lambda l: grads.__setitem__(name, l.model.stages[0][0].weight.grad.clone()))
     assert torch.equal(grads['plain'], grads['detached'])
     assert (grads['with_teacher']-grads['plain']).abs().max()>1e-4
@@ -242,8 +256,8 @@ def test_distillation_does_not_reach_the_teacher(make):
 
 def test_alpha_and_beta_zero_with_a_detached_teacher_is_plain_training(make):
     plain = make(); plain.fit_one_cycle(2, 1e-2)
-    learn = make(cbs=FRSKDCallback(alpha=0, beta=0)); learn.create_opt()
-    learn.frskd.teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
+    learn = make(cbs=FRSKDCallback(alpha=0, beta=0))
+    learn.frskd.build().teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
     learn.fit_one_cycle(2, 1e-2)
     assert same(weights(plain.model), weights(learn.model))
     assert plain.recorder.values[-1][1:]==learn.recorder.values[-1][1:]
@@ -369,9 +383,9 @@ def test_mixup_mixes_the_teachers_loss_too(make):
     def look(l):
         with torch.no_grad():
             stats = weights(l.model)
-            with Taps(l.model, l.frskd.level_names) as taps:
+            with FeatureHooks(l.model, l.frskd.level_names) as taps:
                 l.model(*l.xb)
-                feats = pooled(taps.pop(), l.frskd.finest)
+                feats = pool_to(taps.pop(), l.frskd.finest)
             logits = l.frskd.teacher(feats)[1]
         lam,y,y1 = l.mix_up.lam,l.y,l.mix_up.yb1[0]
         expected = (lam*F.cross_entropy(logits, y, reduction='none') + (1-lam)*F.cross_entropy(logits, y1, reduction='none')).mean()
@@ -457,7 +471,7 @@ def test_maps_are_let_go_of(make):
     class Look(Callback):
         order = 100
         def after_batch(self):
-            if self.training: kept.append(len(self.learn.frskd._taps._maps))
+            if self.training: kept.append(len(self.learn.frskd.hooks._maps))
     learn.fit(1, cbs=Look())
     assert kept and not any(kept)
 
@@ -543,7 +557,7 @@ def test_exported_student_needs_no_frskd(tmp_path):
     "`load_learner` and `predict` in a process that can't import this package"
     learn = vision_learner(image_dls(), resnet18, pretrained=False, cbs=FRSKDCallback(), path=tmp_path)
     learn.create_opt()
-    assert learn.frskd.teacher is not None
+    assert learn.frskd.build().teacher is not None
     learn.export('x.pkl')
     code = f"""
 import sys; sys.modules['frskd_fastai'] = None

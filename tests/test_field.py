@@ -287,7 +287,7 @@ def test_the_maps_are_those_of_the_pass_that_made_the_prediction(make):
     same = []
     class Look(Callback):
         order,run_valid = 4,False # just before FRSKD's
-        def after_loss(self): same.append(torch.equal(self.model.head(self.frskd._taps._maps['stages.2']), self.pred))
+        def after_loss(self): same.append(torch.equal(self.model.head(self.frskd.hooks._maps['stages.2']), self.pred))
     learn = make(cbs=FRSKDCallback())
     learn.__class__ = TwoPasses
     learn.fit(1, cbs=Look())

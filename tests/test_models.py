@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.student.features import Taps
+from frskd_fastai.student.features import FeatureHooks
 from frskd_fastai.student.levels import _feature_info, _run, _search, find_levels, list_levels
 from conftest import same, SmallNet, n_hooks, weights
 
@@ -162,7 +162,7 @@ def test_transformers_of_falling_resolution(arch, sizes):
     x = torch.randn(2,3,224,224)
     found,pred = find_levels(m, x)
     assert [o.size for o in found]==[(s,s) for s in sizes] and {o.kind for o in found}=={'BNC'}
-    with Taps(m, found) as taps:
+    with FeatureHooks(m, found) as taps:
         loss = m(x)
         reached = [p for p in m.parameters() if p.requires_grad]
         maps = taps.pop()

@@ -9,7 +9,7 @@ from fastai.callback.channelslast import ChannelsLast
 from hypothesis import HealthCheck, Phase, assume, given, settings, strategies as st
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
-from frskd_fastai.student.features import PreactTaps, Taps
+from frskd_fastai.student.features import PreactHooks, FeatureHooks
 from frskd_fastai.student.levels import find_levels
 from frskd_fastai.method.frskd import pool_to
 from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, binary_soft_label_loss, pixel_soft_label_loss, soft_label_loss
@@ -328,14 +328,14 @@ def test_levels_and_taps(case, n, named, dtype, fmt):
     assert pred.shape==(case['b'],case['args'][4]) and not pred.requires_grad and pred.isfinite().all()
     if not named: return
     stats = weights(model)
-    for kind in Taps,PreactTaps:
+    for kind in FeatureHooks,PreactHooks:
         with kind(model, found) as taps:
             model(x)
             got = taps.pop()
             with pytest.raises(RuntimeError, match='not reached'): taps.pop()
         assert n_hooks(model)==0
         model.load_state_dict(stats)
-        for g,preact in zip(got if kind is PreactTaps else [got], (False,True)):
+        for g,preact in zip(got if kind is PreactHooks else [got], (False,True)):
             direct = model.maps(x, preact and act!='gelu')[-n:]
             model.load_state_dict(stats)
             for a,b in zip(g, direct, strict=True):

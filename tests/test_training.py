@@ -220,7 +220,7 @@ def _(make, tmp_path):
 def _(make, tmp_path):
     "An epoch that is cut short leaves no hook and no maps; the next fit is a whole one"
     learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=ShortEpochCallback(.5)), plain_too=False)
-    assert learn.frskd._taps is None
+    assert learn.frskd.hooks is None
     learn.fit(1, 1e-2)
 @cell('EarlyStoppingCallback')
 def _(make, tmp_path):

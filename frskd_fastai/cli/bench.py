@@ -21,6 +21,7 @@ from ..callback import *
 from .command import *
 from ..learner.processes import Override
 from ..student.features import *
+from ..student.probe import *
 
 # %% ../../nbs/cli/bench.ipynb #ec366e2e
 variants = {'plain':None, 'paper':FRSKDCallback.paper, 'default':FRSKDCallback}

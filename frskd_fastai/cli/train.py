@@ -20,7 +20,7 @@ from .command import *
 from ..data.embedded import *
 from ..data.images import *
 from ..data.masks import *
-from ..student.features import unnoticed
+from ..student.probe import probing
 from ..learner.nonfinite import not_finite
 from .launch import *
 from .options import *
@@ -144,7 +144,7 @@ def _forward_ms(learners, rounds=7):
     for _ in range(rounds):
         times.append([])
         for l in learners:
-            with unnoticed(l.model):
+            with probing(l.model):
                 t0 = time.perf_counter()
                 l.model(x).sum().item() # waits for the device
                 times[-1].append(1000*(time.perf_counter()-t0))

@@ -16,7 +16,7 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from .checkpoint import *
-from .processes import deepcopied
+from .fit_scopes import TrainingOnly
 from .nonfinite import count_not_finite, not_finite
 
 class CheckpointError(RuntimeError): "A checkpoint can't be read or written; the message is one line that says why"
@@ -117,7 +117,7 @@ def _number(file):
     m = re.fullmatch(r'(\d+)-(\d+)\.pth', file.name)
     return m and tuple(map(int, m.groups()))
 
-class Resumable(SkipToEpoch):
+class Resumable(TrainingOnly, SkipToEpoch):
     "Keeps a checkpoint of each epoch in a folder; a fit that finds one there goes on after it"
     def __init__(self,
         path:str|Path, # Folder for the checkpoints of this training, and of nothing else; made where it isn't there
@@ -240,9 +240,6 @@ class Resumable(SkipToEpoch):
             k = first(k for k in [*b,*a] if a.get(k)!=b.get(k))
             if k: return f"{k} is {a.get(k, 'not there')} in it, {b.get(k, 'not there')} here"
         if s['fit']<0 or s['epoch']<0 or len(s['random'])!=s['length']['processes'] or not s['callbacks']: raise ValueError(s['fit'])
-
-    def __reduce__(self): return Callback, (), {'learn':self.learn} # an exported Learner is for inference
-    def __deepcopy__(self, memo): return deepcopied(self, memo)
 
 # %% ../../nbs/learner/resume.ipynb #775c7233
 def data_id(

@@ -10,6 +10,7 @@ __all__ = ['label_text', 'class_names', 'attention_maps', 'plot_curves', 'show_m
 # %% ../../nbs/show/attention.ipynb #92bd403b
 from fastai.vision.all import *
 from ..student.features import *
+from ..student.probe import *
 from ..method.losses import *
 from ..task.task import *
 from ..callback import *
@@ -143,7 +144,7 @@ def show_masks(
     "Images of the validation set, evenly spaced over it, with their masks, the student's, and where that is wrong; white pixels don't count"
     task = Segmentation(ignored_labels(learn.loss_func) if ignored is None else L(ignored))
     b,images = _some(learn, n)
-    with unnoticed(learn.model): pred = learn.model(to_device(b[0], one_param(learn.model).device))
+    with probing(learn.model): pred = learn.model(to_device(b[0], one_param(learn.model).device))
     y,p = task.labels(b[1]).cpu(),pred.argmax(1).as_subclass(Tensor).cpu()
     keep = task.counts(y)
     h,w = pred.shape[-2:]

@@ -11,6 +11,7 @@ __all__ = ['StudentComparison']
 from types import MethodType
 from fastai.vision.all import *
 from ..student.features import *
+from ..student.probe import *
 from ..task.task import *
 from ..callback import *
 from .attention import class_names, label_text, _colors
@@ -173,7 +174,7 @@ def _each(learn, dl, collect):
     # no metrics: they would wait for other processes
     for o in recorders: vars(o).update(dict.fromkeys(('before_validate','after_batch','after_validate'), noop))
     try:
-        with unnoticed(learn.model), learn.removed_cbs(bars), learn.validation_context(cbs=_Collect(collect)):
+        with probing(learn.model), learn.removed_cbs(bars), learn.validation_context(cbs=_Collect(collect)):
             learn._do_epoch_validate(dl=dl)
     finally:
         for o,state in kept:
