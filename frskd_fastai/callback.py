@@ -78,7 +78,7 @@ class FRSKDCallback(StudentReader):
         self.skipping = SkipNonFinite(self._suspects)
         self.log = LossLog([*self.loss_names,'factor'], self._logged, shown, self._means)
         super().__init__(options, [self.skipping, self.log])
-        self.losses,self.maps,self.out = {},[],None
+        self.losses,self.step_maps,self.step_out = {},[],None
         self.trust = make_schedule(schedule) # It gives the factor; see `Trust`
         self.student_alone = False # Was the student loaded without its self-teacher, and hasn't trained since?
 
@@ -133,29 +133,29 @@ class FRSKDCallback(StudentReader):
 
     def before_batch(self):
         super().before_batch()
-        self.maps,self.out = [],None
+        self.step_maps,self.step_out = [],None
 
     def after_loss(self):
         if self.hooks is None or not len(self.learn.yb): return
-        self.maps,pre = self.read()
+        self.step_maps,pre = self.read()
         factor = self.factor
-        with self._teaching(): self.out = self._step(pre, factor)
-        losses = dict(student=self.learn.loss_grad, **self.out.losses)
+        with self._teaching(): self.step_out = self._step(pre, factor)
+        losses = dict(student=self.learn.loss_grad, **self.step_out.losses)
         self.learn.loss_grad = weighted_sum(losses, self.trained.weights(factor))
         self.learn.loss = self.learn.loss_grad.clone()
         self.losses,self.used_factor = {k:v.detach() for k,v in losses.items()},factor
-        log_p = mean_log_p(self.learn, self.task, self.out.logits, self.distributed) if self.trust.needs_answers else None
+        log_p = mean_log_p(self.learn, self.task, self.step_out.logits, self.distributed) if self.trust.needs_answers else None
         self.trust.update(log_p)
 
     def _step(self, pre, factor):
         learn = self.learn
-        return self.prepared(self.maps, learn.pred, learn.yb, kept_state(learn.loss_func), factor, pre)
+        return self.prepared(self.step_maps, learn.pred, learn.yb, kept_state(learn.loss_func), factor, pre)
 
     @contextmanager
     def _teaching(self):
         "The launcher's autocast; for one image of one position, which has no variance, BatchNorm's running statistics"
         self.prepare()
-        single = len(self.maps[0])==1 and any(o.shape[-2:].numel()==1 for o in self.maps)
+        single = len(self.step_maps[0])==1 and any(o.shape[-2:].numel()==1 for o in self.step_maps)
         synced = self.distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
         if single and not synced: self.trained.eval()
         with model_autocast(self.learn): yield
@@ -163,22 +163,22 @@ class FRSKDCallback(StudentReader):
 
     def leave_train(self):
         super().leave_train()
-        self.maps,self.out = [],None
+        self.step_maps,self.step_out = [],None
 
-    def before_backward(self): self.maps,self.out = [],None # so that memory is freed with the step
+    def before_backward(self): self.step_maps,self.step_out = [],None # so that memory is freed with the step
 
     # -- For the callbacks beside this one, and for checkpoints ------------------------------
     def _suspects(self):
         "This step's tensors by name, in the order in which they were computed"
         names = dict(teacher='self-teacher', soft_label='soft-label')
-        maps = {f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, self.maps))}
+        maps = {f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, self.step_maps))}
         return {**maps, **{f'the {names.get(k, k)} loss':v for k,v in self.losses.items()}}
 
-    def _logged(self): return None if self.out is None else {**self.losses, 'factor':self.used_factor}
+    def _logged(self): return None if self.step_out is None else {**self.losses, 'factor':self.used_factor}
 
     def _means(self):
-        means = {f'{k}_loss':(v,len(self.out.logits)) for k,v in self.losses.items()}
-        try: answers = self.task.answers(self.out.logits, self.learn.yb[0])
+        means = {f'{k}_loss':(v,len(self.step_out.logits)) for k,v in self.losses.items()}
+        try: answers = self.task.answers(self.step_out.logits, self.learn.yb[0])
         except (ValueError,AttributeError): return means # targets that only the loss function knows
         right,n = mean_where(answers.right, answers.keep)
         return {**means, 'teacher_accuracy':(right/n.clamp(min=1),n)}

@@ -106,7 +106,8 @@ class StudentReader(SideModuleCallback):
         levels,loss = self.found_levels,self.options.feature_loss
         maps,pre = hooks.pop(levels) if takes_preact(loss) else (hooks.pop(levels),None)
         if isinstance(hooks, Observer) and pre: check_preact(levels, maps, pre, loss)
-        return to_float((maps,pre)) if self.casts else (maps,pre) # the self-teacher is float32 then
+        if self.casts: maps,pre = to_float(maps),pre and to_float(pre) # the self-teacher is float32 then
+        return maps,pre
 
     def _look(self, hooks, xb, yb, pred, loss_func):
         "See what a batch shows, and build the module where there is none that serves"

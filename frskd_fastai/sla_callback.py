@@ -58,5 +58,5 @@ class FRSKDSLACallback(FRSKDCallback):
             self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
             rotated = self._pop(self.hooks)
         loss_func = kept_state(learn.loss_func)
-        return self.prepared(self.maps, learn.pred, learn.yb, loss_func, factor, pre,
+        return self.prepared(self.step_maps, learn.pred, learn.yb, loss_func, factor, pre,
                              rotated=rotated, labels=mixed_labels(learn))
