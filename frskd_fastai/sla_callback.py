@@ -32,12 +32,12 @@ class FRSKDSLACallback(FRSKDCallback):
     def _make(self, levels, xb, yb, pred, task):
         x = xb[0]
         if len(xb)!=1 or x.ndim!=4 or x.shape[2]!=x.shape[3]:
-            raise ValueError("FRSKD: label augmentation rotates square images, B×C×S×S; these inputs are of shape "
-                             + ', '.join(str(tuple(o.shape)) for o in xb))
+            shapes = ', '.join(str(tuple(o.shape)) for o in xb)
+            raise ValueError(f"FRSKD: label augmentation rotates square images, B×C×S×S, not {shapes}")
         single = isinstance(task, SingleLabel) and len(yb)==1 and not yb[0].is_floating_point()
         if not single or yb[0].numel()!=len(yb[0]):
-            raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class "
-                             "number a sample")
+            raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one "
+                             "class number a sample")
         return super()._make(levels, xb, yb, pred, task)
 
     def _assemble(self, levels, pred, *args):
