@@ -1,5 +1,5 @@
-"""A training step on a GPU that isn't there: torch's fake CUDA tensors have devices and types, but no values. Tensors on
-two devices raise an error, and so does reading a value, for which a real GPU would have to wait. The backward pass
+"""A training step on a GPU that isn't there: torch's fake CUDA tensors have devices and types, but no values. Tensors
+on two devices raise an error, and so does reading a value, for which a real GPU would have to wait. The backward pass
 doesn't work here"""
 from contextlib import contextmanager
 from functools import partial
