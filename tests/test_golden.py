@@ -8,6 +8,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from frskd_fastai.method.losses import (HintLoss, OverhaulLoss, attention_loss, overhaul_margin,
                                         pixel_soft_label_loss, soft_label_loss)
+from frskd_fastai.method.sla import rotations
 from frskd_fastai.method.teacher import SelfTeacher
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 
@@ -173,9 +174,7 @@ def test_golden_sla(name):
     from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders,
                                    Learner)
     from frskd_fastai.sla_callback import FRSKDSLACallback
-    from frskd_fastai.method.sla import rotations
     z,c = load(name)
-    n = len(c['channels'])
     student = ThreeConvs(c['channels'], c['n_classes'])
     prefix = 'param/student/'
     student.load_state_dict({k.removeprefix(prefix): tensor(z, k) for k in z.files if k.startswith(prefix)})
@@ -183,7 +182,7 @@ def test_golden_sla(name):
     assert torch.equal(rotations(x), tensor(z, 'rotated'))
     dl = DataLoader(list(zip(x, y)), bs=len(x))
     options = {k:c[k] for k in ('sla_weight','alpha','beta','temperature','width')}
-    cb = FRSKDSLACallback.paper(**options, levels=[f'acts.{i}' for i in range(n)])
+    cb = FRSKDSLACallback.paper(**options, levels=[f'acts.{i}' for i in range(len(c['channels']))])
     seen = {}
     class Look(Callback):
         "Sees the logits that the soft-label loss gets, and stops before the step"

@@ -146,11 +146,9 @@ def test_mixed_batch_by_hand(make, mix):
     assert torch.equal(y, ym) and not torch.equal(x, xm)
     pairs = [(int(i),j) for j in range(len(x)) for i in (y1[j]==y).nonzero()] # who may be mixed with whom
     lam = torch.as_tensor(lam).float().expand(len(x))
-    if mix is MixUp:
-        mixed = lambda i,j: torch.allclose(xm[j], torch.lerp(x[i], x[j], lam[j]), atol=1e-5)
-        for j in range(len(x)): assert any(mixed(i, j) for i,k in pairs if k==j)
-    else:
-        for j in range(len(x)): assert any(((xm[j]==x[i])|(xm[j]==x[j])).all() for i,k in pairs if k==j)
+    if mix is MixUp: of_both = lambda i,j: torch.allclose(xm[j], torch.lerp(x[i], x[j], lam[j]), atol=1e-5)
+    else: of_both = lambda i,j: ((xm[j]==x[i])|(xm[j]==x[j])).all()
+    for j in range(len(x)): assert any(of_both(i, j) for i,k in pairs if k==j)
     # 2. forward: student and self-teacher see the mixed images
     before_model.train(); before_teacher.train()
     feats = []
