@@ -1,5 +1,6 @@
-"""The self-teacher and the losses written out as `shared/golden/README.md` states them, node by node, without any of the package's shortcuts, and with the
-reference's parameter names. Slow and plain: what the package is compared with where there is no golden file"""
+"""The self-teacher and the losses written out as `shared/golden/README.md` states them, node by node, without any of
+the package's shortcuts, and with the reference's parameter names. Slow and plain: what the package is compared with
+where there is no golden file"""
 import math, torch
 import torch.nn as nn, torch.nn.functional as F
 
@@ -14,8 +15,8 @@ class S(nn.Module):
         super().__init__()
         blocks = []
         for b in range(depth):
-            convs = [nn.Conv2d(d, d, 3, padding=1, groups=d, bias=False), nn.Conv2d(d, d, 1, bias=False), nn.BatchNorm2d(d)]
-            blocks.append(nn.Sequential(*([nn.ReLU()] if b else []), *convs))
+            convs = [nn.Conv2d(d, d, 3, padding=1, groups=d, bias=False), nn.Conv2d(d, d, 1, bias=False)]
+            blocks.append(nn.Sequential(*([nn.ReLU()] if b else []), *convs, nn.BatchNorm2d(d)))
         self.conv = nn.Sequential(*blocks)
     def forward(self, x): return self.conv(x)
 
@@ -31,7 +32,8 @@ class Layer(nn.Module):
         path = P if scaled else lambda ni,nf: nn.Identity()
         if first: self.lat_conv = nn.ModuleList(P(c[i], d[i]) for i in range(n))
         self.lat_conv2 = nn.ModuleList(P(c[i], d[i]) for i in range(1, n))
-        self.up_sample = nn.ModuleList(nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), path(d[i+1], d[i])) for i in range(n-1))
+        def up(i): return nn.Sequential(nn.Upsample(scale_factor=2, mode='nearest'), path(d[i+1], d[i]))
+        self.up_sample = nn.ModuleList(map(up, range(n-1)))
         self.down_sample = nn.ModuleList(nn.Sequential(SamePool(), path(d[i-1], d[i])) for i in range(1, n))
         self.up_conv = nn.ModuleList(S(d[i], depth) for i in range(n-1))
         self.down_conv = nn.ModuleList(S(d[i], depth) for i in range(1, n))
@@ -43,18 +45,21 @@ class Layer(nn.Module):
         b = [None]+[o(f) for o,f in zip(self.lat_conv2, feats[1:])]
         fuse = lambda v,*xs: sum(w*x for w,x in zip(F.relu(v)/(F.relu(v).sum()+1e-6), xs, strict=True))
         u = {n-1: a[n-1]}
-        for i in reversed(range(n-1)): u[i] = self.up_conv[i](fuse(self.up_weight[i], a[i], self.up_sample[i](F.relu(u[i+1]))))
+        for i in reversed(range(n-1)):
+            u[i] = self.up_conv[i](fuse(self.up_weight[i], a[i], self.up_sample[i](F.relu(u[i+1]))))
         t = [u[0]]
         for i in range(1, n):
             mid = [F.relu(u[i])] if i<n-1 else []
-            t.append(self.down_conv[i-1](fuse(self.down_weight[i-1], b[i], *mid, self.down_sample[i-1](F.relu(t[-1])))))
+            down = self.down_sample[i-1](F.relu(t[-1]))
+            t.append(self.down_conv[i-1](fuse(self.down_weight[i-1], b[i], *mid, down)))
         return [F.relu(o) for o in t]
 
 class Reference(nn.Module):
     def __init__(self, channels, n_out, width=2, depth=2, repeat=1, n_channels=None):
         super().__init__()
         d = [n_channels or max(1, round(width*c)) for c in channels]
-        self.layers = nn.ModuleList(Layer(d if r else channels, d, depth, r==0, n_channels is None) for r in range(repeat))
+        layer = lambda r: Layer(d if r else channels, d, depth, r==0, n_channels is None)
+        self.layers = nn.ModuleList(map(layer, range(repeat)))
         self.fc = nn.Linear(d[-1], n_out)
     def forward(self, feats):
         for layer in self.layers: feats = layer(feats)

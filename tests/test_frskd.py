@@ -133,7 +133,8 @@ def test_scale_grad():
 def test_its_state():
     frskd = overhaul()
     assert {k.split('.')[0] for k in frskd.state_dict()}=={'teacher','feature_loss'}
-    assert list(frskd.state_dict())[0].startswith('teacher.') and [n for n,_ in module().named_children()]==['teacher']
+    assert list(frskd.state_dict())[0].startswith('teacher.')
+    assert [n for n,_ in module().named_children()]==['teacher']
     other = deepcopy(frskd)
     for p in other.parameters(): p.data.add_(1)
     other.load_state_dict(frskd.state_dict())
@@ -191,7 +192,8 @@ def test_label_augmentation_by_hand():
     # two labels an image, by MixUp: the joint loss is linear in their weights
     labels = [(y,.25),((y+1)%5,.75)]
     mixed = frskd(maps, logits, (y,), label_loss, rotated=(rotated,None), labels=labels).losses['joint']
-    torch.testing.assert_close(mixed, sum(w*sum(F.cross_entropy(o, joint_labels(t)) for o in joint) for t,w in labels))
+    ce = lambda t: sum(F.cross_entropy(o, joint_labels(t)) for o in joint)
+    torch.testing.assert_close(mixed, sum(w*ce(t) for t,w in labels))
 
 # -- Training ----------------------------------------------------------------------------------------------
 @each_task

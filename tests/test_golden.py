@@ -1,11 +1,14 @@
-"""The self-teacher and the losses against the authors' reference implementation: every file of `FRSKD_GOLDEN` (default ../shared/golden).
+"""The self-teacher and the losses against the authors' reference implementation: every file of `FRSKD_GOLDEN`
+(default ../shared/golden).
 
 Each file says itself what it holds, so a file with other levels, sizes or layers needs no change here"""
 import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
 import torch.nn.functional as F
-from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, overhaul_margin, pixel_soft_label_loss, soft_label_loss
+from frskd_fastai.method.losses import (HintLoss, OverhaulLoss, attention_loss, overhaul_margin,
+                                        pixel_soft_label_loss, soft_label_loss)
+from frskd_fastai.method.sla import rotations
 from frskd_fastai.method.teacher import SelfTeacher
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 
@@ -15,22 +18,28 @@ TOL = dict(rtol=1e-4, atol=1e-5)
 def kind(f):
     "What a file pins: by its keys"
     keys = set(np.load(f).files)
-    return next((k for k,key in dict(sla='loss/sla', features='overhaul/sum', dense='loss/kd_T1', teacher='eval/teacher_logits').items() if key in keys), 'unknown')
+    kinds = dict(sla='loss/sla', features='overhaul/sum', dense='loss/kd_T1', teacher='eval/teacher_logits')
+    return next((k for k,key in kinds.items() if key in keys), 'unknown')
 
 KINDS = {f.stem: kind(f) for f in sorted(GOLDEN.glob('*.npz'))}
-def files(k): return [n for n,o in KINDS.items() if o==k] or [pytest.param('', marks=pytest.mark.skip(reason=f'no {k} file in {GOLDEN}'))]
+def files(k):
+    skip = pytest.mark.skip(reason=f'no {k} file in {GOLDEN}')
+    return [n for n,o in KINDS.items() if o==k] or [pytest.param('', marks=skip)]
 def load(name):
     z = np.load(GOLDEN/f'{name}.npz')
     return z,json.loads(str(z['config'])) if 'config' in z.files else None
 def tensor(z, k): return torch.from_numpy(np.asarray(z[k]))
-def close(a, b, what, **kw): torch.testing.assert_close(a, b.to(a.dtype), **{**TOL,**kw}, msg=lambda m: f'{what}: {m}')
+def close(a, b, what, **kw):
+    torch.testing.assert_close(a, b.to(a.dtype), **{**TOL,**kw}, msg=lambda m: f'{what}: {m}')
 
-@pytest.mark.skipif(not KINDS and 'FRSKD_GOLDEN' not in os.environ, reason=f'no golden files in {GOLDEN}; FRSKD_GOLDEN names their folder')
+@pytest.mark.skipif(not KINDS and 'FRSKD_GOLDEN' not in os.environ,
+                    reason=f'no golden files in {GOLDEN}; FRSKD_GOLDEN names their folder')
 def test_golden_files_are_all_read():
     assert KINDS, f'FRSKD_GOLDEN={GOLDEN} has no golden file'
     assert 'unknown' not in KINDS.values(), KINDS
 
-# The reference's names → ours, inside a layer: {i} a level, {p} the level before. P is `conv.0`, its convolution `.0` and its BatchNorm `.1`
+# The reference's names → ours, inside a layer: {i} a level, {p} the level before. P is `conv.0`, its convolution `.0`
+# and its BatchNorm `.1`
 P_BLOCKS = {'lat_conv.{i}':'laterals.{i}', 'up_sample.{i}.1':'up.{i}', 'down_sample.{p}.1':'down.{p}'}
 S_BLOCKS = {'up_conv.{i}':'up_nodes.{i}', 'down_conv.{p}':'down_nodes.{p}'}
 
@@ -43,7 +52,8 @@ def ours(z, prefix, teacher):
             new = f'{to}.{k[len(frm)+1:]}'
             used.add(k)
             if not cat or new not in out: out[new] = ref[k]
-            elif ref[k].ndim: out[new] = torch.cat([out[new], ref[k]]) # both laterals of a level are one convolution here; not so the count of batches
+            elif ref[k].ndim: # not the count of batches
+                out[new] = torch.cat([out[new], ref[k]]) # both laterals of a level are one convolution here
     for r,layer in enumerate(teacher.layers):
         q = f'layers.{r}.'
         for i in range(n):
@@ -53,7 +63,8 @@ def ours(z, prefix, teacher):
             for j in (0,1): take(q+f'laterals.{i}.{j}', q+f'lat_conv2.{i-1}.conv.0.{j}', cat=True)
             for frm,to in S_BLOCKS.items():
                 for b in range(len(layer.up_nodes[0])//3):
-                    for j in range(3): take(q+to.format(**names)+f'.{4*b+j}', q+frm.format(**names)+f'.conv.{b}.{j+(b>0)}')
+                    for j in range(3):
+                        take(q+to.format(**names)+f'.{4*b+j}', q+frm.format(**names)+f'.conv.{b}.{j+(b>0)}')
         if q+'up_weight.0' in ref:
             w = out[q+'fusion'] = torch.zeros(2*(n-1), 3)
             for i in range(n-1):
@@ -91,7 +102,8 @@ def test_golden_teacher(name):
     ce,tce = F.cross_entropy(s, y),F.cross_entropy(logits, y)
     kd,att = soft_label_loss(s, logits, c['temperature']),attention_loss(feats, refined)
     total = ce + tce + c['alpha']*kd + c['beta']*att
-    for k,v in dict(ce=ce, teacher_ce=tce, kd=kd, attention=att, total=total).items(): close(v, tensor(z, f'loss/{k}'), k)
+    parts = dict(ce=ce, teacher_ce=tce, kd=kd, attention=att, total=total)
+    for k,v in parts.items(): close(v, tensor(z, f'loss/{k}'), k)
 
     total.backward()
     for i,f in enumerate(leaves): close(f.grad, tensor(z, f'grad/feat{i}'), f'gradient of map {i}')
@@ -117,14 +129,18 @@ def test_golden_feature_losses(name):
     feats,refined = ([F.relu(o) for o in os] for os in (pre,tpre))
     cs,ds = ([o.shape[1] for o in os] for os in (pre,tpre))
     norms = [torch.nn.BatchNorm2d(d) for d in ds]
-    for i,o in enumerate(norms): o.load_state_dict({**o.state_dict(), **{k: tensor(z, f'overhaul/bn{i}/{k}') for k in ('weight','bias')}})
+    for i,o in enumerate(norms):
+        own = {k: tensor(z, f'overhaul/bn{i}/{k}') for k in ('weight','bias')}
+        o.load_state_dict({**o.state_dict(), **own})
     hint,over = HintLoss(cs, ds),OverhaulLoss(cs, norms)
     for m,who in (hint,'hint'),(over,'overhaul'):
-        state = {k.removeprefix(f'{who}/param/linear.'): tensor(z, k) for k in z.files if k.startswith(f'{who}/param/')}
+        prefix = f'{who}/param/'
+        state = {k.removeprefix(prefix+'linear.'): tensor(z, k) for k in z.files if k.startswith(prefix)}
         assert set(state)==set(dict(m.connectors.named_parameters()))
         m.connectors.load_state_dict({**m.connectors.state_dict(), **state})
     close(overhaul_margin(norms[0]), tensor(z, 'overhaul/margin0'), 'margin 0')
-    assert all(torch.allclose(overhaul_margin(o), tensor(z, f'overhaul/margin{i}'), **TOL) for i,o in enumerate(norms))
+    for i,o in enumerate(norms):
+        assert torch.allclose(overhaul_margin(o), tensor(z, f'overhaul/margin{i}'), **TOL)
     per_level = [[],[],[]]
     for i in range(n):
         per_level[0].append(attention_loss(feats[i:i+1], refined[i:i+1]))
@@ -132,7 +148,8 @@ def test_golden_feature_losses(name):
         h.connectors[0],o.connectors[0] = hint.connectors[i],over.connectors[i]
         per_level[1].append(h(feats[i:i+1], refined[i:i+1]))
         per_level[2].append(o(pre[i:i+1], tpre[i:i+1]))
-    for who,v in zip(('attention','hint','overhaul'), per_level): close(torch.stack(v), tensor(z, f'{who}/per_level'), who)
+    for who,v in zip(('attention','hint','overhaul'), per_level):
+        close(torch.stack(v), tensor(z, f'{who}/per_level'), who)
     close(attention_loss(feats, refined), tensor(z, 'attention/per_level').sum(), 'attention')
     close(hint(feats, refined), tensor(z, 'hint/per_level').sum(), 'hint')
     close(over(pre, tpre), tensor(z, 'overhaul/sum'), 'overhaul')
@@ -142,7 +159,9 @@ class ThreeConvs(torch.nn.Module):
     def __init__(self, channels, n_out):
         super().__init__()
         cs = [3,*channels]
-        self.c = torch.nn.ModuleList(torch.nn.Conv2d(i, o, 3, padding=1, stride=1 if k==0 else 2) for k,(i,o) in enumerate(zip(cs, cs[1:])))
+        strides = [1]+[2]*(len(channels)-1)
+        convs = [torch.nn.Conv2d(i, o, 3, padding=1, stride=s) for i,o,s in zip(cs, cs[1:], strides)]
+        self.c = torch.nn.ModuleList(convs)
         self.acts = torch.nn.ModuleList(torch.nn.ReLU() for _ in channels)
         self.fc = torch.nn.Linear(channels[-1], n_out)
     def forward(self, x):
@@ -152,17 +171,18 @@ class ThreeConvs(torch.nn.Module):
 @pytest.mark.parametrize('name', files('sla'))
 def test_golden_sla(name):
     "One training step of a Learner with the callback"
-    from fastai.vision.all import Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner
+    from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders,
+                                   Learner)
     from frskd_fastai.sla_callback import FRSKDSLACallback
-    from frskd_fastai.method.sla import rotations
     z,c = load(name)
-    n = len(c['channels'])
     student = ThreeConvs(c['channels'], c['n_classes'])
-    student.load_state_dict({k.removeprefix('param/student/'): tensor(z, k) for k in z.files if k.startswith('param/student/')})
+    prefix = 'param/student/'
+    student.load_state_dict({k.removeprefix(prefix): tensor(z, k) for k in z.files if k.startswith(prefix)})
     x,y = tensor(z, 'in/x'),tensor(z, 'in/target')
     assert torch.equal(rotations(x), tensor(z, 'rotated'))
     dl = DataLoader(list(zip(x, y)), bs=len(x))
-    cb = FRSKDSLACallback.paper(sla_weight=c['sla_weight'], alpha=c['alpha'], beta=c['beta'], temperature=c['temperature'], width=c['width'], levels=[f'acts.{i}' for i in range(n)])
+    options = {k:c[k] for k in ('sla_weight','alpha','beta','temperature','width')}
+    cb = FRSKDSLACallback.paper(**options, levels=[f'acts.{i}' for i in range(len(c['channels']))])
     seen = {}
     class Look(Callback):
         "Sees the logits that the soft-label loss gets, and stops before the step"
@@ -193,11 +213,12 @@ def test_golden_sla(name):
 # -- Segmentation -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name', files('dense'))
 def test_golden_dense(name):
-    "The dense self-teacher's refined maps, its feature loss and what that gives the student, and the soft-label loss of each pixel"
+    "The dense self-teacher's maps, its feature loss and the student's gradient, and the soft labels of each pixel"
     z,c = load(name)
     t = DenseSelfTeacher([c['channels']]*c['levels'], c['n_classes'], n_channels=c['channels'])
     state,used = {},0
-    for k in (k for k in z.files if k.startswith('param/')): # 'param/LAYER.conv{k}{up|dw}.{0|1}.{weight|bias}', k from 2, the finest
+    # 'param/LAYER.conv{k}{up|dw}.{0|1}.{weight|bias}', k from 2, the finest
+    for k in (k for k in z.files if k.startswith('param/')):
         layer,node,j,what = k[6:].split('.')
         level,up = int(node[4:-2])-2,node.endswith('up')
         state[f"layers.{layer}.{'up' if up else 'down'}.{level-(not up)}.{j}.{what}"] = tensor(z, k)
@@ -208,7 +229,9 @@ def test_golden_dense(name):
     for i,o in enumerate(refined): close(o, tensor(z, f'out/refined{i}'), f'refined map {i}')
     loss = attention_loss(feats, refined)
     close(loss, tensor(z, 'loss/attention'), 'attention loss')
-    for i,g in enumerate(torch.autograd.grad(loss, feats)): close(g, tensor(z, f'grad/feat{i}'), f'gradient of level {i}')
+    for i,g in enumerate(torch.autograd.grad(loss, feats)):
+        close(g, tensor(z, f'grad/feat{i}'), f'gradient of level {i}')
     s,teacher = tensor(z, 'in/logits').requires_grad_(),tensor(z, 'in/teacher_logits')
     for K in 1,4: close(pixel_soft_label_loss(s, teacher, K), tensor(z, f'loss/kd_T{K}'), f'soft labels at K={K}')
-    close(torch.autograd.grad(pixel_soft_label_loss(s, teacher, 1), s)[0], tensor(z, 'grad/logits'), 'gradient of the logits')
+    g, = torch.autograd.grad(pixel_soft_label_loss(s, teacher, 1), s)
+    close(g, tensor(z, 'grad/logits'), 'gradient of the logits')

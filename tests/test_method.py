@@ -1,4 +1,5 @@
-"The paper's method, end to end: against a plain PyTorch loop, by hand under MixUp and CutMix, with other label losses, self-teachers and feature losses"
+"""The paper's method, end to end: against a plain PyTorch loop, by hand under MixUp and CutMix, with other label
+losses, self-teachers and feature losses"""
 import json
 import pytest, torch
 from fastai.vision.all import *
@@ -12,8 +13,10 @@ from conftest import SmallNet, n_hooks, same, weights
 from test_callback import one_batch
 
 # -- The self-teacher against the written-out reference, for sizes that no golden file has -------------
-SIZES = [dict(channels=[6,10], width=1), dict(channels=[3,5,7,9,11], width=.5), dict(channels=[4,8,12], width=2, repeat=2), dict(channels=[4,8,12,16], width=.1, depth=1, repeat=3),
-         dict(channels=[5,9], width=1, depth=3), dict(channels=[8,16,24], num_channels=12, repeat=2), dict(channels=[8,16,24], num_channels=4, repeat=3, depth=1)]
+SIZES = [dict(channels=[6,10], width=1), dict(channels=[3,5,7,9,11], width=.5),
+         dict(channels=[4,8,12], width=2, repeat=2), dict(channels=[4,8,12,16], width=.1, depth=1, repeat=3),
+         dict(channels=[5,9], width=1, depth=3), dict(channels=[8,16,24], num_channels=12, repeat=2),
+         dict(channels=[8,16,24], num_channels=4, repeat=3, depth=1)]
 
 def golden_file(path, channels, width=1, depth=2, repeat=1, num_channels=None):
     "A file like the golden ones, computed with `reference.py`"
@@ -21,20 +24,26 @@ def golden_file(path, channels, width=1, depth=2, repeat=1, num_channels=None):
     n,n_out = len(channels),7
     t = R.Reference(channels, n_out, width, depth, repeat, num_channels)
     for p in t.parameters(): p.data += .2*torch.randn_like(p)
-    z = {f'param/{k}':v.detach().clone() for k,v in t.named_parameters()} | {f'buffer/{k}':v.clone() for k,v in t.named_buffers()}
+    z = {f'param/{k}':v.detach().clone() for k,v in t.named_parameters()}
+    z |= {f'buffer/{k}':v.clone() for k,v in t.named_buffers()}
     leaves = [torch.randn(3, c, 2**(n-i), 2**(n-i), requires_grad=True) for i,c in enumerate(channels)]
     feats = [F.relu(o) for o in leaves]
     s,y = torch.randn(3, n_out, requires_grad=True),torch.randint(0, n_out, (3,))
     refined,logits = t(feats)
-    parts = dict(ce=F.cross_entropy(s, y), teacher_ce=F.cross_entropy(logits, y), kd=R.kd(s, logits, 4), attention=R.attention(feats, refined))
+    ce,tce = F.cross_entropy(s, y),F.cross_entropy(logits, y)
+    parts = dict(ce=ce, teacher_ce=tce, kd=R.kd(s, logits, 4), attention=R.attention(feats, refined))
     total = parts['ce']+parts['teacher_ce']+2*parts['kd']+100*parts['attention']
     total.backward()
-    z |= {f'loss/{k}':v for k,v in dict(**parts, total=total).items()} | {f'in/feat{i}':f for i,f in enumerate(feats)} | {'in/logits':s, 'in/target':y, 'out/teacher_logits':logits}
-    z |= {f'out/refined{i}':o for i,o in enumerate(refined)} | {f'grad/feat{i}':o.grad for i,o in enumerate(leaves)} | {'grad/logits':s.grad}
-    z |= {f'grad/param/{k}':p.grad for k,p in t.named_parameters()} | {f'after/buffer/{k}':v.clone() for k,v in t.named_buffers()}
+    z |= {f'loss/{k}':v for k,v in dict(**parts, total=total).items()}
+    z |= {f'in/feat{i}':f for i,f in enumerate(feats)} | {f'out/refined{i}':o for i,o in enumerate(refined)}
+    z |= {'in/logits':s, 'in/target':y, 'out/teacher_logits':logits, 'grad/logits':s.grad}
+    z |= {f'grad/feat{i}':o.grad for i,o in enumerate(leaves)}
+    z |= {f'grad/param/{k}':p.grad for k,p in t.named_parameters()}
+    z |= {f'after/buffer/{k}':v.clone() for k,v in t.named_buffers()}
     with torch.no_grad(): refined,logits = t.eval()(feats)
     z |= {f'eval/refined{i}':o for i,o in enumerate(refined)} | {'eval/teacher_logits':logits}
-    config = dict(kind='BiFPN' if num_channels else 'BiFPNc', channels=channels, n_classes=n_out, width=width, num_channels=num_channels, repeat=repeat, depth=depth, temperature=4, alpha=2., beta=100.)
+    config = dict(kind='BiFPN' if num_channels else 'BiFPNc', channels=channels, n_classes=n_out, width=width,
+                  num_channels=num_channels, repeat=repeat, depth=depth, temperature=4, alpha=2., beta=100.)
     np.savez(path, config=json.dumps(config), **{k:v.detach().numpy() for k,v in z.items()})
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
@@ -48,10 +57,12 @@ def test_like_golden(size, tmp_path, monkeypatch):
 def test_golden_holds_for_the_written_out_reference(name):
     "So that `reference.py` is worth a comparison"
     z,c = G.load(name)
-    t = R.Reference(c['channels'], c['n_classes'], c['width'], c['depth'], c['repeat'], c['num_channels'] if c['kind']=='BiFPN' else None)
+    n_channels = c['num_channels'] if c['kind']=='BiFPN' else None
+    t = R.Reference(c['channels'], c['n_classes'], c['width'], c['depth'], c['repeat'], n_channels)
     head = {'linear':'fc'}
     state = {k.split('/',1)[1]: G.tensor(z, k) for k in z.files if k.startswith(('param/','buffer/'))}
-    t.load_state_dict({'.'.join([head.get(k.split('.')[0], k.split('.')[0]), *k.split('.')[1:]]):v for k,v in state.items()})
+    ours = lambda k: '.'.join([head.get(k.split('.')[0], k.split('.')[0]), *k.split('.')[1:]])
+    t.load_state_dict({ours(k):v for k,v in state.items()})
     feats = [G.tensor(z, f'in/feat{i}') for i in range(len(c['channels']))]
     refined,logits = t(feats)
     G.close(logits, G.tensor(z, 'out/teacher_logits'), 'logits')
@@ -62,14 +73,15 @@ def test_golden_holds_for_the_written_out_reference(name):
 # -- Five steps ---------------------------------------------------------------------------------------
 def test_paper_preset():
     cb = FRSKDCallback.paper()
-    assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.depth,cb.levels,cb.schedule,cb.feature_loss)==(2.,100.,4.,2.,2,4,'constant','attention')
+    assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.depth,cb.levels)==(2.,100.,4.,2.,2,4)
+    assert (cb.schedule,cb.feature_loss)==('constant','attention')
     assert FRSKDCallback.paper(alpha=1., width=.5).width==.5
     assert FRSKDSLACallback.paper(sla_weight=.5).sla_weight==.5
     assert [FRSKDCallback.paper(feature_loss=o).beta for o in ('hint','overhaul')]==[1.,1e-3]
     with pytest.raises(TypeError): FRSKDCallback.paper(widht=1)
 
 def test_five_sgd_steps_are_those_of_a_plain_loop(make):
-    "Losses and weights of student and self-teacher, with momentum and weight decay, against a hand-written loop over copies of both"
+    "Losses and weights of both networks, with momentum and weight decay, against a hand-written loop over copies"
     cb,lr,wd,mom = FRSKDCallback.paper(),0.05,1e-2,0.9
     learn = make(cbs=cb, opt_func=partial(SGD, mom=mom, decouple_wd=False), wd=wd, wd_bn_bias=True)
     learn.create_opt()
@@ -77,7 +89,9 @@ def test_five_sgd_steps_are_those_of_a_plain_loop(make):
     assert list(cb.level_names)==['stages.0','stages.1','stages.2']
     class Keep(Callback):
         order = cb.order+1
-        def after_loss(self): batches.append((self.xb[0].clone(),self.yb[0].clone())); losses.append({**cb.losses, 'total':self.learn.loss.detach()})
+        def after_loss(self):
+            batches.append((self.xb[0].clone(),self.yb[0].clone()))
+            losses.append({**cb.losses, 'total':self.learn.loss.detach()})
         def after_batch(self):
             if len(batches)==5: raise CancelFitException
     learn.fit(1, lr, cbs=Keep())
@@ -91,14 +105,16 @@ def test_five_sgd_steps_are_those_of_a_plain_loop(make):
             feats.append(x)
         s = student.head(x)
         refined,t = teacher(feats)
-        kd = 16*F.kl_div(F.log_softmax(s/4, 1), F.log_softmax(t.detach()/4, 1), log_target=True, reduction='batchmean')
-        phi = attention_map # its values and gradient are compared with the formula in nbs/method/losses.ipynb; another arithmetic drifts away by rounding
-        parts = dict(student=F.cross_entropy(s, y), teacher=F.cross_entropy(t, y), soft_label=kd, feature=sum((phi(f)-phi(r.detach())).pow(2).mean() for f,r in zip(feats, refined)))
+        kd = 16*F.kl_div((s/4).log_softmax(1), (t.detach()/4).log_softmax(1), log_target=True, reduction='batchmean')
+        # Its values and gradient are compared with the formula in nbs/method/losses.ipynb; another arithmetic drifts
+        phi = attention_map
+        feature = sum((phi(f)-phi(r.detach())).pow(2).mean() for f,r in zip(feats, refined))
+        parts = dict(student=F.cross_entropy(s, y), teacher=F.cross_entropy(t, y), soft_label=kd, feature=feature)
         loss = parts['student'] + parts['teacher'] + 2*parts['soft_label'] + 100*parts['feature']
         opt.zero_grad(); loss.backward(); opt.step()
-        for k,v in dict(**parts, total=loss).items(): torch.testing.assert_close(l[k], v.detach(), **G.TOL, msg=lambda m: f'{k}: {m}')
+        for k,v in dict(**parts, total=loss).items(): G.close(l[k], v.detach(), k)
     for ours,loop in (learn.model,student),(cb.teacher,teacher):
-        for (k,a),b in zip(ours.state_dict().items(), loop.state_dict().values()): torch.testing.assert_close(a, b, **G.TOL, msg=lambda m: f'{k}: {m}')
+        for (k,a),b in zip(ours.state_dict().items(), loop.state_dict().values()): G.close(a, b, k)
 
 # -- MixUp and CutMix, event by event -------------------------------------------------------------------
 class Events(Callback):
@@ -106,7 +122,9 @@ class Events(Callback):
     run_valid = False
     def __init__(self, order): self.order,self.seen = order,{}
     def before_batch(self): self.seen[f'before_batch {self.order}'] = dict(x=self.x.clone(), y=self.y.clone())
-    def after_loss(self): self.seen[f'after_loss {self.order}'] = dict(loss=self.learn.loss_grad.detach().clone(), lf=self.learn.loss_func)
+    def after_loss(self):
+        loss = self.learn.loss_grad.detach().clone()
+        self.seen[f'after_loss {self.order}'] = dict(loss=loss, lf=self.learn.loss_func)
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_batch_by_hand(make, mix):
@@ -123,15 +141,14 @@ def test_mixed_batch_by_hand(make, mix):
     assert learn.loss_func is plain_loss
 
     # 1. before_batch: the mixture of two images, and the labels of both
-    (x,y),(xm,ym) = [(o['x'],o['y']) for o in (early.seen[f'before_batch {early.order}'],late.seen[f'before_batch {late.order}'])]
+    (x,y),(xm,ym) = [(o['x'],o['y']) for o in (o.seen[f'before_batch {o.order}'] for o in (early,late))]
     y1,lam = m.yb1[0],m.lam
     assert torch.equal(y, ym) and not torch.equal(x, xm)
     pairs = [(int(i),j) for j in range(len(x)) for i in (y1[j]==y).nonzero()] # who may be mixed with whom
     lam = torch.as_tensor(lam).float().expand(len(x))
-    if mix is MixUp:
-        for j in range(len(x)): assert any(torch.allclose(xm[j], torch.lerp(x[i], x[j], lam[j]), atol=1e-5) for i,k in pairs if k==j)
-    else:
-        for j in range(len(x)): assert any(((xm[j]==x[i])|(xm[j]==x[j])).all() for i,k in pairs if k==j)
+    if mix is MixUp: of_both = lambda i,j: torch.allclose(xm[j], torch.lerp(x[i], x[j], lam[j]), atol=1e-5)
+    else: of_both = lambda i,j: ((xm[j]==x[i])|(xm[j]==x[j])).all()
+    for j in range(len(x)): assert any(of_both(i, j) for i,k in pairs if k==j)
     # 2. forward: student and self-teacher see the mixed images
     before_model.train(); before_teacher.train()
     feats = []
@@ -140,10 +157,12 @@ def test_mixed_batch_by_hand(make, mix):
     s = before_model.head(o)
     refined,t = before_teacher(feats)
     # 3. after_loss: the reference's mixed loss, for both
-    def mixed(z): return (lam*F.cross_entropy(z, y, reduction='none') + (1-lam)*F.cross_entropy(z, y1, reduction='none')).mean()
+    def ce(z, y): return F.cross_entropy(z, y, reduction='none')
+    def mixed(z): return (lam*ce(z, y) + (1-lam)*ce(z, y1)).mean()
     student,teacher = mixed(s),mixed(t)
     assert late.seen[f'after_loss {late.order}']['lf']==m.lf
-    torch.testing.assert_close(early.seen[f'after_loss {early.order}']['loss'], student.detach(), rtol=1e-4, atol=1e-5)
+    plain = early.seen[f'after_loss {early.order}']['loss']
+    torch.testing.assert_close(plain, student.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cb.losses['teacher'], teacher.detach(), rtol=1e-4, atol=1e-5)
     total = student + teacher + 2*R.kd(s, t, 4) + 100*R.attention(feats, refined)
     torch.testing.assert_close(late.seen[f'after_loss {late.order}']['loss'], total.detach(), rtol=1e-4, atol=1e-5)
@@ -154,13 +173,17 @@ def test_sla_mixes_the_joint_labels(make, mix):
     learn = make(cbs=[cb,m])
     learn.create_opt()
     heads,seen = deepcopy(cb.trained),{}
-    for who in 'student','teacher': getattr(cb.trained, f'joint_{who}').register_forward_hook(lambda mod,inp,out,who=who: seen.__setitem__(who, (out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float())))
+    for who in 'student','teacher':
+        def look(mod, inp, out, who=who):
+            seen[who] = out.detach(),learn.yb[0],m.yb1[0],torch.as_tensor(m.lam).float()
+        getattr(cb.trained, f'joint_{who}').register_forward_hook(look)
     one_batch(learn, noop)
     expected = 0.
     for j,y,y1,lam in seen.values():
         for k in range(4):
             z,l = j.view(len(y),4,-1)[:,k],lam.expand(len(y))
-            expected = expected + (l*F.cross_entropy(z, 4*y+k, reduction='none') + (1-l)*F.cross_entropy(z, 4*y1+k, reduction='none')).mean()/4
+            ce = partial(F.cross_entropy, z, reduction='none')
+            expected = expected + (l*ce(4*y+k) + (1-l)*ce(4*y1+k)).mean()/4
     torch.testing.assert_close(cb.losses['joint'], expected, rtol=1e-4, atol=1e-5)
 
 # -- Label losses -----------------------------------------------------------------------------------------
@@ -182,7 +205,12 @@ def weighted(z, y):
     w = CLASS_WEIGHTS[y]
     return (w*-z.log_softmax(1)[range(len(y)),y]).sum()/w.sum()
 
-@pytest.mark.parametrize('loss_func,by_hand', [(LabelSmoothingCrossEntropyFlat(), smooth), (CrossEntropyLossFlat(weight=CLASS_WEIGHTS), weighted), (FocalLossFlat(), focal), (nn.CrossEntropyLoss(label_smoothing=.1), smooth)],
+LABEL_LOSSES = [(LabelSmoothingCrossEntropyFlat(), smooth), (CrossEntropyLossFlat(weight=CLASS_WEIGHTS), weighted),
+                (FocalLossFlat(), focal), (nn.CrossEntropyLoss(label_smoothing=.1), smooth)]
+def close(losses, **want):
+    for k,v in want.items(): torch.testing.assert_close(losses[k], v, rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
+
+@pytest.mark.parametrize('loss_func,by_hand', LABEL_LOSSES,
                          ids=['label smoothing','class weights','focal',"torch's label smoothing"])
 def test_label_loss_follows_the_learners(make, loss_func, by_hand):
     cb = FRSKDCallback.paper()
@@ -190,7 +218,7 @@ def test_label_loss_follows_the_learners(make, loss_func, by_hand):
     learn.loss_func = loss_func
     learn.create_opt()
     s,t,y = logits_of_a_batch(learn, cb)
-    for k,v in dict(student=by_hand(s, y), teacher=by_hand(t, y), soft_label=R.kd(s, t, 4)).items(): torch.testing.assert_close(cb.losses[k], v, rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    close(cb.losses, student=by_hand(s, y), teacher=by_hand(t, y), soft_label=R.kd(s, t, 4))
     assert isinstance(cb.task, SingleLabel)
 
 @pytest.fixture
@@ -206,7 +234,8 @@ def multi(digits, make):
         return learn
     return _make
 
-@pytest.mark.parametrize('loss_func', [BCEWithLogitsLossFlat(), nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits], ids=['flat','module','function'])
+BCE = dict(flat=BCEWithLogitsLossFlat(), module=nn.BCEWithLogitsLoss(), function=F.binary_cross_entropy_with_logits)
+@pytest.mark.parametrize('loss_func', BCE.values(), ids=BCE)
 def test_multi_label(multi, loss_func):
     cb = FRSKDCallback.paper(columns=True)
     learn = multi(loss_func=loss_func, cbs=cb)
@@ -216,7 +245,7 @@ def test_multi_label(multi, loss_func):
     bce = lambda z: -(y*z.sigmoid().log() + (1-y)*(-z).sigmoid().log()).mean()
     p,q = (t/4).sigmoid(),(s/4).sigmoid()
     kd = (p*(p/q).log() + (1-p)*((1-p)/(1-q)).log()).mean()*16
-    for k,v in dict(student=bce(s), teacher=bce(t), soft_label=kd).items(): torch.testing.assert_close(cb.losses[k], v, rtol=1e-4, atol=1e-6, msg=lambda m: f'{k}: {m}')
+    close(cb.losses, student=bce(s), teacher=bce(t), soft_label=kd)
     before = cb.losses['student']
     learn.fit_one_cycle(8, 1e-2)
     assert cb.losses['student']<.95*before
@@ -263,17 +292,23 @@ def test_multi_label_by_the_type_of_targets(multi):
     "Whatever the first samples are, and with a loss function of one's own"
     learn = multi(loss_func=lambda p,y: ((p-y)**2).mean(), cbs=FRSKDCallback())
     ones = TensorMultiCategory(torch.eye(3)[[0,1,2]*32])
-    learn.dls = DataLoaders(DataLoader(list(zip(torch.rand(96,3,32,32), ones)), bs=16, drop_last=True), learn.dls.valid)
+    train = DataLoader(list(zip(torch.rand(96,3,32,32), ones)), bs=16, drop_last=True)
+    learn.dls = DataLoaders(train, learn.dls.valid)
     learn.fit(1)
     assert isinstance(learn.frskd.task, MultiLabel)
 
 @pytest.mark.parametrize('what', ['own loss','multi-label with cross-entropy','single-label with BCE','masks'])
 def test_targets_that_do_not_go_with_the_loss(make, digits, what):
     x,y = digits
-    y,loss,msg = {'own loss':(torch.stack([y,y*2.,y*3.], 1).float(),lambda p,y: (p-y).abs().mean(),'regression'), 'multi-label with cross-entropy':(TensorMultiCategory(torch.eye(3)[y%3]),CrossEntropyLossFlat(),'are multi-label'),
-                  'single-label with BCE':(y%3,BCEWithLogitsLossFlat(),'multi-label targets'), 'masks':(torch.zeros(len(x),32,32).long(),CrossEntropyLossFlat(axis=1),'found by themselves')}[what]
-    learn = make(model=SmallNet(3) if what!='masks' else nn.Sequential(nn.Conv2d(3,3,1)), splitter=trainable_params, cbs=FRSKDCallback())
-    learn.dls,learn.loss_func = DataLoaders(DataLoader(list(zip(x, y))[:64], bs=16), DataLoader(list(zip(x, y))[:32], bs=16)),loss
+    ce,mine,m = CrossEntropyLossFlat(axis=1),lambda p,y: (p-y).abs().mean(),torch.zeros(len(x),32,32).long()
+    y,loss,msg = {
+        'own loss':                      (torch.stack([y,y*2.,y*3.], 1), mine, 'regression'),
+        'multi-label with cross-entropy':(TensorMultiCategory(torch.eye(3)[y%3]), ce, 'are multi-label'),
+        'single-label with BCE':         (y%3, BCEWithLogitsLossFlat(), 'multi-label targets'),
+        'masks':                         (m, ce, 'found by themselves')}[what]
+    model = SmallNet(3) if what!='masks' else nn.Sequential(nn.Conv2d(3,3,1))
+    learn,data = make(model=model, splitter=trainable_params, cbs=FRSKDCallback()),list(zip(x, y))
+    learn.dls,learn.loss_func = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[:32], bs=16)),loss
     before = weights(learn.model)
     with pytest.raises(ValueError, match=msg): learn.fit(1)
     assert same(weights(learn.model), before) and n_hooks(learn.model)==0
@@ -283,10 +318,14 @@ def test_fastai_targets_it_cannot_serve(what, tmp_path):
     "DataBlocks of fastai's, refused before the first batch"
     from frskd_fastai.data.embedded import digits_data
     files = get_image_files(digits_data()/'valid')[:32]
-    block,get_y = {'bounding boxes':((ImageBlock,BBoxBlock,BBoxLblBlock), [lambda o: [[1,1,5,5]],lambda o: ['a']]), 'points':((ImageBlock,PointBlock), lambda o: tensor([[1.,2.]])),
-                   'regression':((ImageBlock,RegressionBlock(3)), lambda o: [1.,2.,3.])}[what]
-    dls = DataBlock(block, get_y=get_y, n_inp=1, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=8, num_workers=0)
-    learn = Learner(dls, SmallNet(3), loss_func=CrossEntropyLossFlat() if what!='regression' else None, splitter=lambda m: [params(m)])
+    block,get_y = {
+        'bounding boxes':((ImageBlock,BBoxBlock,BBoxLblBlock), [lambda o: [[1,1,5,5]],lambda o: ['a']]),
+        'points':        ((ImageBlock,PointBlock), lambda o: tensor([[1.,2.]])),
+        'regression':    ((ImageBlock,RegressionBlock(3)), lambda o: [1.,2.,3.])}[what]
+    data = DataBlock(block, get_y=get_y, n_inp=1, item_tfms=Resize(32))
+    dls = data.dataloaders(files, path=tmp_path, bs=8, num_workers=0)
+    loss = CrossEntropyLossFlat() if what!='regression' else None
+    learn = Learner(dls, SmallNet(3), loss_func=loss, splitter=lambda m: [params(m)])
     learn.add_cb(FRSKDCallback())
     before = weights(learn.model)
     with pytest.raises(ValueError, match=what): learn.fit(1)
@@ -297,12 +336,14 @@ class Own(nn.Module):
     "The smallest self-teacher"
     def __init__(self, channels, n_out):
         super().__init__()
-        self.refine,self.head = nn.ModuleList(nn.Conv2d(c, c+2, 1) for c in channels),nn.Linear(sum(channels)+2*len(channels), n_out)
+        self.refine = nn.ModuleList(nn.Conv2d(c, c+2, 1) for c in channels)
+        self.head = nn.Linear(sum(channels)+2*len(channels), n_out)
     def forward(self, feats):
         refined = [F.relu(r(f)) for r,f in zip(self.refine, feats)]
         return refined,self.head(torch.cat([o.mean((2,3)) for o in refined], dim=1))
 
-TEACHERS = {'fixed':partial(SelfTeacher, n_channels=12), 'repeated':partial(SelfTeacher, width=.5, repeat=2), 'class':Own, 'module':lambda: Own([8,16,32], 10)}
+TEACHERS = {'fixed':partial(SelfTeacher, n_channels=12), 'repeated':partial(SelfTeacher, width=.5, repeat=2),
+            'class':Own, 'module':lambda: Own([8,16,32], 10)}
 @pytest.mark.parametrize('kind', TEACHERS)
 def test_other_self_teachers(make, kind):
     teacher = TEACHERS[kind]() if kind=='module' else TEACHERS[kind]
@@ -317,13 +358,18 @@ def test_other_self_teachers(make, kind):
     assert len(learn.opt.all_params())==len(list(learn.model.parameters()))
 
 def test_a_self_teacher_that_does_not_fit_is_told(make):
-    for teacher,msg in ((Own([8,16,31], 10), 'fails on feature maps'), (Own([8,16,32], 9), r'\(2, 9\)'), (nn.Identity(), "doesn't return"), (lambda c,n: 3, 'made no module'), (lambda c: 3, 'is no function'), (partial(SelfTeacher, n_channel=3), 'n_channel')):
+    cases = [(Own([8,16,31], 10), 'fails on feature maps'), (Own([8,16,32], 9), r'\(2, 9\)'),
+             (nn.Identity(), "doesn't return"), (lambda c,n: 3, 'made no module'), (lambda c: 3, 'is no function'),
+             (partial(SelfTeacher, n_channel=3), 'n_channel')]
+    for teacher,msg in cases:
         with pytest.raises(ValueError, match=msg): make(cbs=FRSKDCallback(teacher=teacher)).fit(1)
     with pytest.raises(ValueError, match='teacher must be'): FRSKDCallback(teacher='bifpn')
 
-def mean_difference(feats, refined): return sum((f.mean((1,2,3))-t.mean((1,2,3))).pow(2).mean() for f,t in zip(feats, refined))
+def mean_difference(feats, refined):
+    return sum((f.mean((1,2,3))-t.mean((1,2,3))).pow(2).mean() for f,t in zip(feats, refined))
 
-@pytest.mark.parametrize('loss,n', [('attention',0),('hint',9),('overhaul',9),(mean_difference,0)], ids=['attention','hint','overhaul','function'])
+@pytest.mark.parametrize('loss,n', [('attention',0),('hint',9),('overhaul',9),(mean_difference,0)],
+                         ids=['attention','hint','overhaul','function'])
 def test_feature_losses(make, loss, n):
     "They train the student and their own connectors, and leave the self-teacher alone"
     cb = FRSKDCallback(feature_loss=loss, alpha=0., beta=1., schedule='constant')
@@ -340,21 +386,23 @@ def test_feature_losses(make, loss, n):
     one_batch(without, look)
     assert not all(torch.allclose(a, b) for a,b in zip(grads[0][0], grads[1][0]))
     for a,b in zip(grads[0][1], grads[1][1]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    if n: assert all(p.grad is not None and p.grad.abs().sum()>0 for p in cb.trained.feature_loss.parameters() if p.ndim>1)
+    connectors = [p for p in cb.trained.feature_loss.parameters() if p.ndim>1] if n else []
+    assert all(p.grad is not None and p.grad.abs().sum()>0 for p in connectors)
     learn.fit(1, 1e-3)
     learn.remove_cb(cb)
     assert len(learn.opt.all_params())==len(list(learn.model.parameters())) and n_hooks(learn.model)==0
 
 @pytest.mark.parametrize('finest', [0,1,2])
 def test_a_pooled_level_weighs_what_the_paper_gives_it(make, finest):
-    "Its squares are divided by the positions of the student's map, not of the pooled one; so `finest` doesn't change β"
+    "Its squares are divided by the positions of the student's map, not of the pooled one: `finest` doesn't change β"
     learn = make(cbs=FRSKDCallback(finest=finest))
     learn.create_opt()
     positions = [math.prod(o.size) for o in learn.frskd.found_levels]
     assert positions[0]>positions[1]>positions[2]
     def paper(student, refined):
         assert all(f.shape[-2:].numel()<=positions[finest] for f in student)
-        return sum((attention_map(f)-attention_map(t)).pow(2).sum(1).mean()/n for f,t,n in zip(student, refined, positions))
+        phi = attention_map
+        return sum((phi(f)-phi(t)).pow(2).sum(1).mean()/n for f,t,n in zip(student, refined, positions))
     losses = []
     for cb in FRSKDCallback(finest=finest),FRSKDCallback(finest=finest, feature_loss=paper, beta=100.):
         learn = make(cbs=cb)
@@ -372,22 +420,27 @@ def test_a_feature_loss_with_parameters_of_its_own_is_trained(make):
     assert loss.s!=2
 
 def test_default_weights():
-    assert [FRSKDCallback(feature_loss=o).beta for o in ('attention','hint','overhaul',attention_loss)]==[100.,1.,1e-3,1.]
+    losses = 'attention','hint','overhaul',attention_loss
+    assert [FRSKDCallback(feature_loss=o).beta for o in losses]==[100.,1.,1e-3,1.]
     assert FRSKDCallback(feature_loss='hint', beta=3.).beta==3. and FRSKDCallback(beta=0).beta==0
     with pytest.raises(ValueError, match="'attention', 'hint', 'overhaul'"): FRSKDCallback(feature_loss='hints')
 
 def test_without_feature_loss_there_is_none(make):
-    "With β = 0 no feature loss is computed, with α = 0 no soft labels; connectors stay for a β that comes later, and learn nothing"
+    "β = 0: no feature loss is computed, α = 0: no soft labels; connectors stay for a later β, and learn nothing"
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0))
     learn.fit(1)
-    assert set(learn.frskd.losses)=={'student','teacher'} and [n for n,_ in learn.frskd.trained.named_children()]==['teacher']
+    assert set(learn.frskd.losses)=={'student','teacher'}
+    assert [n for n,_ in learn.frskd.trained.named_children()]==['teacher']
     cb = FRSKDCallback(feature_loss='overhaul', alpha=0, beta=0)
     def look(l): assert all((p.grad==0).all() for p in cb.trained.feature_loss.parameters())
     one_batch(make(cbs=cb), look)
 
 def test_overhaul_reads_the_students_maps_before_the_relu(make):
+    def stage(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
     class Relus(SmallNet):
-        def __init__(self): super().__init__(); self.stages = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU(inplace=True)) for i,o in ((8,8),(8,16),(16,32))))
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.Sequential(stage(8, 8), stage(8, 16), stage(16, 32))
     class Functional(SmallNet):
         def forward(self, x):
             x = self.stem(x)
@@ -399,7 +452,8 @@ def test_overhaul_reads_the_students_maps_before_the_relu(make):
     learn = make(model=Relus(), cbs=FRSKDCallback(feature_loss=spy))
     one_batch(learn, noop)
     feats,refined = seen[-1]
-    assert all((o<0).any() and o.requires_grad for o in feats) and all((o<0).any() and not o.requires_grad for o in refined)
+    assert all((o<0).any() and o.requires_grad for o in feats)
+    assert all((o<0).any() and not o.requires_grad for o in refined)
     class Hidden(nn.Module):
         def __init__(self, i, o): super().__init__(); self.conv = nn.Conv2d(i, o, 3, 2, 1)
         def forward(self, x): return F.relu(self.conv(x))
@@ -414,9 +468,12 @@ def test_overhaul_needs_norms(make):
         @property
         def norms(self): return super().norms[:2]
     for teacher,msg in (Own,'preact'),(Preact,'norms'),(Few,'norms'):
-        with pytest.raises(ValueError, match=msg): make(cbs=FRSKDCallback(feature_loss='overhaul', teacher=teacher)).fit(1)
+        cb = FRSKDCallback(feature_loss='overhaul', teacher=teacher)
+        with pytest.raises(ValueError, match=msg): make(cbs=cb).fit(1)
 
-@pytest.mark.parametrize('loss', [HintLoss, F.mse_loss, nn.MSELoss(), lambda f,t: f[0], lambda f,t: .5, lambda f,t: None, lambda f,t: sum((a-b).mean() for a,b in zip(f,t))],
+NO_LOSSES = [HintLoss, F.mse_loss, nn.MSELoss(), lambda f,t: f[0], lambda f,t: .5, lambda f,t: None,
+             lambda f,t: sum((a-b).mean() for a,b in zip(f,t))]
+@pytest.mark.parametrize('loss', NO_LOSSES,
                          ids=['class','function','module','no scalar','number','nothing','channels'])
 def test_a_feature_loss_that_is_none_is_told_before_training(make, loss):
     learn = make(cbs=FRSKDCallback(feature_loss=loss, width=2))
@@ -429,7 +486,9 @@ def test_a_teacher_that_shares_the_students_classifier_leaves_it(make):
         def __init__(self, channels, n_out):
             super().__init__(channels, n_out)
             self.head = learn.model.head[-1]
-        def forward(self, feats): return [r(f)[:,:f.shape[1]] for r,f in zip(self.refine, feats)],self.head(self.refine[-1](feats[-1])[:,:32].mean((2,3)))
+        def forward(self, feats):
+            refined = [r(f)[:,:f.shape[1]] for r,f in zip(self.refine, feats)]
+            return refined,self.head(self.refine[-1](feats[-1])[:,:32].mean((2,3)))
     learn = make()
     learn.add_cb(FRSKDCallback(teacher=Share))
     learn.fit(1, 1e-2)
@@ -447,7 +506,7 @@ def test_a_schedule_out_of_range_is_told(make, value):
 
 # -- Together with the rest of fastai -----------------------------------------------------------------------
 def test_sla_composes(make, tmp_path):
-    "Label augmentation with another self-teacher and feature loss, gradient accumulation, lr_find, freezing and saving"
+    "With another self-teacher and feature loss, gradient accumulation, lr_find, freezing and saving"
     cb = FRSKDSLACallback(teacher=partial(SelfTeacher, n_channels=8, repeat=2), feature_loss='hint', columns=True)
     learn = make(cbs=[cb, GradientAccumulation(32)])
     learn.create_opt()
@@ -455,7 +514,8 @@ def test_sla_composes(make, tmp_path):
     with learn.no_bar(): learn.lr_find(show_plot=False, num_it=5)
     assert all(torch.equal(v, before[k]) for k,v in cb.trained.state_dict().items())
     learn.fine_tune(2, 1e-2)
-    assert all(v.isfinite() for v in cb.losses.values()) and set(cb.losses)=={'student','teacher','joint','aggregation','soft_label','feature'}
+    assert all(v.isfinite() for v in cb.losses.values())
+    assert set(cb.losses)=={'student','teacher','joint','aggregation','soft_label','feature'}
     assert all(not torch.equal(p, before[k]) for k,p in cb.trained.named_parameters() if 'fusion' not in k)
     assert n_hooks(learn.model)==0
     learn.save('s', with_opt=False)
@@ -466,7 +526,8 @@ def test_multi_label_datablock(tmp_path):
     from frskd_fastai.data.embedded import digits_data
     files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
     label = lambda f: ['even' if int(f.parent.name)%2==0 else 'odd', *(['loop'] if f.parent.name in '0689' else [])]
-    dls = DataBlock((ImageBlock,MultiCategoryBlock), get_y=label, item_tfms=Resize(32)).dataloaders(files, path=tmp_path, bs=16, num_workers=0)
+    data = DataBlock((ImageBlock,MultiCategoryBlock), get_y=label, item_tfms=Resize(32))
+    dls = data.dataloaders(files, path=tmp_path, bs=16, num_workers=0)
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy_multi, cbs=FRSKDCallback(columns=True))
     learn.fine_tune(1)
     assert isinstance(learn.frskd.task, MultiLabel) and learn.frskd.losses['soft_label'].isfinite()

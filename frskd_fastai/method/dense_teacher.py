@@ -22,7 +22,7 @@ def resize(
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False if mode=='bilinear' else None)
 
 class DenseNode(nn.Sequential):
-    "N: per-channel 1×1 convolution → BatchNorm on the sum of its inputs; whoever reads it takes the ReLU after it"
+    "N: per-channel 1×1 convolution → BatchNorm on the sum of its inputs; its readers take the ReLU after it"
     def __init__(self,
         d:int, # Channels
     ): super().__init__(nn.Conv2d(d, d, 1, groups=d), nn.BatchNorm2d(d))
@@ -44,7 +44,8 @@ class DenseLayer(nn.Module):
     )->list: # The same, before the ReLU
         n = len(feats)
         u = [None]*(n-1) + [self.up[-1](feats[-1])]
-        for i in reversed(range(n-1)): u[i] = self.up[i](feats[i], resize(F.relu(u[i+1]), feats[i].shape[-2:]))
+        for i in reversed(range(n-1)):
+            u[i] = self.up[i](feats[i], resize(F.relu(u[i+1]), feats[i].shape[-2:]))
         if not len(self.down): return u
         v = [u[0]]
         for i in range(1, n):
@@ -63,12 +64,12 @@ def dense_head(
                          nn.ReLU(inplace=True), nn.Conv2d(hidden, n_out, 3, padding=1))
 
 class DenseSelfTeacher(nn.Module):
-    "The self-teacher of FRSKD for segmentation: refines the student's maps, and labels each position of the finest one"
+    "The self-teacher for segmentation: refines the student's maps and labels each position of the finest"
     def __init__(self,
         channels:list, # Channels c_i of the student's levels, largest map first; at least two
         n_out:int, # Number of logits a pixel, as the student's
         n_channels:int=64, # Channels d of all refined maps
-        head_channels:int|None=None, # Channels between the head's two convolutions; the paper has 256. Default: `n_channels`
+        head_channels:int|None=None, # Between the head's convolutions, 256 in the paper. Default: `n_channels`
     ):
         super().__init__()
         check_number('n_channels', n_channels, whole=True)

@@ -54,12 +54,12 @@ class FRSKD(nn.Module):
     def __init__(self,
         teacher:nn.Module, # The self-teacher: refined maps and logits from the list of the student's maps
         task, # What a label means: `SingleLabel()`, `MultiLabel()` or `Segmentation()`
-        feature_loss:Callable=attention_loss, # From lists of student's and refined maps to a scalar; a module trains
+        feature_loss:Callable=attention_loss, # From lists of student's and refined maps to a scalar
         alpha:float=2., # α, weight of the soft-label loss; 0 leaves it out
         beta:float=100., # β, weight of the feature loss; 0 leaves it out
         temperature:float=4., # K, softens both distributions in the soft-label loss
         finest:int=0, # Index of the level whose resolution is enough, see `pool_to`
-        takes_ratios:bool=True, # Does the feature loss take what pooling has left of the positions? Else float32 maps alone
+        takes_ratios:bool=True, # Does the feature loss take `pool_ratios`, too? Else it gets float32 maps
     ):
         super().__init__()
         self.teacher,self.task,self.feature_loss = teacher,task,feature_loss
@@ -72,7 +72,7 @@ class FRSKD(nn.Module):
         logits:Tensor, # Student's logits, B×C or B×C×H×W
         targets:tuple, # A batch of targets
         label_loss:Callable, # From logits and `*targets` to a scalar
-        factor:float|Tensor=1., # Of all that the student gets from the self-teacher, 0 to 1; at the number 0 it imitates nothing
+        factor:float|Tensor=1., # Of all that the student gets from the self-teacher, 0 to 1
         pre:list|None=None, # `maps` before their ReLU, for a feature loss that takes those
     )->FRSKDOutput:
         "The losses of one step, but for the student's own label loss"
@@ -81,7 +81,7 @@ class FRSKD(nn.Module):
         soft = self.task.fit_size(soft, logits)
         losses = dict(teacher=label_loss(soft, *targets))
         refined = [o.detach() for o in refined]
-        if isinstance(factor, Tensor) or factor>0 or self.trains_features:
+        if isinstance(factor, Tensor) or factor>0 or self.trains_features: # reading a tensor makes a GPU wait
             keep = self.task.keep(targets)
             losses.update(self.distil(logits, soft, read, refined, pool_ratios(maps, small), keep))
         return FRSKDOutput(losses, soft, refined)

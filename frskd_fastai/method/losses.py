@@ -13,7 +13,7 @@ from fastai.basics import *
 
 # %% ../../nbs/method/losses.ipynb #3a1c5f64
 def _softened(student, teacher, temperature):
-    "Both logits over K, in float32; a class that the student leaves out, by −inf on its logits, is left out of both"
+    "Both logits over K, in float32. A class of which the student's logit is −inf is left out of both"
     left_out = student.detach().isinf()
     return [o.float().masked_fill(left_out, -1e9)/temperature for o in (student,teacher.detach())]
 
@@ -22,7 +22,7 @@ def soft_label_loss(
     teacher:Tensor, # Self-teacher's logits, B×C; detached here
     temperature:float=4., # K: both distributions are softened by it
 )->Tensor: # Scalar, float32
-    "KL( softmax(t/K) ‖ softmax(s/K) ) · K², summed over classes, mean over the batch (paper section 3.2, L_KD)"
+    "KL( softmax(t/K) ‖ softmax(s/K) ) · K², summed over classes, mean over the batch (section 3.2, L_KD)"
     s,t = (F.log_softmax(o, dim=1) for o in _softened(student, teacher, temperature))
     return F.kl_div(s, t, reduction='batchmean', log_target=True) * temperature**2
 
@@ -31,7 +31,7 @@ def binary_soft_label_loss(
     teacher:Tensor, # Self-teacher's logits, B×C; detached here
     temperature:float=4., # K: both distributions are softened by it
 )->Tensor: # Scalar, float32
-    "The same for each class's yes and no, by sigmoid: the mean over batch and classes, as in binary cross-entropy"
+    "The same for each class's yes and no, by sigmoid; mean over batch and classes, as in binary cross-entropy"
     s,t = (F.logsigmoid(torch.stack([o,-o])) for o in _softened(student, teacher, temperature))
     return F.kl_div(s, t, reduction='none', log_target=True).sum(0).mean() * temperature**2
 
@@ -49,12 +49,13 @@ def pixel_soft_label_loss(
 
 # %% ../../nbs/method/losses.ipynb #db5b5a3f
 class _Energy(torch.autograd.Function):
-    "Mean over channels of x², whose gradient makes no copies of the map (that of `pow` does: 15 times slower on a CPU)"
+    "Mean over channels of x². That of `pow` copies the map on the way back: 15 times slower on a CPU"
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last): # no copy of the map, but slow on a CPU in the other format
+        if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last):
+            # no copy of the map; slow on a CPU in the other format
             return torch.linalg.vector_norm(x, dim=1, dtype=dtype).square().float()/x.shape[1]
         return x.float().square().mean(1)
     @staticmethod
@@ -66,7 +67,7 @@ class _Energy(torch.autograd.Function):
 def attention_map(
     x:Tensor, # Feature map, B×C×H×W
 )->Tensor: # B×H·W, float32, L2 norm 1 over the positions
-    "φ: the mean over channels of x², flattened and divided by its L2 norm (attention transfer; paper section 3.2)"
+    "φ: the mean over channels of x², flattened, over its L2 norm (attention transfer; paper section 3.2)"
     # The compiler makes one pass of the plain formula, and can't look into the function
     if torch.compiler.is_compiling(): energy = x.float().square().mean(1)
     else: energy = _Energy.apply(x.as_subclass(Tensor))
@@ -81,7 +82,7 @@ def attention_loss(
     loss = 0.
     for f,t,ratio in zip(student, teacher, ratios or [1.]*len(student), strict=True):
         squares = (attention_map(f)-attention_map(t.detach())).pow(2)
-        loss = loss + squares.mean()*ratio # φ has norm 1 on a pooled map as well; the paper divides by all positions
+        loss = loss + squares.mean()*ratio # φ has norm 1 on a pooled map, too
     return loss
 
 
@@ -100,7 +101,7 @@ class HintLoss(nn.Module):
     def forward(self,
         student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
-        ratios:list|None=None, # As for `attention_loss`; a mean of squares is of the same scale on pooled maps
+        ratios:list|None=None, # As for `attention_loss`; a mean of squares needs none
     )->Tensor: # Scalar, float32
         rows = zip(self.connectors, student, teacher, strict=True)
         return sum(F.mse_loss(F.relu(connect(f)).float(), t.detach().float()) for connect,f,t in rows)
@@ -110,11 +111,11 @@ class HintLoss(nn.Module):
 def overhaul_margin(
     norm:nn.BatchNorm2d, # The BatchNorm before the ReLU
 )->Tensor: # d, one margin a channel
-    "Mean of the negative values of a normal distribution with `norm`'s bias as mean and its weight as standard deviation"
+    "Mean of the negative values of a normal distribution with `norm`'s bias as mean and weight as deviation"
     m,s = norm.bias.detach().float(),norm.weight.detach().float().abs().clamp(min=1e-12)
     negative = torch.special.ndtr(-m/s)
     mean = m - s*torch.exp(-(m/s)**2/2)/(math.sqrt(2*math.pi)*negative)
-    return torch.where(negative>1e-3, mean, -3*s) # where hardly a value is negative, three standard deviations
+    return torch.where(negative>1e-3, mean, -3*s) # three deviations where hardly a value is negative
 
 class OverhaulLoss(nn.Module):
     "Squared distance of BatchNorm(1×1 convolution(F_i)) from max(T_i, margin), where it matters to the ReLU"
@@ -125,13 +126,14 @@ class OverhaulLoss(nn.Module):
     ):
         super().__init__()
         self.norms = L(norms) # no `ModuleList`: they are the self-teacher's
-        self.connectors = nn.ModuleList(_connector(c, o.num_features) for c,o in zip(channels, norms, strict=True))
+        pairs = zip(channels, norms, strict=True)
+        self.connectors = nn.ModuleList(_connector(c, o.num_features) for c,o in pairs)
 
     def forward(self,
         student:list, # Student's feature maps F_i before the ReLU, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i before the ReLU, B×d_i×H_i×W_i; detached here
-        ratios:list|None=None, # As for `attention_loss`; a sum over fewer positions is brought to that over all
-    )->Tensor: # Scalar, float32; a sum over each sample, mean over the batch, level i of n weighted 1/2^(n−i−1)
+        ratios:list|None=None, # As for `attention_loss`; brings a sum over fewer positions to that over all
+    )->Tensor: # Scalar, float32; summed over a sample, mean over the batch, level i of n weighted 1/2^(n−i−1)
         loss,n = 0.,len(student)
         rows = zip(self.connectors, self.norms, student, teacher, ratios or [1.]*n, strict=True)
         for i,(connect,norm,f,t,ratio) in enumerate(rows):
@@ -154,12 +156,13 @@ def check_feature_loss(
     refined:list, # Maps like the refined ones, B×d_i×H_i×W_i
 ):
     "Compute `loss` once; `ValueError` where it isn't a feature loss for such maps"
-    want = ("It takes two lists, the student's and the refined maps, a B×C×H×W tensor a level, and returns a scalar "
-            "tensor; see `FRSKDCallback(feature_loss=...)`")
+    want = ("It takes two lists, the student's and the refined maps, a B×C×H×W tensor a level, and returns a "
+            "scalar tensor; see `FRSKDCallback(feature_loss=...)`")
     try: v = loss(student, refined)
     except Exception as e:
         shapes = ' and '.join(str([tuple(o.shape) for o in maps]) for maps in (student,refined))
-        raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {shapes}: {type(e).__name__}: {e}. {want}") from e
+        why = f"{type(e).__name__}: {e}"
+        raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {shapes}: {why}. {want}") from e
     if isinstance(v, Tensor) and v.ndim==0: return
     got = f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)
     raise ValueError(f"FRSKD: the feature loss returns {got}. {want}")

@@ -24,7 +24,7 @@ class Schedule:
         raise NotImplementedError
 
     def update(self,
-        log_p:Tensor|None=None, # Mean log-probability that the self-teacher gave to a batch's right answers, a scalar
+        log_p:Tensor|None=None, # Mean log-probability of the right answers, by the self-teacher; a scalar
     ):
         "Count one more step"
         self.steps += 1
@@ -99,7 +99,7 @@ class Trust(Schedule):
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00f
 def make_schedule(
-    schedule:str|Callable, # 'trust', 'constant', 'ramp', or a function from the part of the fit done to a factor
+    schedule:str|Callable, # 'trust', 'constant', 'ramp', or a function as for `Ramp`
 )->Schedule:
     "A new `Schedule` as `FRSKDCallback(schedule=...)` names it"
     named = dict(trust=Trust, constant=Constant, ramp=Ramp)

@@ -53,7 +53,7 @@ class FRSKDSLA(FRSKD):
         pre:list|None=None, # As for `FRSKD`
         *,
         rotated:tuple, # `maps` and `pre` of the rotated images, 4B×c_i×H_i×W_i
-        labels:list|None=None, # Classes and their weight, two pairs where labels are mixed. Default: the targets
+        labels:list|None=None, # Classes and their weight, two pairs if labels are mixed. Default: targets
     )->FRSKDOutput:
         "The losses of one step, but for the student's own label loss"
         (small,read),(rotated,read_rotated) = self.pool(maps, pre),self.pool(*rotated)
@@ -77,5 +77,6 @@ def _cat(maps, rotated): return [torch.cat(o) for o in zip(maps, rotated)]
 
 def _joint_loss(logits, labels):
     "Cross-entropy on the joint labels; under MixUp or CutMix, which mix two labels, on both"
-    losses = [F.cross_entropy(logits, joint_labels(y), reduction='none').view(-1, 4).mean(1) for y,_ in labels]
+    each = partial(F.cross_entropy, logits, reduction='none') # of the four rotations of each image
+    losses = [each(joint_labels(y)).view(-1, 4).mean(1) for y,_ in labels]
     return sum(loss*w for loss,(_,w) in zip(losses, labels)).mean()

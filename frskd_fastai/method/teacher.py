@@ -19,7 +19,7 @@ def _down(x, size):
     "Max-pool `x`, which is not negative, to `size`"
     if x.shape[-2:]==size: return x
     if not all(s==(o+1)//2 for s,o in zip(size, x.shape[-2:])): return F.adaptive_max_pool2d(x, size)
-    # "same" padding: an odd side gets one row before and one after, an even one gets one after, by `ceil_mode`
+    # "same" padding: an odd side gets a row before and one after, an even one gets one after, by `ceil_mode`
     return F.max_pool2d(x, 3, stride=2, padding=tuple(int(o)%2 for o in x.shape[-2:]), ceil_mode=True)
 
 
@@ -31,11 +31,12 @@ def _project(ni, nf):
 def _weighted(p, x, w):
     "P of `x`, times the weights `w`, one or one a channel, none of them negative"
     conv,norm,relu = p
-    if torch.jit.is_tracing(): return relu(norm(conv(x))*w.view(-1,1,1)) # the same; the tracer takes no `functional_call`
+    # The tracer takes no `functional_call`; this is the same
+    if torch.jit.is_tracing(): return relu(norm(conv(x))*w.view(-1,1,1))
     return relu(functional_call(norm, {'weight':norm.weight*w, 'bias':norm.bias*w}, conv(x)))
 
 def _node(d, depth):
-    "S: `depth` times depthwise 3×3 → 1×1 → BatchNorm, with ReLUs between; whoever reads it takes the ReLU after it"
+    "S: `depth` times depthwise 3×3 → 1×1 → BatchNorm, with ReLUs between; its readers take the ReLU after it"
     layers = []
     for _ in range(depth):
         depthwise = nn.Conv2d(d, d, 3, padding=1, groups=d, bias=False)
@@ -57,13 +58,14 @@ class BiFPNLayer(nn.Module):
         n = len(c)
         path = _project if project else lambda ni,nf: nn.Identity()
         self.first = first
-        laterals = [_project(c[i], (i>0 and first)*d[i] + d[i]) if first or i>0 else nn.Identity() for i in range(n)]
-        self.laterals   = nn.ModuleList(laterals)
+        finest = _project(c[0], d[0]) if first else nn.Identity()
+        both = 2 if first else 1 # A_i and B_i in one
+        self.laterals   = nn.ModuleList([finest, *(_project(c[i], both*d[i]) for i in range(1, n))])
         self.up         = nn.ModuleList(path(d[i+1], d[i]) for i in range(n-1))
         self.up_nodes   = nn.ModuleList(_node(d[i], depth) for i in range(n-1))
         self.down       = nn.ModuleList(path(d[i], d[i+1]) for i in range(n-1))
         self.down_nodes = nn.ModuleList(_node(d[i+1], depth) for i in range(n-1))
-        # Row i: inputs of the node U_i; row n-1+i: of T_{i+1}, in the order lateral, U, P. The mask says which a node has
+        # Row i: inputs of the node U_i, row n-1+i: of T_{i+1}; lateral, U, P. The mask says which a node has
         self.fusion = nn.Parameter(torch.ones(2*(n-1), 3))
         mask = torch.ones(2*(n-1), 3)
         mask[:n-1,2] = 0.
@@ -95,9 +97,10 @@ class BiFPNLayer(nn.Module):
         return t,pre
 
     def _lateral(self, i, f, up, down):
-        "A_i and B_i of the map `f`, with the weights that U_i and T_i have for them; a node that there isn't has none"
+        "A_i and B_i of the map `f`; `up` and `down` are the weights of the nodes U_i and T_i, if they exist"
         lateral = self.laterals[i]
-        if not self.first: return f if up is None else f*up[0], None if down is None else _weighted(lateral, f, down[0])
+        if not self.first:
+            return f if up is None else f*up[0], None if down is None else _weighted(lateral, f, down[0])
         ws = [f.new_ones(()) if up is None else up[0]] + ([] if down is None else [down[0]])
         d = lateral[0].out_channels//len(ws)
         out = _weighted(lateral, f, torch.cat([o.expand(d) for o in ws]))
@@ -119,17 +122,18 @@ def check_number(
     if value is None and optional: return
     if isinstance(value, Integral if whole else Real) and 0<=value<math.inf and (zero or value): return
     kind = 'whole number' if whole else 'number'
-    raise ValueError(f"FRSKD: {name} must be a {f'{kind}, 0 or more' if zero else f'positive {kind}'}, got {value!r}")
+    want = f'a {kind}, 0 or more' if zero else f'a positive {kind}'
+    raise ValueError(f"FRSKD: {name} must be {want}, got {value!r}")
 
 class SelfTeacher(nn.Module):
-    "The self-teacher of FRSKD (paper section 3.1): refines the student's feature maps, and classifies the last one"
+    "The self-teacher (paper section 3.1): refines the student's feature maps, and classifies the last one"
     def __init__(self,
         channels:list, # Channels c_i of the student's levels, largest map first; at least two
         n_out:int, # Number of logits, as the student's
-        width:float|list=2., # Teacher's channels per channel of the student, d_i = max(1, round(width · c_i)); one or one a level
+        width:float|list=2., # d_i = max(1, round(width · c_i)) channels; one number, or one a level
         depth:int=2, # Depthwise-separable convolutions in each node
         repeat:int=1, # Layers of top-down and bottom-up pass
-        n_channels:int|None=None, # Channels of all levels, for the fixed-channel variant; `width` is not used then
+        n_channels:int|None=None, # Channels of all levels, in place of `width`: the fixed-channel variant
     ):
         super().__init__()
         self.check_size(width, depth, repeat, n_channels)
@@ -137,7 +141,8 @@ class SelfTeacher(nn.Module):
         widths = width if is_listy(width) else [width]*len(channels)
         if len(widths)!=len(channels):
             raise ValueError(f"FRSKD: {len(widths)} widths, {list(widths)}, for {len(channels)} levels")
-        d = self.channels = [n_channels or max(1, round(w*c)) for w,c in zip(widths, channels)] # of the refined maps
+        # Of the refined maps
+        d = self.channels = [n_channels or max(1, round(w*c)) for w,c in zip(widths, channels)]
         layer = partial(BiFPNLayer, d=d, depth=depth, project=n_channels is None)
         self.layers = nn.ModuleList(layer(d if i else channels, first=i==0) for i in range(repeat))
         self.head = nn.Linear(d[-1], n_out)
@@ -152,7 +157,7 @@ class SelfTeacher(nn.Module):
 
     @property
     def norms(self):
-        "The BatchNorm that ends the node of each refined map, largest map first (for the margins of `OverhaulLoss`)"
+        "The BatchNorm that ends the node of each refined map, largest first (for `OverhaulLoss`)"
         return [self.layers[-1].up_nodes[0][-1], *(o[-1] for o in self.layers[-1].down_nodes)]
 
     def forward(self,
@@ -173,7 +178,7 @@ def _check_levels(
     if built is None and len(levels)<2:
         raise ValueError(f"FRSKD: the self-teacher needs at least two levels, got channels={list(levels)}")
     if built is not None and len(levels)!=len(built):
-        raise ValueError(f"FRSKD: the self-teacher was built for {len(built)} levels, got {len(levels)} feature maps")
+        raise ValueError(f"FRSKD: the self-teacher was built for {len(built)} levels, got {len(levels)} maps")
 
 
 # %% ../../nbs/method/teacher.ipynb #cda41fb7
@@ -185,13 +190,14 @@ def check_teacher(
     preact:bool=False, # Shall it give refined maps before their ReLU, and have `norms`?
     ndim:int=2, # Dimensions of the logits; 4: some for each position of a map
 )->list: # Channels d_i of the refined maps
-    "Run `teacher` once, in evaluation mode; `ValueError` where it isn't a self-teacher for maps like those of `levels`"
+    "Run `teacher` once, in evaluation mode; `ValueError` where it isn't a self-teacher for such levels"
     feats = [torch.zeros(2, o.channels, *o.size, device=device) for o in levels]
     try: out = _evaluate(teacher, feats, **(dict(preact=True) if preact else {}))
     except Exception as e:
         shapes = [tuple(o.shape) for o in feats]
         _refuse(f"fails on feature maps of shapes {shapes}: {type(e).__name__}: {e}", e)
-    if not (isinstance(out, (tuple,list)) and len(out)==2 and is_listy(out[0]) and isinstance(out[1], Tensor)):
+    pair = isinstance(out, (tuple,list)) and len(out)==2
+    if not (pair and is_listy(out[0]) and isinstance(out[1], Tensor)):
         names = ', '.join(type(o).__name__ for o in (out if isinstance(out, (tuple,list)) else [out]))
         _refuse(f"doesn't return a list of maps and a tensor, but {names}")
     refined,logits = out
@@ -219,7 +225,7 @@ def _evaluate(module, *args, **kwargs):
         for m,training in flags.items(): m.training = training
 
 def _refuse(what, cause=None):
-    raise ValueError(f"FRSKD: the self-teacher {what}. It takes the list of the student's feature maps, and returns a "
-                     "list of refined maps, one a level and of its height and width, and logits; see "
+    raise ValueError(f"FRSKD: the self-teacher {what}. It takes the list of the student's feature maps, and "
+                     "returns a list of refined maps, one a level and of its height and width, and logits; see "
                      "`FRSKDCallback(teacher=...)`") from cause
 

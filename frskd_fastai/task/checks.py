@@ -20,7 +20,8 @@ _no_logits = dict(BCELoss=_probabilities, binary_cross_entropy=_probabilities,
                   NLLLoss=_log_probabilities, nll_loss=_log_probabilities)
 
 def _refuse(what):
-    raise ValueError("FRSKD serves classification, single-label or multi-label, and semantic segmentation; "+what)
+    raise ValueError("FRSKD serves classification, single-label or multi-label, and semantic segmentation; "
+                     + what)
 
 def check_loss(
     loss_func:Callable, # The Learner's
@@ -47,14 +48,14 @@ def check_targets(
 
 def _check_pixels(pred, yb, loss_func):
     if pred.shape[1]==1 or is_multi_label(loss_func, yb):
-        _refuse(f"in segmentation each pixel has one of two classes or more, a logit for each; this model returns "
-                f"logits of shape {tuple(pred.shape)}, and its loss function is {loss_name(loss_func)}")
+        _refuse(f"in segmentation each pixel has one of two classes or more, a logit for each; this model "
+                f"returns logits of shape {tuple(pred.shape)}, and its loss function is {loss_name(loss_func)}")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return
     y = yb[0]
     if y.is_floating_point() or Segmentation.labels(y).shape[1:]!=pred.shape[2:]:
         h,w = pred.shape[2:]
-        _refuse(f"the targets of segmentation are a class number for each pixel, here B×{h}×{w}, as the model's "
-                f"logits, of shape {tuple(pred.shape)}; these are of shape {tuple(y.shape)}, {y.dtype}")
+        _refuse(f"the targets of segmentation are a class number for each pixel, here B×{h}×{w}, as the "
+                f"model's logits, of shape {tuple(pred.shape)}; these are of shape {tuple(y.shape)}, {y.dtype}")
 
 def _check_images(pred, yb, loss_func):
     multi,loss,shape = is_multi_label(loss_func, yb),loss_name(loss_func),tuple(pred.shape)
@@ -63,16 +64,17 @@ def _check_images(pred, yb, loss_func):
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return
     y,c = yb[0],pred.shape[1]
     if not y.is_floating_point() and y.ndim>2:
-        _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel, and the model returns logits "
-                f"for whole images, of shape {shape}")
+        _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel, and the model returns "
+                f"logits for whole images, of shape {shape}")
     each = y[0].numel() if y.ndim else 1
     if y.is_floating_point() and each!=c:
-        _refuse(f"these targets, numbers of shape {tuple(y.shape)} for logits of shape {shape}, are for regression")
+        _refuse(f"these targets, numbers of shape {tuple(y.shape)} for logits of shape {shape}, "
+                "are for regression")
     if isinstance(y, TensorMultiCategory) and not multi:
         _refuse(f"these targets are multi-label, but the loss function, {loss}, is for one label")
     if multi and each!=c:
-        _refuse(f"the loss function, {loss}, is for multi-label targets, a number for each of the {c} classes; these "
-                f"targets are of shape {tuple(y.shape)}")
+        _refuse(f"the loss function, {loss}, is for multi-label targets, a number for each of the {c} classes; "
+                f"these targets are of shape {tuple(y.shape)}")
 
 def check_pred(
     pred, # What the model returns

@@ -19,9 +19,9 @@ from ..method.losses import *
 
 # %% ../../nbs/task/task.ipynb #ec13e067
 Answers = namedtuple('Answers', 'right cls log_p keep asked')
-Answers.__doc__ = """What logits say to the targets, tensors B×N of an image's N answers: is it `right`,
-of which class (`cls`), the log-probability `log_p` of the right one, does it count (`keep`), and is it a label that the
-image has (`asked`; all that count, but of several labels the positive ones)"""
+Answers.__doc__ = """What logits say to the targets, tensors B×N of an image's N answers: is it `right`, of
+which class (`cls`), the log-probability `log_p` of the right one, does it count (`keep`), and is it a label that
+the image has (`asked`; all that count, but of several labels the positive ones)"""
 
 def mean_where(
     values:Tensor,
@@ -32,10 +32,10 @@ def mean_where(
 
 # %% ../../nbs/task/task.ipynb #e3b85b1c
 class Task:
-    "What a label means, to student and self-teacher. This base: each answer is one class of several, by softmax"
+    "What a label means. This base: each answer is one class of several, by softmax"
     per,ndim = 'image',2 # What has a label of its own; dimensions of the logits
     alpha,beta,temperature = 2.,1.,4. # Default weights; of the feature loss, as a part of its own
-    width,finest,budgeted = 2.,1,True # Of the default self-teacher; is a smaller one taken where this is costly?
+    width,finest,budgeted = 2.,1,True # Of the default self-teacher; is a smaller one taken if it is costly?
 
     def __init__(self,
         ignored=(), # Labels that don't count, see `ignored_labels`
@@ -50,12 +50,13 @@ class Task:
         "Compare `logits` with `y`. Labels that no class has (−1, −100, NaN) don't count"
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         log_p = F.log_softmax(logits, dim=1)
+        numbers = not y.is_floating_point() and y.numel()==log_p[:,:1].numel()
         if y.shape==logits.shape: cls,log_p,keep = _of_probabilities(log_p, y.float())
-        elif not y.is_floating_point() and y.numel()==log_p[:,:1].numel(): cls,log_p,keep = self._of_classes(log_p, y)
+        elif numbers: cls,log_p,keep = self._of_classes(log_p, y)
         else:
-            raise ValueError(f"FRSKD can't read labels from targets of shape {tuple(y.shape)}, {y.dtype}, for logits "
-                             f"of shape {tuple(logits.shape)}. Expected are class numbers, or a number for each of the "
-                             f"{logits.shape[1]} classes.")
+            got = f"targets of shape {tuple(y.shape)}, {y.dtype}, for logits of shape {tuple(logits.shape)}"
+            raise ValueError(f"FRSKD can't read labels from {got}. Expected are class numbers, or a number for each "
+                             f"of the {logits.shape[1]} classes.")
         right = logits.argmax(1)==cls
         right,cls,log_p,keep = (o.reshape(len(logits), -1) for o in (right,cls,log_p,keep))
         return Answers(right, cls, log_p, keep, keep)
@@ -113,9 +114,10 @@ class Task:
     def defaults(cls,
         feature_loss:str|Callable='attention', # As for `FRSKDCallback`
     )->dict: # α, β and K; width and `finest` of the self-teacher
-        "The settings where the user gives none: the paper's weights, and what the self-teacher can do without"
+        "The settings where the user gives none: the paper's weights, and a cheaper self-teacher"
         beta = default_beta[feature_loss]*cls.beta if isinstance(feature_loss, str) else 1.
-        return dict(alpha=cls.alpha, beta=beta, temperature=cls.temperature, width=cls.width, finest=cls.finest)
+        weights = dict(alpha=cls.alpha, beta=beta, temperature=cls.temperature)
+        return dict(weights, width=cls.width, finest=cls.finest)
 
     def self_teacher(self,
         width:float|list, # Channels of the self-teacher per channel of the student
@@ -141,7 +143,7 @@ class SingleLabel(Task):
 class MultiLabel(Task):
     "An image has any number of the classes, each a yes or no of its own, by sigmoid"
     def answers(self, logits, y):
-        if y.numel()!=logits.numel(): return super().answers(logits, y) # a loss function of your own may know them
+        if y.numel()!=logits.numel(): return super().answers(logits, y) # only your own loss knows them
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         y,c = y.view_as(logits),logits.shape[1]
         yes,keep = y>.5,y>=0 # NaN is neither
