@@ -1,10 +1,11 @@
-"""What the reference implementation's self-teacher costs beside the package's, and the candidates of the cost study.
+"""What the reference implementation's self-teacher costs beside the package's, and the cost study's candidates.
 
-    python benchmarks/reference_cost.py resnet18 --size 224 --bs 8 --before f2a1ed1 --out benchmarks/results/bench_resnet18.csv
+    python benchmarks/reference_cost.py resnet18 --before f2a1ed1 --out benchmarks/results/bench_resnet18.csv
     python benchmarks/reference_cost.py candidates --out benchmarks/results/candidates.csv
 
-`frskd-bench` in a script, with other variants: `reference` is `tests/reference.py`, the reference implementation written out node by node, with its attention loss;
-`before` is the paper's settings with the modules of an earlier commit, read from git. `candidates` measures the variants of `schedule_study.py` on its student, as it trains it.
+`frskd-bench` in a script, with other variants: `reference` is `tests/reference.py`, the reference implementation
+written out node by node, with its attention loss; `before` is the paper's settings with the modules of an earlier
+commit, read from git. `candidates` measures the variants of `schedule_study.py` on its student, as it trains it.
 """
 import argparse, io, subprocess, sys, tarfile, tempfile
 from importlib import import_module
@@ -15,25 +16,30 @@ from fastai.vision.all import *
 from frskd_fastai.cli.bench import bench, table, variants as usual
 from frskd_fastai.callback import FRSKDCallback
 
-CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w2 d1 l2','deep d1','w1','w1 d1','w1 d1 f1','w1 d1 f2','shared f1','bottle f1','w1122 d1 f1','w.5 d1 f1']
+CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w2 d1 l2','deep d1','w1','w1 d1',
+    'w1 d1 f1','w1 d1 f2','shared f1','bottle f1','w1122 d1 f1','w.5 d1 f1']
 
 def before(commit):
     "The paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
     d = Path(tempfile.mkdtemp())
-    tar = subprocess.run(['git','archive',commit,'frskd_fastai'], capture_output=True, check=True, cwd=here.parent).stdout
+    cmd = ['git','archive',commit,'frskd_fastai']
+    tar = subprocess.run(cmd, capture_output=True, check=True, cwd=here.parent).stdout
     with tarfile.open(fileobj=io.BytesIO(tar)) as t: t.extractall(d)
     (d/'frskd_fastai').rename(d/'before')
     sys.path.insert(0, str(d))
     def module(name): # in a folder, or in none as before the rebuild
         file = next((d/'before').rglob(f'{name}.py'))
         return import_module('.'.join(file.relative_to(d).with_suffix('').parts))
-    return partial(FRSKDCallback.paper, teacher=module('teacher').SelfTeacher, feature_loss=module('losses').attention_loss, beta=100.)
+    teacher,loss = module('teacher').SelfTeacher,module('losses').attention_loss
+    return partial(FRSKDCallback.paper, teacher=teacher, feature_loss=loss, beta=100.)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('arch'); p.add_argument('--size', type=int, default=224); p.add_argument('--bs', type=int, default=8)
-    p.add_argument('--rounds', type=int, default=4); p.add_argument('--steps', type=int, default=1)
-    p.add_argument('--before', metavar='COMMIT'); p.add_argument('--compile', action='store_true'); p.add_argument('--out', type=Path)
+    p.add_argument('arch')
+    for o,n in dict(size=224, bs=8, rounds=4, steps=1).items(): p.add_argument(f'--{o}', type=int, default=n)
+    p.add_argument('--before', metavar='COMMIT')
+    p.add_argument('--compile', action='store_true')
+    p.add_argument('--out', type=Path)
     a = p.parse_args()
     kw = dict(size=a.size, bs=a.bs)
     if a.arch=='candidates':
@@ -42,9 +48,12 @@ if __name__=='__main__':
         variants = {k:None if ARMS[k] is None else partial(FRSKDCallback, **ARMS[k]) for k in CANDIDATES}
     else:
         import reference
-        arch,variants = a.arch,{**usual, 'reference':partial(FRSKDCallback.paper, teacher=reference.Reference, feature_loss=reference.attention, beta=100.)}
+        paper = partial(FRSKDCallback.paper, teacher=reference.Reference, feature_loss=reference.attention, beta=100.)
+        arch,variants = a.arch,{**usual, 'reference':paper}
         if a.before: variants['before'] = before(a.before)
         if a.compile: variants['default, compiled'] = partial(FRSKDCallback, compile=True)
     d = bench(arch, variants, rounds=a.rounds, steps=a.steps, **kw)
     print(table(d))
-    if a.out: d.assign(arch=a.arch, **kw, threads=torch.get_num_threads(), torch=torch.__version__, date=time.strftime('%Y-%m-%d')).to_csv(a.out, index=False, float_format='%.6g')
+    d = d.assign(arch=a.arch, **kw, threads=torch.get_num_threads(), torch=torch.__version__)
+    d['date'] = time.strftime('%Y-%m-%d')
+    if a.out: d.to_csv(a.out, index=False, float_format='%.6g')

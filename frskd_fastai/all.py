@@ -1,4 +1,4 @@
-"What users need: `from frskd_fastai.all import *`; the rest is reached by module, as `frskd_fastai.task.task.MultiLabel`"
+"What users need: `from frskd_fastai.all import *`. The rest is reached by module, as `frskd_fastai.task.task`"
 from .callback import FRSKDCallback
 from .data.embedded import digits_data
 from .data.images import find_images, image_dls

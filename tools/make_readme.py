@@ -1,6 +1,6 @@
 """Write README.md, and its images in README_files/, from nbs/index.ipynb.
 
-In place of nbdev-readme, which needs quarto. With --check, write nothing and fail when README.md is not what would be written."""
+In place of nbdev-readme, which needs quarto. With --check, write nothing, and fail where README.md differs."""
 import base64, os, re, shutil, sys
 from pathlib import Path
 from fastcore.nbio import cell_frontmatter
@@ -16,7 +16,7 @@ procs = [hide_line, filter_stream_, rm_export, clean_magics, hide_]
 def output_md(o, asis, imgs):
     "Markdown for the output `o`; an image is added to `imgs`"
     def text(s): return s if asis else fenced(s) if s.strip() else ''
-    if o.output_type == 'stream': s = o.text if o.name == 'stdout' else ''  # stderr: progress bars and warnings
+    if o.output_type == 'stream': s = o.text if o.name == 'stdout' else ''  # stderr: bars and warnings
     elif o.output_type == 'error': s = f'{o.ename}: {o.evalue}'
     elif 'image/png' in o.data:
         name = f'README_files/figure-{len(imgs)+1}.png'
@@ -24,18 +24,19 @@ def output_md(o, asis, imgs):
         return f'![]({name})'
     elif 'text/markdown' in o.data: return o.data['text/markdown']
     else: s = o.data.get('text/plain', '')
-    # <IPython.core.display.HTML object>: all the text that an HTML-only output, such as fastai's table of epochs, has
+    # <IPython.core.display.HTML object>: the text of an output in HTML, such as fastai's table of epochs
     return '' if re.fullmatch(r'<IPython\.\S+ object>', s.strip()) else text(re.sub(r'\x1b\[[0-9;]*m', '', s))
 
 def cell_md(c, imgs):
     "The blocks of markdown for the cell `c`"
     d,src = c.directives_,c.source.strip()
     fm = cell_frontmatter(src) if c.cell_type != 'code' else None
-    if fm: return [f'# {fm["title"]}', f'> {fm["description"]}' if 'description' in fm else ''] if 'title' in fm else []
+    if fm: return [f'# {fm["title"]}', f'> {fm["description"]}']
     if c.cell_type != 'code': return [src] if c.cell_type == 'markdown' else []
     if d.get('include') == 'false': return []
     code = [fenced(src, 'python')] if src and d.get('echo') != 'false' else []
-    return code + ([] if d.get('output') == 'false' else [output_md(o, d.get('output') == 'asis', imgs) for o in c.outputs])
+    if d.get('output') == 'false': return code
+    return code + [output_md(o, d.get('output') == 'asis', imgs) for o in c.outputs]
 
 def render():
     "The generated files as `{name: bytes}`"
@@ -47,10 +48,11 @@ def render():
 
 def main():
     new = render()
-    old = {f.as_posix(): f.read_bytes() for f in [Path('README.md'), *Path('README_files').rglob('*')] if f.is_file()}
     if '--check' in sys.argv[1:]:
-        bad = sorted(f for f in old.keys() | new.keys() if old.get(f) != new.get(f))
-        if bad: sys.exit(f'{", ".join(bad)}: not what nbs/index.ipynb gives; edit that, run `make export`, then commit')
+        files = [Path('README.md'), *Path('README_files').rglob('*')]
+        old = {f.as_posix(): f.read_bytes() for f in files if f.is_file()}
+        bad = ', '.join(sorted(f for f in old.keys() | new.keys() if old.get(f) != new.get(f)))
+        if bad: sys.exit(f'{bad}: not what nbs/index.ipynb gives; edit that, run `make export`, then commit')
         return print('README.md is up to date.')
     shutil.rmtree('README_files', ignore_errors=True)
     for f,b in new.items():

@@ -1,4 +1,4 @@
-"""Keep of the notebooks' printed outputs what a terminal would show at the end: progress bars overwrite themselves with carriage returns."""
+"Keep of the notebooks' printed outputs what a terminal shows at the end: carriage returns overwrite progress bars"
 import json
 from pathlib import Path
 

@@ -1,0 +1,115 @@
+"nbdev's processing of a notebook for `make_docs.py`: entries of functions and classes, links to them"
+import ast, html, inspect, re
+from configparser import ConfigParser
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from textwrap import fill, indent
+from fastcore.xtras import fenced
+from nbdev.doclinks import NbdevLookup
+from nbdev.processors import FilterDefaults, exec_show_docs
+from nbdev.showdoc import BasicMarkdownRenderer, show_doc
+
+root = Path(__file__).resolve().parent.parent
+cfg = ConfigParser(delimiters='=', interpolation=None)
+cfg.read(root/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+
+empty = inspect.Parameter.empty
+stars = {inspect.Parameter.VAR_POSITIONAL:'*', inspect.Parameter.VAR_KEYWORD:'**'}
+
+def default_text(o):
+    "How a default is shown: `<function ...>` says nothing; None where there is none"
+    s = None if o is empty else getattr(o, '__name__', repr(o))
+    return '…' if s and '<' in s else s
+
+def type_text(o):
+    "`Learner`, not `fastai.learner.Learner`"
+    if o is empty: return ''
+    return re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(o)).replace('NoneType', 'None')
+
+def code(s):
+    "In backticks, nbdev would link a parameter to a function of its name"
+    return '<code>' + html.escape(s).replace('*', '&#42;').replace('_', '&#95;') + '</code>'
+
+@cache
+def first_lines(file):
+    "The lines on which a module's functions, classes and methods begin"
+    nodes = [o for o in ast.parse(file.read_text(encoding='utf-8')).body if hasattr(o, 'name')]
+    methods = {f'{c.name}.{o.name}':o.lineno for c in nodes for o in c.body if hasattr(o, 'name')}
+    return methods | {o.name:o.lineno for o in nodes}
+
+class Entry(BasicMarkdownRenderer):
+    "What `show_doc` shows, fit for a phone: call, docstring, parameters as a list, a class's documented methods"
+    def __init__(self, sym, **kwargs):
+        self.prop = isinstance(sym, property)
+        super().__init__(sym, **kwargs)
+
+    def params(self):
+        "Of each parameter and, last, of what is returned: name, type, default (None without one), meaning"
+        for k,p in getattr(self.dm, 'dm', {}).items():
+            name = stars.get(p.get('kind'), '')+k
+            yield name, type_text(p['anno']), default_text(p['default']), p['docment'] or ''
+
+    def call(self):
+        params = [(n,d) for n,_,d,_ in self.params() if n not in ('return','self','cls')]
+        args = ', '.join(n if d is None else f'{n}={d}' for n,d in params)
+        if len(self.nm+args) < 80: return f'{self.nm}({args})'
+        return '\n'.join([f'{self.nm}(', indent(fill(args, 72, break_on_hyphens=False), '    '), ')'])
+
+    def rows(self):
+        for name,type_,default,doc in self.params():
+            if not doc: continue
+            head = '**Returns**' if name=='return' else f'<strong>{code(name)}</strong>'
+            if type_: head += f' {code(type_)}'
+            if default is not None: head += f' = {code(default)}'
+            yield f'{head}\n:   {indent(doc, "    ").strip()}'
+
+    def methods(self):
+        for n,o in vars(self.sym).items() if inspect.isclass(self.sym) else ():
+            if n[0] != '_' and (isinstance(o, property) or inspect.isroutine(o)) and o.__doc__:
+                e = Entry(getattr(self.sym, n), title_level=self.title_level+1)
+                if e.nm==f'{self.nm}.{n}': yield e # not a function that is a default
+
+    def source(self):
+        "Where it is defined; nbdev's own link has no line for most names"
+        found = NbdevLookup()[self.fn]
+        if not isinstance(found, tuple): return
+        _,file,url = found
+        at = first_lines(root/file) # not `inspect`: the class may be the notebook's, which has other lines
+        line = at.get(self.nm) or at.get(self.nm.rpartition('.')[2]) # `@patch`: a method is a function there
+        return url + (f'#L{line}' if line else '')
+
+    def _repr_markdown_(self):
+        src = self.source()
+        title = f'{"#"*self.title_level} {self.nm} {{ #{self.nm.lower()} }}'
+        link = src and f'[source]({src}){{ .source }}'
+        call = '' if self.prop else fenced(self.call(), 'python')
+        methods = [m._repr_markdown_() for m in self.methods()]
+        return '\n\n'.join(filter(None, [title, link, call, self.docs, *self.rows(), *methods]))
+
+class exec_entries(exec_show_docs):
+    "Entries of the module's own objects: the comments of a dataclass are in its file"
+    def begin(self):
+        super().begin()
+        names = [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_]
+        mod = import_module('.'.join([cfg['lib_name'], *names])) # of a tutorial: the package
+        def entry(sym): return show_doc(getattr(mod, getattr(sym, '__qualname__', ''), sym), renderer=Entry)
+        self.k.user_ns['show_doc'] = entry
+
+class Lookup(NbdevLookup):
+    "Links names in backticks; a plain word, such as `train`, may be an option, so only `train()` is linked"
+    def _link_sym(self, m): return m[0] if re.fullmatch('`[a-z]+`', m[0]) else super()._link_sym(m)
+
+def add_links(cell):
+    "nbdev's, with the links of `Lookup`"
+    look = Lookup()
+    if cell.cell_type=='markdown': cell.source = look.linkify(cell.source)
+    for o in cell.get('outputs', []):
+        if md := o.get('data', {}).get('text/markdown'): o.data['text/markdown'] = look.linkify(''.join(md))
+
+class Filter(FilterDefaults):
+    "nbdev's processors of a notebook, two of them replaced"
+    def base_procs(self):
+        own = dict(exec_show_docs=exec_entries, add_links=add_links)
+        return [own.get(p.__name__, p) for p in super().base_procs()]
