@@ -13,6 +13,9 @@ from .refined import *
 from .models.bifpn import *
 from .sla_callback import *
 from .show.attention import *
+from .show.losses import *
+from .show.masks import *
+from .show.agreement import *
 from .show.comparison import *
 from .data.embedded import *
 from .data.images import *
