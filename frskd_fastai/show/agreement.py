@@ -38,7 +38,7 @@ def plot_agreement(self:FRSKDCallback,
     n:int=12, # How many classes
     dl=None, # Data loader with targets; default: the validation set's
 )->plt.Axes:
-    "Who is right where the two disagree, on all answers and on those of the `n` classes with most disagreement"
+    "Who is right where the two disagree: on all answers, and on the `n` classes with most disagreement"
     d = self.agreement(dl)
     d = d[d.sum(axis=1)>0]
     part = d.div(d.sum(axis=1), axis=0)

@@ -18,7 +18,7 @@ def attention_maps(
     learn:Learner, # Learner with an `FRSKDCallback` that has trained
     x:Tensor, # Inputs, B×C×H×W, as the model gets them
 )->tuple: # Student's and self-teacher's attention maps: two lists, a B×H_i×W_i tensor a level
-    "φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode and without a trace"
+    "φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode"
     maps,_,refined,_ = learn.frskd.run_both(x.as_subclass(Tensor))
     return [[attention_map(o).view(len(o), *o.shape[-2:]).cpu() for o in os] for os in (maps,refined)]
 

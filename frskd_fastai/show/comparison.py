@@ -22,7 +22,8 @@ class _Silent(Recorder):
 
 class _Collect(Callback):
     "Calls `collect` with the prediction and the targets of each batch"
-    name,order = 'gather_preds',200 # by this name loggers and trackers know to keep out; after what changes predictions
+    name = 'gather_preds' # by this name loggers and trackers know to keep out
+    order = 200 # after what changes predictions
     def __init__(self, collect): self.collect = collect
     def after_pred(self): self.collect(self.pred, self.yb)
 
@@ -39,16 +40,17 @@ class _Judged:
     def __init__(self, learn, source):
         self.learn,self.source,self.rows,self.labels = learn,source,[],[]
         _validate(learn, source.ordered(), self._judge)
-        if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has: `dl=`.")
-        self.right,self.prob,self.n = torch.cat(self.rows).unbind(1) # parts right, mean probabilities, numbers that count
+        if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has.")
+        # the part that is right, the mean probability of the right answer, how many answers count
+        self.right,self.prob,self.n = torch.cat(self.rows).unbind(1)
 
     def answers(self, logits, y): return task_of(logits, (y,), self.learn.loss_func).answers(logits, y)
 
     def _judge(self, pred, yb):
         if not yb: raise ValueError(no_targets)
         if not isinstance(pred, Tensor):
-            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. Compare those that "
-                             "return logits.")
+            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. "
+                             "Compare those that return logits.")
         a = self.answers(pred, yb[0])
         n = a.keep.sum(1)
         right,prob = ((o*a.keep).sum(1)/n.clamp(min=1) for o in (a.right,a.log_p.exp()))
@@ -56,26 +58,27 @@ class _Judged:
         if pred.ndim==2: self.labels += yb[0].as_subclass(Tensor).cpu()
 
     def batch(self, idxs):
-        "The images `idxs` in a batch, decoded, and the logits"
-        dl,preds = self.source.ordered(),[]
+        "The images `idxs`, decoded, their logits and targets"
+        dl,seen = self.source.ordered(),[]
         if not dl.indexed:
-            raise ValueError("FRSKD: the images of an iterable data set can't be looked up. To show them, compare on "
-                             "a data set with an index.")
-        every = list(dl.get_idxs())
+            raise ValueError("FRSKD: the images of an iterable data set can't be looked up. "
+                             "To show them, compare on a data set with an index.")
+        every = self.source.idxs
         b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
-        _validate(self.learn, [b], lambda pred,yb: preds.append(pred.cpu().as_subclass(Tensor)))
+        _validate(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
         if hasattr(dl, 'decode_batch'): images = dl.decode_batch(b, max_n=len(idxs))
         else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
-        return images,to_cpu(b[1]),preds[0]
+        return images,*seen
 
 def _check_labels(one, two):
-    "`ValueError` where the labels of the same items differ, or the first masks; a mask of another size tells nothing"
+    "`ValueError` where labels of the same items differ, or their first masks, if these are of one size"
     if one.source is two.source: return
     a,b = (o.labels or o.source.raw_targets(8) for o in (one,two))
     differ = [not np.array_equal(x, y) and (x.shape==y.shape or x.ndim<2) for x,y in zip(a, b)]
     if len(a)==len(b) and not any(differ): return
-    raise ValueError("FRSKD: these two Learners label the same items differently, first item "
-                     f"{(differ+[True]).index(True)}. Compare Learners that were trained with the same labels.")
+    bad = (differ+[True]).index(True)
+    raise ValueError(f"FRSKD: these two Learners label the same items differently, first item {bad}. "
+                     "Compare Learners that were trained with the same labels.")
 
 # %% ../../nbs/show/comparison.ipynb #75f2de3c
 class StudentComparison:
@@ -84,30 +87,32 @@ class StudentComparison:
         learn:Learner, # With FRSKD; its validation set is what both are asked
         other:Learner, # Without, or anything else to compare with; an exported one, too
         names:tuple=('FRSKD','plain'), # Of the two
-        dl:DataLoader|None=None, # Other items with targets, which each Learner gets through its own transforms
+        dl:DataLoader|None=None, # Other items with targets; each Learner gets them through its own transforms
     ):
         self.learners,self.names = (learn,other),names
         a,b = (class_names(o.dls) for o in self.learners)
         if a!=b:
             known = ' and '.join(', '.join((o or ['none'])[:5]) for o in (a,b))
-            raise ValueError(f"FRSKD: the two Learners know different classes, {known}, …: compare models of the same data")
+            raise ValueError(f"FRSKD: the two Learners know different classes, {known}, …. "
+                             "Compare models of the same data.")
         self.judged = [_Judged(*o) for o in zip(self.learners, same_items_for(self.learners, dl))]
         one,two = self.judged
         if len(one.n)!=len(two.n):
-            raise ValueError(f"FRSKD: the two Learners' loaders have {len(one.n)} and {len(two.n)} images. Compare on "
-                             "a data set with a length.")
+            raise ValueError(f"FRSKD: the two Learners' loaders have {len(one.n)} and {len(two.n)} images. "
+                             "Compare on a data set with a length.")
         _check_labels(one, two)
-        counts = ((one.n>0) & (two.n>0))[:,None] # does an answer of the image, as both see it?
-        # N×2, of each image: part of the answers that are right, mean probability of the right answer
-        self.right,self.probs = (torch.stack(o, dim=1)*counts for o in ((one.right,two.right),(one.prob,two.prob)))
+        counts = ((one.n>0) & (two.n>0))[:,None] # where one sees nothing that counts, there is no difference
+        self.right = torch.stack([one.right, two.right], dim=1)*counts # N×2: the part of an image's answers
+        self.probs = torch.stack([one.prob, two.prob], dim=1)*counts   # N×2: the mean of the right answers
 
     def __repr__(self): return self.counts().to_string(index=False)
 
-    def counts(self)->pd.DataFrame: # Numbers of images that each does better; p, see there
+    def counts(self)->pd.DataFrame: # One row: numbers of images, and `p`
         """In how many images the two differ, and whether that may be chance.
 
         `p` is the chance of a split as uneven as this or more if both were equally good (sign test)."""
-        (a,b),total = ((self.right>self.right.flip(1)).sum(0).tolist()),len(self.right)
+        a,b = (self.right>self.right.flip(1)).sum(0).tolist()
+        total = len(self.right)
         p = min(1., 2*sum(math.comb(a+b, k) for k in range(min(a, b)+1))/2**(a+b))
         one,two = (f'{o} better' for o in self.names)
         return pd.DataFrame({'images':[total], one:[a], two:[b], 'no difference':[total-a-b], 'p':[p]})
@@ -116,23 +121,28 @@ class StudentComparison:
         n:int=8, # How many images
         size:float=1.8, # Width of one, in inches
     )->plt.Figure:
-        """Images on which the two differ: first those that FRSKD does better, then those that it does worse, half of each.
+        """Images on which the two differ: first those that FRSKD does better, then those that it does worse.
 
-        Those where only one is right come before those where only the probabilities differ, most first."""
+        There are as many of each, if there can be. Those where only one is right come before those where only
+        the probabilities differ, most first."""
         if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
-        gain = (2*self.right+self.probs) @ tensor(1.,-1) # what is right outweighs any probability
+        right,probs = (o[:,0]-o[:,1] for o in (self.right,self.probs))
+        gain = 2*right+probs # what is right outweighs any probability
         order = gain.argsort(descending=True, stable=True).tolist()
-        better,worse = [i for i in order if gain[i]>0][:(n+1)//2],[i for i in order[::-1] if gain[i]<0][:n//2]
-        if not better+worse: raise ValueError(f"FRSKD: {self.names[0]} and {self.names[1]} don't differ on any image")
+        better = [i for i in order if gain[i]>0][:(n+1)//2]
+        worse = [i for i in order[::-1] if gain[i]<0][:n//2]
+        if not better+worse: raise ValueError(f"FRSKD: {' and '.join(self.names)} don't differ on any image.")
         batches = [o.batch(better+worse) for o in self.judged]
-        draw = self._draw_masks if batches[0][-1].ndim==Segmentation.ndim else self._draw_labels
+        draw = self._draw_masks if batches[0][1].ndim==Segmentation.ndim else self._draw_labels
         fig = draw(batches, better+worse, size)
-        fig.suptitle(f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}", fontsize=9)
+        title = f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}"
+        fig.suptitle(title, fontsize=9)
         return fig
 
     def _draw_labels(self, batches, idxs, size):
-        (images,y,logits),(*_,others) = batches
-        task,names = task_of(logits, (y,), self.learners[0].loss_func),class_names(self.learners[0].dls, logits.shape[1])
+        (images,logits,y),(_,others,_) = batches
+        learn = self.learners[0]
+        task,names = task_of(logits, (y,), learn.loss_func),class_names(learn.dls, logits.shape[1])
         columns = min(4, len(idxs))
         rows = math.ceil(len(idxs)/columns)
         figsize = size*columns*1.2, size*rows*1.45
@@ -148,11 +158,11 @@ class StudentComparison:
         return fig
 
     def _draw_masks(self, batches, idxs, size):
-        h,w = batches[0][-1].shape[-2:]
+        h,w = batches[0][1].shape[-2:]
         figsize = size*3.6, size*1.2*len(idxs)*h/w+.4
         fig,axs = plt.subplots(len(idxs), 3, figsize=figsize, squeeze=False, layout='constrained')
         for ax,(image,*_) in zip(axs[:,0], batches[0][0]): show_image(image, ctx=ax)
-        for j,(judged,(_,y,logits)) in enumerate(zip(self.judged, batches)):
+        for j,(judged,(_,logits,y)) in enumerate(zip(self.judged, batches)):
             a = judged.answers(logits, y)
             right,keep = (o.view(len(idxs), *logits.shape[-2:]) for o in (a.right,a.keep))
             for k,(ax,i) in enumerate(zip(axs[:,j+1], idxs)):

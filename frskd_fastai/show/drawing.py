@@ -36,7 +36,7 @@ def validation_samples(
     if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
     dl = learn.dls.valid
     size = len(dl.dataset)
-    if not size: raise ValueError("FRSKD: this Learner has no validation images to show (an exported one has no data).")
+    if not size: raise ValueError("FRSKD: this Learner has no validation images; an exported one has none.")
     idxs = np.linspace(0, size-1, min(n, size)).astype(int).tolist()
     dl = dl.new(shuffle=False, bs=len(idxs), num_workers=0, get_idxs=lambda: idxs)
     b = dl.one_batch()

@@ -19,9 +19,9 @@ class Source:
     ):
         if not hasattr(dl, 'new'): dl = DataLoader(dl.dataset, bs=dl.batch_size, create_batch=dl.collate_fn)
         self.dl,self.data = dl,dl.dataset
-        self.lists = getattr(self.data, 'tls', [self.data] if isinstance(self.data, TfmdLists) else []) # inputs, targets
-        plain = 'samples' if isinstance(self.data, (list,tuple,L)) else None
-        self.kind = 'items' if self.lists else plain
+        if isinstance(self.data, Datasets): self.kind,self.lists = 'items',list(self.data.tls) # of inputs, of targets
+        elif isinstance(self.data, TfmdLists): self.kind,self.lists = 'items',[self.data]
+        else: self.kind,self.lists = 'samples' if isinstance(self.data, (list,tuple,L)) else None,[]
 
     @property
     def empty(self): return hasattr(self.data, '__len__') and len(self.data)==0
@@ -31,20 +31,26 @@ class Source:
         return self.dl.new(shuffle=False, drop_last=False, **kwargs)
 
     @property
+    def idxs(self): return list(self.ordered().get_idxs())
+
+    @property
     def items(self):
         "The items, or samples, in their order"
-        idxs,items = list(self.ordered().get_idxs()),self.lists[0].items if self.lists else self.data
-        return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
+        items = self.lists[0].items if self.lists else self.data
+        return items.iloc[self.idxs] if hasattr(items, 'iloc') else [items[i] for i in self.idxs]
 
     def raw_targets(self, n):
         "The first `n` targets, before the data loader crops or resizes them; none where they aren't known"
-        return [np.array(self.lists[-1][i]) for i in list(self.dl.get_idxs())[:n]] if len(self.lists)>1 else []
+        if len(self.lists)<2: return []
+        return [np.array(self.lists[-1][i]) for i in self.idxs[:n]]
 
     @property
     def transforms(self):
         "All that is done to an item"
-        steps = [getattr(self.dl, o) for o in ('create_item','after_item','before_batch','create_batch','after_batch')]
-        pipes = [o.tfms for o in self.lists] + [o for o in steps if not isinstance(o, MethodType)] # else the default
+        names = 'create_item','after_item','before_batch','create_batch','after_batch'
+        steps = [getattr(self.dl, o) for o in names]
+        steps = [o for o in steps if not isinstance(o, MethodType)] # a method is the default
+        pipes = [*(o.tfms for o in self.lists), *steps]
         return [f for p in pipes for f in getattr(p, 'fs', [p])]
 
     def like(self, other):
@@ -75,8 +81,8 @@ class Source:
             dl.dataset[0]
         except Exception as e:
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ValueError(f"FRSKD: one Learner's transforms can't take the items to compare on ({why}). Compare "
-                             "Learners whose data are made of the same kind of items.") from e
+            raise ValueError(f"FRSKD: one Learner's transforms can't take the items to compare on ({why}). "
+                             "Compare Learners whose data are made of the same kind of items.") from e
         return Source(dl)
 
 # %% ../../nbs/show/loaders.ipynb #dbf63053
@@ -85,7 +91,7 @@ no_targets = ("FRSKD: the data loader to compare on has no targets. Make it with
 
 def same_items_for(
     learners:tuple, # Two
-    dl=None, # Data loader of the items; default: the first one's validation set, which has to be the second one's, too
+    dl=None, # Data loader of the items; default: their validation set, which has to be the same
 )->list: # Two `Source`s, one and the same where one serves both
     "The same items in the same order for both, each with its Learner's own transforms"
     own = [Source(o.dls.valid) for o in learners]
@@ -97,18 +103,19 @@ def same_items_for(
     if kinds=={'items'} or kinds=={'samples'} and any(alike):
         return [given if same else given.through(o) for o,same in zip(learners, alike)]
     if _same_transforms(learners, own): return [given,given]
-    raise ValueError("FRSKD: these two Learners may transform images differently, and the data loader's items aren't "
-                     "known. Pass `dl=learn.dls.test_dl(items, with_labels=True)`, or set `other.dls = learn.dls` if "
-                     "it fits both.")
+    raise ValueError("FRSKD: these two Learners may transform images differently, and the data loader's "
+                     "items aren't known. Pass `dl=learn.dls.test_dl(items, with_labels=True)`, or set "
+                     "`other.dls = learn.dls` if it fits both.")
 
 def _check_sets(one, two):
     "`ValueError` where two validation sets differ"
     if one.empty:
-        raise ValueError("FRSKD: the first Learner has no validation images, as one that was exported. Say what to "
-                         "compare the two on: `dl=`.")
+        raise ValueError("FRSKD: the first Learner has no validation images, as one that was exported. "
+                         "Say what to compare the two on: `dl=`.")
     if two.empty or one.same_items(two): return
-    raise ValueError("FRSKD: these two Learners have different validation sets: one may have trained on the other's "
-                     "images. Make both with the same `seed`, or pass `dl=learn.dls.test_dl(items, with_labels=True)`.")
+    raise ValueError("FRSKD: these two Learners have different validation sets: one may have trained on the "
+                     "other's images. Make both with the same `seed`, or pass "
+                     "`dl=learn.dls.test_dl(items, with_labels=True)`.")
 
 def _same_transforms(learners, own):
     "Do two Learners make the same inputs of the same items, as far as their own tell?"

@@ -19,12 +19,12 @@ def plot_losses(self:FRSKDCallback,
 )->plt.Axes:
     """The parts of the loss in each step of the last fit, and on the right axis the schedule's factor.
 
-    The parts are times their constant weights α and β, but not yet the factor. Of `fine_tune`, the last fit is
+    The parts are times their constant weights α and β, but not yet the factor. The last fit of `fine_tune` is
     that of all layers."""
     d = self.steps.dropna(axis=1, how='all')
     if not len(d):
-        raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot. Train first: "
-                         "`learn.fit_one_cycle(5)`.")
+        raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot. "
+                         "Train first: `learn.fit_one_cycle(5)`.")
     weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(okabe_ito), itertools.cycle(('-','--','-.',':'))):
