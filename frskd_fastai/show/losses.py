@@ -48,12 +48,12 @@ def plot_curves(
     "Losses and a metric over the epochs, one colour a run"
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), okabe_ito):
-        d = d.dropna(axis=1, how='all').assign(epoch=range(1, len(d)+1)).set_index('epoch')
-        train = d.get('student_loss', d.train_loss) # FRSKD's `train_loss` is a sum of four terms
+        d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]
+        train = d['student_loss' if 'student_loss' in known else 'train_loss'] # FRSKD's is a sum of four terms
         left.plot(d.valid_loss, color=c, marker='.', label=f'{run}, validation')
         left.plot(train, color=c, ls='--', lw=1, label=f'{run}, training')
         right.plot(d[metric], color=c, marker='.', label=run)
-        if metric=='accuracy' and 'teacher_accuracy' in d:
+        if metric=='accuracy' and 'teacher_accuracy' in known:
             right.plot(d.teacher_accuracy, color=c, ls=':', lw=1, label=f'{run}, self-teacher in training')
     left.set(ylabel="student's label loss")
     right.set(ylabel=metric.replace('_', ' '))
