@@ -11,8 +11,9 @@ from .method.schedule import Trust, late_ramp
 from .method.teacher import SelfTeacher
 from .models.bifpn import bifpn_split, efficientnet_bifpn
 from .models.cifar import cifar_resnet18, wrn16_2
-from .show.attention import plot_curves, show_masks
 from .show.comparison import StudentComparison
+from .show.losses import plot_curves
+from .show.masks import show_masks
 from .sla_callback import FRSKDSLACallback
 from .student.features import FeatureHooks, Level
 from .student.levels import find_levels, list_levels
@@ -20,4 +21,4 @@ from .task.metrics import MeanIoU, PixelAccuracy
 
 # These give `learn.frskd` its `refined`, `show_attention`, `plot_losses`, `agreement` and `plot_agreement`
 from . import refined as _
-from .show import attention as _, comparison as _
+from .show import agreement as _, attention as _, losses as _

@@ -24,8 +24,8 @@ class RefinedStudent(nn.Module):
         teacher:nn.Module, # The self-teacher; `(refined maps, logits)` of the list of maps
         levels:list, # `Level`s of the student that the self-teacher reads
         finest:int=0, # As for `FRSKDCallback`
-        size:tuple|None=None, # Height and width of the images that the levels were found with; needed for tokens
-        average:bool=False, # Logits of the mean of both networks' probabilities, not the self-teacher's alone?
+        size:tuple|None=None, # Height and width of the images that showed the levels; needed for tokens
+        average:bool=False, # Logits of the mean of both networks' probabilities, not the self-teacher's?
         task:Task|None=None, # What a label means; default: one class of an image
         example:tuple=(), # Inputs to check the traced student with; without them hooks read the maps
     ):
@@ -75,18 +75,19 @@ def traced_student(
 def refined(self:FRSKDCallback,
     average:bool=False, # The mean of both networks' probabilities, not the self-teacher's alone?
 )->Learner: # Plain: without FRSKD, with the same data, transforms, loss function and metrics
-    "A Learner whose model is the student and the self-teacher as they are now. A copy: further training doesn't change it"
+    "A Learner whose model is a copy of the student and the self-teacher as they are now"
     learn = self.learn
     if self.teacher is None or not self.trust.steps:
-        raise ValueError("FRSKD: this Learner has no trained self-teacher, so there is no refined model. Train it first, "
-                         "`learn.fit_one_cycle(5)`, or load a checkpoint that was saved with the optimizer.")
+        raise ValueError("FRSKD: this Learner has no trained self-teacher, so there is no refined model. "
+                         "Train it first, `learn.fit_one_cycle(5)`, or load a checkpoint that was saved with "
+                         "the optimizer.")
     if self.student_alone:
-        warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left it; they "
-             "may not go together. Save both, by `learn.save` with the optimizer or `SaveModelCallback(with_opt=True)`.")
+        warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left "
+             "it; they may not go together. Save both, by `learn.save` with the optimizer or "
+             "`SaveModelCallback(with_opt=True)`.")
     student,teacher = deepcopy(self.student).eval(),deepcopy(self.teacher).eval()
-    size = self.trained.seen.size if any(o.kind=='BNC' for o in self.found_levels) else None
-    b = sample_batch(learn)
-    example = b[0] if b else ()
-    model = RefinedStudent(student, teacher, self.found_levels, self.finest, size, average, self.task, example)
-    return Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=list(learn.metrics), path=learn.path,
-                   model_dir=learn.model_dir)
+    levels,b = self.found_levels,sample_batch(learn)
+    size = self._hw if any(o.kind=='BNC' for o in levels) else None
+    model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
+    return Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=list(learn.metrics),
+                   path=learn.path, model_dir=learn.model_dir)

@@ -15,10 +15,10 @@ def shifted(f): return (mask(f)+1)%3
 def swapped(f): return str(3-int(f.parent.name))
 def stats(m, s): return Normalize.from_stats([m]*3, [s]*3)
 
-def data(item_tfms=Resize(32), batch_tfms=None, bs=16, blocks=(ImageBlock,CategoryBlock), get_x=None, get_y=parent_label, items=images, **kw):
-    block = DataBlock(blocks, get_x=get_x, get_y=get_y, splitter=lambda o: IndexSplitter(held_out(o))(o), item_tfms=item_tfms, batch_tfms=batch_tfms)
+def data(item_tfms=Resize(32), blocks=(ImageBlock,CategoryBlock), get_y=parent_label, items=images, bs=16, **kw):
+    block = DataBlock(blocks, get_y=get_y, item_tfms=item_tfms, splitter=lambda o: IndexSplitter(held_out(o))(o), **kw)
     set_seed(0)
-    return block.dataloaders(items(), bs=bs, num_workers=0, **kw)
+    return block.dataloaders(items(), bs=bs, num_workers=0)
 
 class Stretched(nn.Module):
     "Weights that tell the inputs apart"
@@ -97,7 +97,8 @@ def test_items_in_a_table():
 @pytest.mark.parametrize('of', [0,1])
 def test_other_items(of):
     "A part of the training set, in an order of its own, made by either Learner; without augmentation"
-    both = learner(data(batch_tfms=aug_transforms()), 1),learner(data(item_tfms=Resize(48), batch_tfms=stats(.1, .05)), 2)
+    other = data(item_tfms=Resize(48), batch_tfms=stats(.1, .05))
+    both = learner(data(batch_tfms=aug_transforms()), 1),learner(other, 2)
     items = list(both[0].dls.train_ds.items)[::-2]
     given = both[of].dls.test_dl(items, with_labels=True)
     for dl in given,both[of].dls.train.new(get_idxs=lambda: range(9, 2, -1)):
@@ -119,7 +120,8 @@ def test_orders_are_the_same():
 def test_multi_label():
     many = dict(blocks=(ImageBlock,MultiCategoryBlock), get_y=names)
     bce = BCEWithLogitsLossFlat()
-    a,b = learner(data(**many), 1, bce, n_out=6),learner(data(**many, item_tfms=Resize(64), batch_tfms=stats(.1, .05)), 2, bce, n_out=6)
+    other = data(**many, item_tfms=Resize(64), batch_tfms=stats(.1, .05))
+    a,b = learner(data(**many), 1, bce, n_out=6),learner(other, 2, bce, n_out=6)
     c = StudentComparison(a, b)
     for i,o in enumerate((a,b)):
         logits,y = o.get_preds(act=noop)
@@ -131,7 +133,8 @@ def test_multi_label():
 
 def test_labels_differ():
     "The same classes, but other labels"
-    with pytest.raises(ValueError, match='label the same items differently'): StudentComparison(learner(data(), 1), learner(data(get_y=swapped), 2))
+    a,b = learner(data(), 1),learner(data(get_y=swapped), 2)
+    with pytest.raises(ValueError, match='label the same items differently'): StudentComparison(a, b)
 
 # -- Segmentation -------------------------------------------------------------------------------------------
 def seg(seed, loss_func=None, get_y=mask, **kw):
@@ -151,9 +154,9 @@ def test_segmentation(load, tmp_path):
         right = ((logits.argmax(1)==y)&keep).sum((1,2))/keep.sum((1,2)).clamp(min=1)
         assert torch.allclose(c.right[:,i], right)
     fig = c.show(n=2)
-    shapes = [ax.images[0].get_array().shape for ax in fig.axes[1:3]]
-    assert shapes==[(32,32),(24,40)]
-    assert fig.axes[2].images[0].get_array().mask.any() and not np.ma.getmaskarray(fig.axes[1].images[0].get_array()).any()
+    one,two = (ax.images[0].get_array() for ax in fig.axes[1:3])
+    assert (one.shape,two.shape)==((32,32),(24,40))
+    assert two.mask.any() and not np.ma.getmaskarray(one).any()
     plt.close(fig)
 
 def test_masks_differ():
@@ -173,7 +176,8 @@ def test_an_image_of_which_one_sees_nothing():
 def samples(seed=0, size=16, n=20):
     set_seed(seed)
     return [(torch.rand(3, size, size),torch.tensor(i%4)) for i in range(n)]
-def raw(valid, cls=DataLoader, **kw): return DataLoaders(cls(samples(9), bs=8, shuffle=True, **kw), cls(valid, bs=8, **kw))
+def raw(valid, cls=DataLoader, **kw):
+    return DataLoaders(cls(samples(9), bs=8, shuffle=True, **kw), cls(valid, bs=8, **kw))
 def scaled(b): return (b[0]*4-2,b[1])
 
 def test_tensors():
@@ -217,7 +221,8 @@ def test_data_sets_of_ones_own():
         assert StudentComparison(a, o).counts()['no difference'][0]==20
         assert len(StudentComparison(a, o, dl=DataLoader(samples(4), bs=3)).right)==20
     with pytest.raises(ValueError, match='different validation sets'): StudentComparison(a, far)
-    with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(a, far, dl=DataLoader(samples(4), bs=3))
+    dl = DataLoader(samples(4), bs=3)
+    with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(a, far, dl=dl)
 
 def test_batches_of_unknown_items(tmp_path):
     "For both where they have the same transforms, as far as their items tell; else refused"
@@ -233,11 +238,16 @@ def test_batches_of_unknown_items(tmp_path):
         with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(one, two, dl=dl)
 
 def test_what_cannot_be_compared(tmp_path):
-    a = learner(data(), 1)
-    with pytest.raises(ValueError, match='has no targets'): StudentComparison(a, a, dl=a.dls.test_dl(images()))
-    with pytest.raises(ValueError, match='has no targets'): StudentComparison(a, a, dl=DataLoader([(torch.rand(3,8,8),)]*4, bs=2))
-    with pytest.raises(ValueError, match='no validation images'): StudentComparison(exported(learner(data(), 1), tmp_path), a)
-    with pytest.raises(ValueError, match="can't take the items"): StudentComparison(learner(data(**table), 1), a, dl=data(**table).valid)
+    a,loaded,tabled = learner(data(), 1),exported(learner(data(), 1), tmp_path),learner(data(**table), 1)
+    for dl in a.dls.test_dl(images()),DataLoader([(torch.rand(3,8,8),)]*4, bs=2):
+        with pytest.raises(ValueError, match='has no targets'): StudentComparison(a, a, dl=dl)
+    with pytest.raises(ValueError, match='no validation images'): StudentComparison(loaded, a)
+    with pytest.raises(ValueError, match="can't take the items"): StudentComparison(tabled, a, dl=data(**table).valid)
+
+def test_masks_of_a_shuffled_loader():
+    "Their labels are compared in one order, whichever the loader has"
+    a,b = seg(1),seg(2, item_tfms=Resize(64))
+    assert len(StudentComparison(a, b, dl=a.dls.train).right)==len(a.dls.train_ds)
 
 # -- As the Learners validate themselves ---------------------------------------------------------
 class Normalized(Callback):

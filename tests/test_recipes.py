@@ -1,5 +1,5 @@
-"The paper's experiments by name: each on a few real images in its data set's own layout, and what is said where data is missing"
-import io, itertools, zipfile
+"The paper's experiments by name, each on a few real images in its data set's layout; what is said of missing data"
+import io, itertools, shutil, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -89,11 +89,12 @@ def voc(d):
             m.save(root/f'SegmentationClass/{n}.png')
             lists.setdefault((year,part), []).append(n)
     for year,n in (2012,'2007_000100'),(2012,'2007_000020'): # the first one is in the test set of 2007
-        for f in 'JPEGImages/{}.jpg','SegmentationClass/{}.png': (d/'VOCdevkit/VOC2012'/f.format(n)).write_bytes((d/'VOCdevkit/VOC2007'/f.format(n[5:])).read_bytes())
+        for f in 'JPEGImages/{}.jpg','SegmentationClass/{}.png':
+            shutil.copy(d/'VOCdevkit/VOC2007'/f.format(n[5:]), d/'VOCdevkit/VOC2012'/f.format(n))
         lists[year,'trainval'].append(n)
     for (year,part),names in lists.items(): text(d/f'VOCdevkit/VOC{year}/ImageSets/Segmentation/{part}.txt', names)
 
-LAYOUTS = dict(cifar100=cifar100, tinyimagenet=tinyimagenet, cub200=cub200, dogs=dogs, mit67=mit67, stanford40=stanford40, imagenet=imagenet)
+LAYOUTS = {f.__name__:f for f in (cifar100,tinyimagenet,cub200,dogs,mit67,stanford40,imagenet)}
 ALL = {**LAYOUTS, 'voc':voc}
 def test_every_recipe_has_a_test(): assert set(ALL)==set(recipes)
 
@@ -184,7 +185,8 @@ def test_recipes_steps_are_torchs_sgd(tmp_path):
     torch.manual_seed(0)
     w = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(2)]
     w[1].data.copy_(w[0])
-    a,b = partial(SGD, mom=0.9, decouple_wd=False)([w[0]], lr=.1, wd=1e-4),torch.optim.SGD([w[1]], lr=.1, momentum=.9, weight_decay=1e-4)
+    a = partial(SGD, mom=0.9, decouple_wd=False)([w[0]], lr=.1, wd=1e-4)
+    b = torch.optim.SGD([w[1]], lr=.1, momentum=.9, weight_decay=1e-4)
     for i in range(5):
         for p,o in zip(w, (a,b)):
             o.zero_grad(); ((p-i)**2).sum().backward(); o.step()
@@ -212,14 +214,18 @@ def test_missing_data_is_told(name, tmp_path, capsys, monkeypatch):
 def test_download_is_fastais(tmp_path, monkeypatch):
     import frskd_fastai.data.recipes as m
     cifar100(tmp_path/'cifar100')
-    monkeypatch.setattr(m, 'untar_data', lambda url: {'https://s3.amazonaws.com/fast-ai-imageclas/cifar100.tgz':tmp_path/'cifar100'}[url])
+    url = 'https://s3.amazonaws.com/fast-ai-imageclas/cifar100.tgz'
+    monkeypatch.setattr(m, 'untar_data', {url:tmp_path/'cifar100'}.get)
     assert len(recipe_items('cifar100')[0])==24
 
-@pytest.mark.parametrize('name,lost', [('cifar100','test'),('tinyimagenet','val/val_annotations.txt'),('tinyimagenet','val/images/val_012.JPEG'),('cub200','images.txt'),('cub200','images/000.Bird/a_3.jpg'),('dogs','test_list.mat'),
-    ('dogs','Images/n01-Dog/n01_2.jpg'),('mit67','TestImages.txt'),('mit67','Images/room1/r_14.jpg'),('stanford40','ImageSplits'),('stanford40','JPEGImages/waving_hands_001.jpg'),('imagenet','val'),
-    ('voc','VOCdevkit/VOC2012/SegmentationClass'),('voc','VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt'),('voc','VOCdevkit/VOC2007/SegmentationClass/000104.png')])
+LOST = dict(cifar100=['test'], tinyimagenet=['val/val_annotations.txt','val/images/val_012.JPEG'],
+            cub200=['images.txt','images/000.Bird/a_3.jpg'], dogs=['test_list.mat','Images/n01-Dog/n01_2.jpg'],
+            mit67=['TestImages.txt','Images/room1/r_14.jpg'],
+            stanford40=['ImageSplits','JPEGImages/waving_hands_001.jpg'], imagenet=['val'],
+            voc=['VOCdevkit/VOC2012/SegmentationClass','VOCdevkit/VOC2007/ImageSets/Segmentation/test.txt',
+                 'VOCdevkit/VOC2007/SegmentationClass/000104.png'])
+@pytest.mark.parametrize('name,lost', [(k,o) for k,v in LOST.items() for o in v])
 def test_a_part_that_is_missing_is_named(name, lost, tmp_path):
-    import shutil
     ALL[name](tmp_path)
     p = tmp_path/lost
     shutil.rmtree(p) if p.is_dir() else p.unlink()

@@ -49,8 +49,10 @@ def test_a_trace_that_differs_is_not_taken(make, digits):
 @pytest.mark.parametrize('average', [False,True])
 def test_export_and_load(tmp_path, average):
     items = get_image_files(digits_data()/'train')[::12]
-    dls = ImageDataLoaders.from_path_func('.', items, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, valid_pct=.3, seed=1)
-    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path, cbs=FRSKDCallback(width=.25))
+    dls = ImageDataLoaders.from_path_func('.', items, parent_label, item_tfms=Resize(32), bs=16, num_workers=0,
+                                          valid_pct=.3, seed=1)
+    cb = FRSKDCallback(width=.25)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path, cbs=cb)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     refined = learn.frskd.refined(average=average)
     with refined.no_bar():
@@ -61,7 +63,8 @@ def test_export_and_load(tmp_path, average):
         loaded = load_learner(tmp_path/'refined.pkl')
         with loaded.no_bar(): again = loaded.predict(items[3])
     assert again[0]==name and torch.allclose(again[2], p, atol=1e-6) and tta.shape==(len(dls.valid_ds),dls.c)
-    assert (tmp_path/'refined.pkl').stat().st_size < 4.2*sum(o.numel() for o in refined.model.parameters())+1e6 # no optimizer
+    n_params = sum(o.numel() for o in refined.model.parameters())
+    assert (tmp_path/'refined.pkl').stat().st_size < 4.2*n_params+1e6 # no optimizer
 
 def test_onnx(make, digits):
     pytest.importorskip('onnx')
@@ -79,7 +82,8 @@ def test_several_labels(make, digits):
     x,y = digits
     data = list(zip(x, F.one_hot(y, 10).float()))
     learn = make(metrics=accuracy_multi)
-    learn.dls,learn.loss_func = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[64:96], bs=16)),BCEWithLogitsLossFlat()
+    learn.dls = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[64:96], bs=16))
+    learn.loss_func = BCEWithLogitsLossFlat()
     learn.add_cb(FRSKDCallback())
     learn.fit(1, 1e-2)
     refined,_ = check(learn, x[:8])
@@ -99,13 +103,15 @@ def test_pixels(make, digits):
 
 def test_tokens_of_another_size(make, digits):
     timm = pytest.importorskip('timm')
-    m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=4, num_classes=10, dynamic_img_size=True)
+    m = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=4, num_classes=10,
+                          dynamic_img_size=True)
     learn = make(model=m, splitter=trainable_params, cbs=FRSKDCallback(width=.25))
     learn.fit(1, 1e-3)
     for size in (32,32),(48,32): check(learn, F.interpolate(digits[0][:4], size=size))
 
 def test_before_training_there_is_none(make):
-    with pytest.raises(ValueError, match='no trained self-teacher.*Train it first'): make(cbs=FRSKDCallback()).frskd.refined()
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(ValueError, match='no trained self-teacher.*Train it first'): learn.frskd.refined()
 
 @pytest.mark.parametrize('untrained', ['built','searched','student alone'])
 def test_an_untrained_self_teacher_makes_no_refined_model(make, tmp_path, untrained):

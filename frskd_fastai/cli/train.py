@@ -30,6 +30,8 @@ from ..data.recipes import *
 from ..refined import *
 from ..learner.resume import *
 from ..show.attention import *
+from ..show.losses import *
+from ..show.masks import *
 from ..show.comparison import *
 from .signals import *
 

@@ -22,8 +22,7 @@ def find_masks(
     codes = _read_codes(path/'codes.txt')
     parts = [masks_below(o) for o in split_folders(path)]
     if len(parts)==1:
-        if len(parts[0])<2:
-            raise DataError(f"one image in {path/'images'}; it takes two, one to train on and one to validate on")
+        if len(parts[0])<2: raise DataError(f"one image in {path/'images'}; it takes one more to validate on")
         parts = random_split(parts[0], seed, valid_pct)
     found = [set().union(*(_check_mask(*o, codes) for o in part)) for part in parts]
     _check_classes(found[0]-{void_label(codes)}, codes, parts[0][0][1].parent)
@@ -50,19 +49,19 @@ def masks_below(
 def _read_codes(file):
     "The classes, a line each"
     if not file.is_file():
-        raise DataError(f"{file.parent} has no codes.txt, which names the classes: one a line, the first for the "
-                        "pixels of value 0")
+        raise DataError(f"{file.parent} has no codes.txt, which names the classes: one a line, the first for "
+                        "the pixels of value 0")
     try: codes = [o.strip() for o in file.read_text(encoding='utf-8-sig').splitlines() if o.strip()]
-    except UnicodeDecodeError: raise DataError(f"{file} is no text in UTF-8; save it as that, a class a line") from None
-    if len(codes)<2:
-        raise DataError(f"{file} names {len(codes)} class{'' if codes else 'es'}; it needs two or more, one a line")
+    except UnicodeDecodeError: raise DataError(f"{file} is no text in UTF-8; save it as that") from None
+    names = f"{len(codes)} class{'' if codes else 'es'}"
+    if len(codes)<2: raise DataError(f"{file} names {names}; it needs two or more, one a line")
     return codes
 
 def _by_name(folder):
     "The images of `folder` by their names, without what ends them"
     if not folder.is_dir():
-        raise DataError(f"{folder.parent} has no folder {folder.name}/; expected images/ and labels/, with masks of "
-                        "the same names")
+        raise DataError(f"{folder.parent} has no folder {folder.name}/; expected images/ and labels/, with "
+                        "masks of the same names")
     files = {}
     for f in image_files(folder):
         name = str(f.relative_to(folder).with_suffix(''))
@@ -80,11 +79,10 @@ def _check_mask(image, mask, codes):
         with Image.open(mask) as m: values,mode = np.asarray(m),m.mode
     except (OSError,Image.DecompressionBombError) as e:
         raise DataError(f"unreadable image, {image} or its mask {mask}: {e}") from None
-    if deep:
-        raise DataError(f"{image} has more than 8 bits a pixel; fastai would clip it to white, so convert it to 8 bits")
+    if deep: raise DataError(f"{image} has more than 8 bits a pixel; fastai would clip it to white, convert it")
     if mode not in ('L','P'):
-        raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray or palette image (mode L "
-                        "or P) of class numbers")
+        raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray or palette image "
+                        "(mode L or P) of class numbers")
     h,w = values.shape
     if size!=(w,h): raise DataError(f"{mask} is {w}×{h} pixels, its image {size[0]}×{size[1]}")
     labels,void = set(np.unique(values).tolist()),void_label(codes)
@@ -99,12 +97,9 @@ def _check_classes(labels, codes, folder):
     "`DataError` where the masks to train on have fewer than two classes"
     if len(labels)>1: return
     have = f"one class only, {codes[first(labels)]}" if labels else "no class only"
-    hint = ''
-    if void_label(codes)==255:
-        hint = (", and 255 is for pixels without a label; if 255 is one of your classes, write the number of its line "
-                "instead")
-    raise DataError(f"the masks in {folder} have labels of {have}; class numbers are lines of codes.txt, counted from "
-                    f"0{hint}")
+    void = ", and 255 is for pixels without a label, not for a class" if void_label(codes)==255 else ''
+    raise DataError(f"the masks in {folder} have labels of {have}; class numbers are lines of codes.txt, "
+                    f"counted from 0{void}")
 
 # %% ../../nbs/data/masks.ipynb #923f4a8d
 def mask_dls(

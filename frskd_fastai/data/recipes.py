@@ -61,8 +61,8 @@ def _stanford40(path):
     return [_listed(path/'JPEGImages', o, lambda n: n.rpartition('_')[0]) for o in names]
 
 # %% ../../nbs/data/recipes.ipynb #ed8a9b04
-voc_codes = ('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike '
-             'person pottedplant sheep sofa train tvmonitor').split()
+voc_codes = ('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse '
+             'motorbike person pottedplant sheep sofa train tvmonitor').split()
 
 def _voc(path):
     "Images and masks of two years, each in a folder of its own; text files list them"
@@ -155,9 +155,10 @@ recipes = dict(
         'PASCAL VOC 2007+2012', _voc, [f'VOC{year}/{o}' for year in (2007,2012) for o in _voc_parts],
         'http://host.robots.ox.ac.uk/pascal/VOC/ (VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and '
         'VOCtrainval_11-May-2012.tar, unpacked at one place)',
-        'VOC2007/ and VOC2012/ (in VOCdevkit/, or not), each with JPEGImages/*.jpg, SegmentationClass/*.png and '
-        'ImageSets/Segmentation/*.txt', arch='efficientnet_b0', size=512, bs=16, tfms=mask_tfms, codes=voc_codes,
-        epochs=60, lr=0.01, drops=(2/3,), clip=2.),
+        'VOC2007/ and VOC2012/ (in VOCdevkit/, or not), each with JPEGImages/*.jpg, SegmentationClass/*.png '
+        'and ImageSets/Segmentation/*.txt',
+        arch='efficientnet_b0', size=512, bs=16, tfms=mask_tfms, codes=voc_codes, epochs=60, lr=0.01,
+        drops=(2/3,), clip=2.),
 )
 
 # %% ../../nbs/data/recipes.ipynb #80312b2b
@@ -165,15 +166,15 @@ def recipe_items(
     name:str, # A key of `recipes`
     path:str|Path|None=None, # Folder with the data; None for fastai's download, where there is one
 )->tuple: # Training and validation items: two `L`s of pairs (file, label), or (image, mask)
-    "The images of a recipe, split as its data set has it. `DataError` where they aren't all there: how to get them"
+    "The images of a recipe, split as its data set has it. `DataError`, with how to get them, where one lacks"
     r = recipes[name]
     try:
         path = _download(r.url) if path is None else existing_folder(path)
         return _found(r, path)
     except Exception as e:
         why = e if isinstance(e, DataError) else f"{path} can't be read as {r.data} ({type(e).__name__}: {e})"
-        raise DataError(f"{why}. The recipe {name} needs {r.data}, from {r.get}, as a folder with {r.layout}: "
-                        f"`frskd-train FOLDER --recipe {name}`") from e
+        raise DataError(f"{why}. The recipe {name} needs {r.data}, from {r.get}, as a folder with "
+                        f"{r.layout}: `frskd-train FOLDER --recipe {name}`") from e
 
 def _download(url):
     if url is None: raise DataError("no folder given")
@@ -222,8 +223,9 @@ def recipe_learner(
     model:nn.Module, # The student
     **kwargs, # As for `Learner`: `cbs`, `metrics` ...
 )->Learner:
-    "A Learner with the recipe's loss function and optimizer: SGD as torch has it, with weight decay on all parameters"
-    loss = CrossEntropyLossFlat(axis=1, ignore_index=255) if recipes[name].segmentation else CrossEntropyLossFlat()
+    "A Learner with the recipe's loss function, and SGD as torch has it: all parameters decay"
+    pixels = dict(axis=1, ignore_index=255) if recipes[name].segmentation else {}
+    loss = CrossEntropyLossFlat(**pixels)
     sgd = partial(SGD, mom=0.9, decouple_wd=False)
     return Learner(dls, model, loss_func=loss, opt_func=sgd, wd=1e-4, wd_bn_bias=True, **kwargs)
 

@@ -56,6 +56,9 @@ def deepcopied(
 # %% ../../nbs/learner/fit_scopes.ipynb #d6642be4
 class TrainingOnly(Callback):
     "Base of callbacks that an exported Learner doesn't need: their pickle is a callback that does nothing"
+    def __call__(self, event):
+        if self.learn is not None: return super().__call__(event) # not after another callback of this event removed it
+
     def __reduce__(self): return Callback, (), {'learn':self.learn}
     def __deepcopy__(self, memo): return deepcopied(self, memo)
 

@@ -13,7 +13,7 @@ from ..method.dense_teacher import *
 
 # %% ../../nbs/models/bifpn.ipynb #6b76b330
 class BiFPNSegmenter(nn.Module):
-    "A body, a pyramid of the maps that it gives, and a head on the finest: the paper's student for segmentation"
+    "A body, a pyramid of its maps, and a head on the finest: the paper's student for segmentation"
     def __init__(self,
         body:nn.Module, # Returns maps, largest first, each half the resolution of the one before
         channels:list, # Of the body's maps
@@ -27,7 +27,8 @@ class BiFPNSegmenter(nn.Module):
         d,n = n_channels,len(channels)+n_extra
         self.body,self.n_extra = body,n_extra
         inputs = [*channels, channels[-1]] if n_extra else channels
-        self.laterals = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d)) for c in inputs)
+        lateral = lambda c: nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d))
+        self.laterals = nn.ModuleList(map(lateral, inputs))
         self.layers = nn.ModuleList(DenseLayer(n, d) for _ in range(n_layers))
         self.maps = nn.ModuleList(nn.ReLU() for _ in range(n)) # the levels: modules of one output each
         self.head = dense_head(d, head_channels, n_out)
@@ -50,7 +51,7 @@ class BiFPNSegmenter(nn.Module):
 
 def efficientnet_bifpn(
     n_out:int, # Classes
-    arch:str='efficientnet_b0', # Of timm, with maps at strides 4, 8, 16 and 32; the paper's: efficientnet_b0 and _b1
+    arch:str='efficientnet_b0', # Of timm, with maps at strides 4 to 32; the paper's: efficientnet_b0 and _b1
     pretrained:bool=True, # The body, on ImageNet?
     **kwargs, # As for `BiFPNSegmenter`
 )->BiFPNSegmenter:
@@ -59,8 +60,8 @@ def efficientnet_bifpn(
     strides = timm.create_model(arch, pretrained=False, features_only=True).feature_info.reduction()
     read = [i for i,o in enumerate(strides) if o>=4]
     if [strides[i] for i in read]!=[4,8,16,32]:
-        raise ValueError(f"FRSKD: {arch} gives maps at strides {', '.join(map(str, strides))}; the pyramid needs 4, 8, "
-                         "16 and 32, as efficientnet_b0 gives them")
+        raise ValueError(f"FRSKD: {arch} gives maps at strides {', '.join(map(str, strides))}. "
+                         "The pyramid needs 4, 8, 16 and 32, as efficientnet_b0 gives them.")
     body = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=read)
     return BiFPNSegmenter(body, body.feature_info.channels(), n_out, **kwargs)
 

@@ -28,7 +28,7 @@ def _norm_act(nf): return nn.BatchNorm2d(nf),nn.ReLU()
 def _conv3(ni, nf, stride=1): return nn.Conv2d(ni, nf, 3, stride, 1, bias=False)
 
 class WideGroup(nn.Module):
-    "Two blocks of a wide ResNet and the BatchNorm and ReLU after them: from a rectified map to a rectified map"
+    "Two blocks of a wide ResNet, and the BatchNorm and ReLU after them: rectified maps in and out"
     def __init__(self,
         ni:int, # Channels of the input
         nf:int, # Channels of the output

@@ -1,4 +1,4 @@
-"""Who is right: student against self-teacher, and FRSKD's student against a plain one
+"""FRSKD's student against a plain one, image by image
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/comparison.html.md"""
 
@@ -8,309 +8,166 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/show/comparison.html.md"""
 __all__ = ['StudentComparison']
 
 # %% ../../nbs/show/comparison.ipynb #df451e08
-from types import MethodType
 from fastai.vision.all import *
 from ..student.features import *
 from ..student.probe import *
 from ..task.task import *
-from ..callback import *
-from .attention import class_names, label_text, _colors
+from .drawing import *
+from .loaders import *
 
-# %% ../../nbs/show/comparison.ipynb #055d645d
-def _answers(logits, y, loss_func): return task_of(logits, (y,), loss_func).answers(logits, y)
-
-def _names(learn, n): return class_names(learn.dls) or [str(o) for o in range(n)]
-
-# %% ../../nbs/show/comparison.ipynb #f0cf9cd8
-@patch
-def agreement(self:FRSKDCallback,
-    dl=None, # Data loader with targets; default: the validation set's
-)->pd.DataFrame: # A row a class, columns 'both right', 'only student', 'only self-teacher', 'both wrong'
-    "How many answers student and self-teacher get right, by class"
-    learn,counts = self.learn,0
-    for b in ifnone(dl, learn.dls.valid):
-        xb,yb = b[:learn.dls.n_inp],b[learn.dls.n_inp:]
-        if len(yb)!=1: raise ValueError(f"FRSKD: to say who is right takes one tensor of targets, these data have {len(yb)}")
-        _,student,_,teacher = self.run_both(*xb)
-        y = to_device(yb[0], student.device)
-        s,t = (_answers(o, y, learn.loss_func) for o in (student,teacher))
-        kind = (2*~s.right+~t.right)[s.keep] # 0: both right, 1: only the student, 2: only the self-teacher, 3: both wrong
-        n = student.shape[1]
-        counts = counts + torch.bincount(4*s.cls[s.keep]+kind, minlength=4*n).view(n, 4).cpu()
-    return pd.DataFrame(counts, columns=['both right','only student','only self-teacher','both wrong'], index=_names(learn, n))
-
-@patch
-def plot_agreement(self:FRSKDCallback,
-    n:int=12, # How many classes
-    dl=None, # Data loader with targets; default: the validation set's
-)->plt.Axes:
-    "Who is right where student and self-teacher disagree, on all answers and on those of the `n` classes with most disagreement"
-    d = self.agreement(dl)
-    d = d[d.sum(axis=1)>0]
-    part = d.div(d.sum(axis=1), axis=0)
-    classes = (part['only student']+part['only self-teacher']).sort_values(ascending=False, kind='stable').index[:n]
-    rows = pd.concat([(d.sum()/d.sum().sum()).to_frame('all').T, part.loc[classes]])*100
-    fig,ax = plt.subplots(figsize=(7,.3*len(rows)+1.2), layout='constrained')
-    left,y = np.zeros(len(rows)),np.r_[0, np.arange(1, len(rows))+.4]
-    for k,c,h in zip(rows, ('#DDDDDD',_colors[0],_colors[4],'#777777'), ('','','//','')):
-        ax.barh(y, rows[k], left=left, color=c, hatch=h, label=k, edgecolor='w', lw=.5)
-        left += rows[k]
-    ax.set(yticks=y, yticklabels=rows.index, xlabel='% of the answers', xlim=(0,100))
-    ax.invert_yaxis()
-    fig.legend(loc='outside upper center', ncols=4, fontsize=8)
-    return ax
-
-# %% ../../nbs/show/comparison.ipynb #5b0c7e21
-def _fastai(dl):
-    "torch's own data loader as one of fastai's"
-    return dl if hasattr(dl, 'new') else DataLoader(dl.dataset, bs=dl.batch_size, create_batch=dl.collate_fn)
-
-def _ordered(dl, **kwargs): return dl.new(shuffle=False, drop_last=False, **kwargs)
-
-def _lists(dl):
-    "fastai's lists of items behind a data loader, the inputs' and the targets'; empty where other data are behind it"
-    ds = dl.dataset
-    return list(ds.tls) if isinstance(ds, Datasets) else [ds] if isinstance(ds, TfmdLists) else []
-
-def _has_samples(dl):
-    "Is a plain list of samples behind a data loader, so that all transforms are its own?"
-    return isinstance(dl.dataset, (list,tuple,L)) and not _lists(dl)
-
-def _transforms(dl):
-    "All that a data loader does to an item"
-    steps = [getattr(dl, o) for o in ('create_item','after_item','before_batch','create_batch','after_batch')]
-    pipes = [o.tfms for o in _lists(dl)] + [o for o in steps if not isinstance(o, MethodType)] # a method is the default
-    return [f for p in pipes for f in getattr(p, 'fs', [p])]
-
-def _alike(a, b):
-    "Do two data loaders share their transforms?"
-    if _lists(a) and _lists(b): same = a.dataset.split_idx==b.dataset.split_idx
-    else: same = a.dataset is b.dataset or (_has_samples(a) and _has_samples(b))
-    ta,tb = _transforms(a),_transforms(b)
-    return same and len(ta)==len(tb) and all(x is y for x,y in zip(ta, tb))
-
-def _items(dl):
-    "The items, or samples, that a data loader goes through, in their order"
-    lists,idxs = _lists(dl),list(_ordered(dl).get_idxs())
-    items = lists[0].items if lists else dl.dataset
-    return items.iloc[idxs] if hasattr(items, 'iloc') else [items[i] for i in idxs]
-
-def _own_dl(learn, items):
-    "A data loader of `items` with the transforms that `learn` has for validation"
-    try:
-        dl = _ordered(learn.dls.test_dl(items, with_labels=True))
-        dl.dataset[0]
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ValueError(f"FRSKD: one Learner's transforms can't take the items to compare on ({why}). "
-                         "Compare Learners whose data are made of the same kind of items.") from e
-    return dl
-
-def _same_inputs(a, b):
-    "Do two data loaders begin with the same inputs?"
-    a,b = (first(_ordered(o, num_workers=0)) for o in (a,b))
-    if a is None or b is None: return False
-    n = min(len(a[0]), len(b[0]))
-    a,b = (o[0][:n].as_subclass(Tensor).cpu().float() for o in (a,b))
-    return a.shape==b.shape and torch.allclose(a, b, atol=1e-5)
-
-def _same_items(a, b):
-    "Do two data loaders go through the same items?"
-    if a.dataset is b.dataset: return True
-    known = all(map(_lists, (a,b))) or all(map(_has_samples, (a,b)))
-    return equals(_items(a), _items(b)) if known else _same_inputs(a, b)
-
-def _same_pipeline(learners):
-    "Do two Learners make the same inputs of the same items?"
-    own = [_fastai(o.dls.valid) for o in learners]
-    if _alike(*own): return True
-    if not all(map(_lists, own)): return not any(map(_is_empty, own)) and _same_inputs(*own)
-    full = first(o for o in own if not _is_empty(o))
-    return full is not None and _same_inputs(*(_own_dl(o, _items(full)[:8]) for o in learners))
-
-def _is_empty(dl): return hasattr(dl.dataset, '__len__') and len(dl.dataset)==0
-
-# %% ../../nbs/show/comparison.ipynb #9e4d1f86
-def _check_sets(own):
-    "`ValueError` where the validation sets of two Learners differ"
-    if _is_empty(own[0]): raise ValueError("FRSKD: the first Learner has no validation images, as one that was exported. "
-                                           "Say what to compare the two on: `dl=`.")
-    if _is_empty(own[1]) or _same_items(*own): return
-    raise ValueError("FRSKD: these two Learners have different validation sets: one may have trained on the other's images. "
-                     "Make both with the same `seed`, or pass `dl=learn.dls.test_dl(items, with_labels=True)`.")
-
-def _two_loaders(learners, dl):
-    "A data loader for each Learner: the same items in the same order, each with its Learner's own transforms"
-    own = [_fastai(o.dls.valid) for o in learners]
-    if dl is None: _check_sets(own)
-    given = _ordered(own[0] if dl is None else _fastai(dl))
-    if isinstance(given.dataset, Datasets) and len(given.dataset.tls)<=given.dataset.n_inp: _refuse_unlabelled()
-    alike = [_alike(given, o) for o in own]
-    if all(alike): return [given,given]
-    listed = all(map(_lists, (given,*own)))
-    samples = any(alike) and all(map(_has_samples, (given,*own)))
-    if listed or samples: return [given if same else _own_dl(o, _items(given)) for o,same in zip(learners, alike)]
-    bare = all(_has_samples(o) and not _transforms(o) for o in own)
-    if bare or _same_pipeline(learners): return [given,given]
-    raise ValueError("FRSKD: these two Learners may transform images differently, and the data loader's items aren't known. "
-                     "Pass `dl=learn.dls.test_dl(items, with_labels=True)`, or set `other.dls = learn.dls` if it fits both.")
-
-def _refuse_unlabelled():
-    raise ValueError("FRSKD: the data loader to compare on has no targets. "
-                     "Make it with them: `learn.dls.test_dl(items, with_labels=True)`.")
+# %% ../../nbs/show/comparison.ipynb #05419f63
+class _Silent(Recorder):
+    "Records nothing, and has no metrics, which would wait for other processes"
+    name = 'recorder'
+    before_validate = after_batch = after_validate = after_epoch = noop
 
 class _Collect(Callback):
     "Calls `collect` with the prediction and the targets of each batch"
-    name,order = 'gather_preds',200 # by this name loggers and trackers know to keep out; after all that changes predictions
+    name = 'gather_preds' # by this name loggers and trackers know to keep out
+    order = 200 # after what changes predictions
     def __init__(self, collect): self.collect = collect
     def after_pred(self): self.collect(self.pred, self.yb)
 
-def _each(learn, dl, collect):
-    "Validate `learn` on `dl`, with its callbacks but without a trace; `collect` gets each batch's prediction and targets"
-    recorders = [o for o in learn.cbs if isinstance(o, Recorder)]
-    kept = [(o,dict(vars(o))) for r in recorders for o in (r, r.smooth_loss)] # a validation begins its record anew
-    final = {k:v for k,v in vars(learn).items() if k=='final_record'}
-    bars = learn.cbs.filter(lambda o: isinstance(o, ProgressCallback))
-    # no metrics: they would wait for other processes
-    for o in recorders: vars(o).update(dict.fromkeys(('before_validate','after_batch','after_validate'), noop))
-    try:
-        with probing(learn.model), learn.removed_cbs(bars), learn.validation_context(cbs=_Collect(collect)):
-            learn._do_epoch_validate(dl=dl)
-    finally:
-        for o,state in kept:
-            vars(o).clear()
-            vars(o).update(state)
-        vars(learn).update(final)
+def _validate(learn, dl, collect):
+    "Validate `learn` on `dl`, with its callbacks but without a trace, for `collect`"
+    hidden = [o for o in learn.cbs if isinstance(o, (Recorder,ProgressCallback))]
+    cbs = [_Silent(),_Collect(collect)]
+    with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs):
+        learn._do_epoch_validate(dl=dl)
 
-def _judge(learn, dl):
-    "N×3: how much of an image is right, the mean probability, the number of answers; and the labels"
-    rows,labels = [],[]
-    def _add(pred, yb):
-        if not len(yb): _refuse_unlabelled()
+# %% ../../nbs/show/comparison.ipynb #f7e6d0ba
+class _Judged:
+    "What a Learner answers on the items of a `Source`, image by image"
+    def __init__(self, learn, source):
+        self.learn,self.source,self.rows,self.labels = learn,source,[],[]
+        _validate(learn, source.ordered(), self._judge)
+        if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has.")
+        # the part that is right, the mean probability of the right answer, how many answers count
+        self.right,self.prob,self.n = torch.cat(self.rows).unbind(1)
+
+    def answers(self, logits, y): return task_of(logits, (y,), self.learn.loss_func).answers(logits, y)
+
+    def _judge(self, pred, yb):
+        if not yb: raise ValueError(no_targets)
         if not isinstance(pred, Tensor):
-            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. Compare those that return logits.")
-        a = _answers(pred, yb[0], learn.loss_func)
+            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. "
+                             "Compare those that return logits.")
+        a = self.answers(pred, yb[0])
         n = a.keep.sum(1)
-        mean = lambda o: (o*a.keep).sum(1)/n.clamp(min=1)
-        rows.append(torch.stack([mean(a.right), mean(a.log_p.exp()), n], dim=1).cpu())
-        if pred.ndim==2: labels.append(yb[0].as_subclass(Tensor).cpu())
-    _each(learn, dl, _add)
-    if not rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has: `dl=`.")
-    return torch.cat(rows),labels
+        right,prob = ((o*a.keep).sum(1)/n.clamp(min=1) for o in (a.right,a.log_p.exp()))
+        self.rows.append(torch.stack([right, prob, n], dim=1).cpu())
+        if pred.ndim==2: self.labels += yb[0].as_subclass(Tensor).cpu()
 
-def _logits(learn, b):
-    preds = []
-    _each(learn, [b], lambda pred,yb: preds.append(pred.cpu()))
-    return preds[0]
+    def batch(self, idxs):
+        "The images `idxs`, decoded, their logits and targets"
+        dl,seen = self.source.ordered(),[]
+        if not dl.indexed:
+            raise ValueError("FRSKD: the images of an iterable data set can't be looked up. "
+                             "To show them, compare on a data set with an index.")
+        every = self.source.idxs
+        b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
+        _validate(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
+        if hasattr(dl, 'decode_batch'): images = dl.decode_batch(b, max_n=len(idxs))
+        else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
+        return images,*seen
 
-def _first_masks(dl, n=8):
-    "The first masks behind a data loader, before it resizes or crops them"
-    lists = _lists(dl)
-    return [np.array(lists[-1][i]) for i in list(dl.get_idxs())[:n]] if len(lists)>1 else []
-
-def _check_labels(a, b):
-    "`ValueError` where the labels of the same items differ, or their masks; a mask of another size tells nothing"
-    differ = lambda x,y: not np.array_equal(x, y) and (x.shape==y.shape or x.ndim<2)
-    bad = first(i for i,(x,y) in enumerate(zip(a, b)) if differ(x, y))
-    if bad is None and len(a)==len(b): return
-    raise ValueError(f"FRSKD: these two Learners label the same items differently, first item {bad or 0}. "
+def _check_labels(one, two):
+    "`ValueError` where labels of the same items differ, or their first masks, if these are of one size"
+    if one.source is two.source: return
+    a,b = (o.labels or o.source.raw_targets(8) for o in (one,two))
+    differ = [not np.array_equal(x, y) and (x.shape==y.shape or x.ndim<2) for x,y in zip(a, b)]
+    if len(a)==len(b) and not any(differ): return
+    bad = (differ+[True]).index(True)
+    raise ValueError(f"FRSKD: these two Learners label the same items differently, first item {bad}. "
                      "Compare Learners that were trained with the same labels.")
 
-# %% ../../nbs/show/comparison.ipynb #c23850f1
+# %% ../../nbs/show/comparison.ipynb #75f2de3c
 class StudentComparison:
     "Two Learners on the same images: where the one's answers are right and the other's are not"
     def __init__(self,
         learn:Learner, # With FRSKD; its validation set is what both are asked
         other:Learner, # Without, or anything else to compare with; an exported one, too
         names:tuple=('FRSKD','plain'), # Of the two
-        dl:DataLoader|None=None, # Other items with targets, which each Learner gets through its own transforms
+        dl:DataLoader|None=None, # Other items with targets; each Learner gets them through its own transforms
     ):
         self.learners,self.names = (learn,other),names
-        classes = [class_names(o.dls) for o in self.learners]
-        if classes[0]!=classes[1]:
-            known = ' and '.join(', '.join((o or ['none'])[:5]) for o in classes)
-            raise ValueError(f"FRSKD: the two Learners know different classes, {known}, …: compare models of the same data")
-        self.loaders = _two_loaders(self.learners, dl) # of each Learner
-        (one,said),(two,labels) = self._judged()
-        if len(one)!=len(two): raise ValueError(f"FRSKD: the two Learners' loaders have {len(one)} and {len(two)} images. "
-                                                "Compare on a data set with a length.")
-        _check_labels(said, labels)
-        both = torch.stack([one, two], dim=1)
-        both[(both[...,2]==0).any(1)] = 0 # nothing counts in what one of the two sees
-        # N×2, of each image: part of the answers that are right, mean probability of the right answer
-        self.right,self.probs = both[...,0],both[...,1]
-
-    def _judged(self):
-        "Of each Learner: what `_judge` says, and its labels or some masks"
-        res = [_judge(o, dl) for o,dl in zip(self.learners, self.loaders)]
-        if self.loaders[0] is self.loaders[1]: return [(rows,[]) for rows,_ in res]
-        return [(rows,list(torch.cat(l)) if l else _first_masks(dl)) for (rows,l),dl in zip(res, self.loaders)]
+        a,b = (class_names(o.dls) for o in self.learners)
+        if a!=b:
+            known = ' and '.join(', '.join((o or ['none'])[:5]) for o in (a,b))
+            raise ValueError(f"FRSKD: the two Learners know different classes, {known}, …. "
+                             "Compare models of the same data.")
+        self.judged = [_Judged(*o) for o in zip(self.learners, same_items_for(self.learners, dl))]
+        one,two = self.judged
+        if len(one.n)!=len(two.n):
+            raise ValueError(f"FRSKD: the two Learners' loaders have {len(one.n)} and {len(two.n)} images. "
+                             "Compare on a data set with a length.")
+        _check_labels(one, two)
+        counts = ((one.n>0) & (two.n>0))[:,None] # where one sees nothing that counts, there is no difference
+        self.right = torch.stack([one.right, two.right], dim=1)*counts # N×2: the part of an image's answers
+        self.probs = torch.stack([one.prob, two.prob], dim=1)*counts   # N×2: the mean of the right answers
 
     def __repr__(self): return self.counts().to_string(index=False)
 
-    def counts(self)->pd.DataFrame: # Numbers of images: how many each of the two does better, and p, the chance of a split as uneven as this or more if both were equally good (sign test)
-        "In how many images the two differ, and whether that may be chance"
-        a,b = (self.right[:,0]>self.right[:,1]).sum().item(),(self.right[:,1]>self.right[:,0]).sum().item()
-        n = a+b
-        p = min(1., 2*sum(math.comb(n, k) for k in range(min(a,b)+1))/2**n)
-        return pd.DataFrame({'images':[len(self.right)], f'{self.names[0]} better':[a], f'{self.names[1]} better':[b], 'no difference':[len(self.right)-n], 'p':[p]})
+    def counts(self)->pd.DataFrame: # One row: numbers of images, and `p`
+        """In how many images the two differ, and whether that may be chance.
+
+        `p` is the chance of a split as uneven as this or more if both were equally good (sign test)."""
+        a,b = (self.right>self.right.flip(1)).sum(0).tolist()
+        total = len(self.right)
+        p = min(1., 2*sum(math.comb(a+b, k) for k in range(min(a, b)+1))/2**(a+b))
+        one,two = (f'{o} better' for o in self.names)
+        return pd.DataFrame({'images':[total], one:[a], two:[b], 'no difference':[total-a-b], 'p':[p]})
 
     def show(self,
         n:int=8, # How many images
         size:float=1.8, # Width of one, in inches
     )->plt.Figure:
-        "Images on which the two differ: first those that FRSKD does better, then those that it does worse, half of each; those where only one is right come before those where only the probabilities differ, most first"
+        """Images on which the two differ: first those that FRSKD does better, then those that it does worse.
+
+        There are as many of each, if there can be. Those where only one is right come before those where only
+        the probabilities differ, most first."""
         if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
-        gain = 2*(self.right[:,0]-self.right[:,1]) + self.probs[:,0]-self.probs[:,1] # a difference in what is right outweighs any in probability
+        right,probs = (o[:,0]-o[:,1] for o in (self.right,self.probs))
+        gain = 2*right+probs # what is right outweighs any probability
         order = gain.argsort(descending=True, stable=True).tolist()
-        better,worse = [i for i in order if gain[i]>0][:(n+1)//2],[i for i in reversed(order) if gain[i]<0][:n//2]
-        pick = better+worse
-        if not pick: raise ValueError(f"FRSKD: {self.names[0]} and {self.names[1]} don't differ on any image")
-        batches = [self._batch(dl, pick) for dl in self.loaders]
-        logits = [_logits(o, b) for o,b in zip(self.learners, batches)]
-        images = self._decoded(self.loaders[0], batches[0])
-        task = task_of(logits[0], (batches[0][1],), self.learners[0].loss_func)
-        draw = self._masks if isinstance(task, Segmentation) else partial(self._titles, task)
-        fig = draw(images, batches, logits, pick, size)
-        fig.suptitle(f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}", fontsize=9)
+        better = [i for i in order if gain[i]>0][:(n+1)//2]
+        worse = [i for i in order[::-1] if gain[i]<0][:n//2]
+        if not better+worse: raise ValueError(f"FRSKD: {' and '.join(self.names)} don't differ on any image.")
+        batches = [o.batch(better+worse) for o in self.judged]
+        draw = self._draw_masks if batches[0][1].ndim==Segmentation.ndim else self._draw_labels
+        fig = draw(batches, better+worse, size)
+        title = f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}"
+        fig.suptitle(title, fontsize=9)
         return fig
 
-    def _batch(self, dl, pick):
-        if not dl.indexed: raise ValueError("FRSKD: the images of an iterable data set can't be looked up. "
-                                            "To show them, compare on a data set with an index.")
-        idxs = list(dl.get_idxs())
-        return dl.new(bs=len(pick), num_workers=0, get_idxs=lambda: [idxs[i] for i in pick]).one_batch()
-
-    def _decoded(self, dl, b):
-        if hasattr(dl, 'decode_batch'): return dl.decode_batch(b, max_n=len(b[0]))
-        return [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
-
-    def _titles(self, task, images, batches, logits, pick, size):
-        cols,names = min(4, len(pick)),_names(self.learners[0], logits[0].shape[1])
-        rows = -(-len(pick)//cols)
-        fig,axs = plt.subplots(rows, cols, figsize=(size*cols*1.2, size*rows*1.45), squeeze=False, layout='constrained')
+    def _draw_labels(self, batches, idxs, size):
+        (images,logits,y),(_,others,_) = batches
+        learn = self.learners[0]
+        task,names = task_of(logits, (y,), learn.loss_func),class_names(learn.dls, logits.shape[1])
+        columns = min(4, len(idxs))
+        rows = math.ceil(len(idxs)/columns)
+        figsize = size*columns*1.2, size*rows*1.45
+        fig,axs = plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout='constrained')
         for ax in axs.flat: ax.axis('off')
-        for ax,(image,y,*_),i,*ls in zip(axs.flat, images, pick, *logits):
-            said = [label_text(task.predicted(l, names)) for l in ls]
+        for ax,(image,label,*_),i,*both in zip(axs.flat, images, idxs, logits, others):
             show_image(image, ctx=ax)
-            lines = [f'{who} {p:.2f}' + (f' → {what}' if r<1 else '') for who,what,p,r in zip(self.names, said, self.probs[i], self.right[i])]
-            ax.set_title('\n'.join([label_text(y), *lines]), fontsize=8, wrap=True)
+            lines = [label_text(label)]
+            for who,p,right,z in zip(self.names, self.probs[i], self.right[i], both):
+                wrong = f' → {label_text(task.predicted(z, names))}' if right<1 else ''
+                lines.append(f'{who} {p:.2f}{wrong}')
+            ax.set_title('\n'.join(lines), fontsize=8, wrap=True)
         return fig
 
-    def _masks(self, images, batches, logits, pick, size):
-        wrong,(h,w) = [],logits[0].shape[-2:]
-        for o,(_,y,*_),l in zip(self.learners, batches, logits):
-            task = Segmentation(ignored_labels(o.loss_func))
-            y = task.labels(y).cpu()
-            keep = task.counts(y)
-            wrong.append(np.ma.masked_where(~keep, l.as_subclass(Tensor).argmax(1)!=y))
-        fig,axs = plt.subplots(len(pick), 3, figsize=(size*3.6, size*1.2*len(pick)*h/w+.4), squeeze=False, layout='constrained')
-        colors = matplotlib.colors.ListedColormap(['#DDDDDD',_colors[1]])
-        for row,(image,*_),i,*maps in zip(axs, images, pick, *wrong):
-            show_image(image, ctx=row[0])
-            for ax,m,r in zip(row[1:], maps, self.right[i]):
-                ax.imshow(m, cmap=colors, vmin=0, vmax=1, interpolation='nearest')
-                ax.axis('off')
-                ax.set_title(f'{r:.1%} right', fontsize=8)
-        for ax,who in zip(axs[0,1:], self.names): ax.set_title(f'wrong, {who}\n{ax.get_title()}', fontsize=8)
+    def _draw_masks(self, batches, idxs, size):
+        h,w = batches[0][1].shape[-2:]
+        figsize = size*3.6, size*1.2*len(idxs)*h/w+.4
+        fig,axs = plt.subplots(len(idxs), 3, figsize=figsize, squeeze=False, layout='constrained')
+        for ax,(image,*_) in zip(axs[:,0], batches[0][0]): show_image(image, ctx=ax)
+        for j,(judged,(_,logits,y)) in enumerate(zip(self.judged, batches)):
+            a = judged.answers(logits, y)
+            right,keep = (o.view(len(idxs), *logits.shape[-2:]) for o in (a.right,a.keep))
+            for k,(ax,i) in enumerate(zip(axs[:,j+1], idxs)):
+                show_wrong(right[k], keep[k], ax)
+                ax.set_title(f'{self.right[i,j]:.1%} right', fontsize=8)
+            axs[0,j+1].set_title(f'wrong, {self.names[j]}\n{axs[0,j+1].get_title()}', fontsize=8)
         return fig

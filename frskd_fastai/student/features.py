@@ -221,7 +221,7 @@ def get_level(
     modules = dict(uncompiled(model).named_modules())
     if name and name in modules: return modules[name]
     near = difflib.get_close_matches(name, [o for o in modules if o], n=5, cutoff=0.4)
-    ends = [o for o in modules if o.split('.')[-1]==name]
+    ends = [o for o in modules if o and o.split('.')[-1]==name]
     near = ', '.join(map(repr, L(ends+near).unique()[:5]))
     raise ValueError(f"FRSKD: the model has no module named {name!r}." + (f" Did you mean {near}?" if near else '')
                      + " `[n for n,_ in learn.model.named_modules()]` lists all names.")

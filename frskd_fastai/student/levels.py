@@ -318,7 +318,8 @@ class Observer:
         h,w = self.size
         raise ValueError("FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution; the model has "
                          f"{_listed(found) or 'none'} for {self.bs} images of {h}×{w}. "
-                         "Use larger images, or name the modules: `FRSKDCallback(levels=[...])`.")
+                         "Modules that run more than once don't count. Use larger images, or name the modules: "
+                         "`FRSKDCallback(levels=[...])`.")
 
 def module_operations(
     m:nn.Module,

@@ -25,7 +25,8 @@ class _PixelMetric(Metric):
 
     def accumulate(self, learn):
         n,a = learn.pred.shape[1],self.task.answers(learn.pred, learn.y)
-        said,right,label = (o[a.keep] for o in (learn.pred.argmax(1).as_subclass(Tensor).flatten(1), a.right, a.cls))
+        said = learn.pred.argmax(1).as_subclass(Tensor).flatten(1)
+        said,right,label = (o[a.keep] for o in (said,a.right,a.cls))
         counts = torch.stack([torch.bincount(o, minlength=n) for o in (label[right],said,label)])
         counts = learn.to_detach(counts[None]).sum(0) # over all processes
         self.counts = counts if self.counts is None else self.counts+counts
