@@ -101,6 +101,7 @@ class FRSKDCallback(StudentReader):
     skipped = property(lambda self: self.skipping.skipped) # Steps of the last fit, as of the last look
     steps   = property(lambda self: self.log.steps) # The losses of each step of the last fit, see `LossLog.steps`
     factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # Of the schedule, now
+    multi_label = property(lambda self: isinstance(self.task, MultiLabel))
     refined_channels = property(lambda self: self.trained.refined_channels)
 
     def attach(self):
@@ -125,6 +126,8 @@ class FRSKDCallback(StudentReader):
         check_fit(self.learn)
         plan_schedule(self.learn, self.trust)
         say_if_short(self.learn, self.trust)
+
+    def refused(self): self.skipping.set_back() # BatchNorm's statistics have seen the batch
 
     def enter_train(self):
         super().enter_train()

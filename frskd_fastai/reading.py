@@ -28,7 +28,8 @@ class StudentReader(SideModuleCallback):
         siblings:list=(), # As for `SideModuleCallback`
     ):
         super().__init__(siblings)
-        self.options,self.hooks,self._model,self.looked,self.casts = options,None,None,False,False
+        self.options,self.hooks,self._model = options,None,None
+        self.looked=self.has_pred=self.casts = False
 
     def build_for(self,
         seen:Seen,
@@ -37,6 +38,8 @@ class StudentReader(SideModuleCallback):
     ):
         "Build and set the module"
         raise NotImplementedError
+
+    def refused(self): "An error ended the first step, before anything was trained"
 
     def module_of(self,
         seen:Seen,
@@ -86,7 +89,24 @@ class StudentReader(SideModuleCallback):
         if event=='before_batch' and self.hooks is not None and self.run and self.learn.training: self.hooks.attach()
 
     def before_batch(self):
+        self.has_pred = False
         if self.hooks is not None: self.hooks.clear() # of a batch that was cancelled after its forward pass
+
+    def after_pred(self): self.has_pred = True
+
+    def _around_epoch(self, epoch):
+        try: super()._around_epoch(epoch)
+        except (IndexError,RuntimeError,ValueError) as e: # of the loss function: there may be a better reason
+            if not self.has_pred or self.looked: raise
+            self.refused()
+            self._check(self.learn.pred, self.learn.yb, self.label_loss, e)
+            raise
+
+    def _check(self, pred, yb, loss_func, cause=None):
+        try:
+            check_targets(yb)
+            return check_pred(pred, yb, loss_func)
+        except ValueError as e: raise e from cause
 
     def read(self)->tuple: # Maps, and the same before the ReLU or None
         "The student's maps of this step's forward pass; the first ones of a fit are looked at"
@@ -95,10 +115,10 @@ class StudentReader(SideModuleCallback):
             raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the feature "
                              "maps aren't its. A callback replaces it; let it change the loss in place of the prediction.")
         if not self.looked: self._look(hooks, learn.xb, learn.yb, learn.pred, self.label_loss)
-        self.looked = True
+        self.looked,self.has_pred = True,False
         maps,pre = self._pop(hooks)
         if isinstance(hooks, Observer): self.hooks = self._hooks_type(self.student, self.found_levels, hooks.size)
-        else: check_gradient(self.student, self.found_levels, maps)
+        check_gradient(self.student, self.found_levels, maps)
         return maps,pre
 
     def _pop(self, hooks):
@@ -111,8 +131,7 @@ class StudentReader(SideModuleCallback):
 
     def _look(self, hooks, xb, yb, pred, loss_func):
         "See what a batch shows, and build the module where there is none that serves"
-        check_targets(yb)
-        task,levels = check_pred(pred, yb, loss_func),hooks.find()
+        task,levels = self._check(pred, yb, loss_func),hooks.find()
         if isinstance(hooks, Observer):
             if task.per=='pixel' and hooks.search: hooks.refuse_dense()
             operations,size = hooks.operations,hooks.size

@@ -86,7 +86,9 @@ class SkipNonFinite(TrainingOnly):
         "Keep the buffers of `module`, too"
         if self.watching: self.kept += [b.clone() for b in module.buffers()]
 
-    def _set_back(self):
+    def set_back(self):
+        "Set the buffers back to what they were when they were last sound"
+        if not self.watching: return
         for b,k in zip(self.buffers, self.kept): b.copy_(k)
 
     def before_batch(self):
@@ -129,7 +131,7 @@ class SkipNonFinite(TrainingOnly):
                 "clipped gradients: `cbs=GradientClip`.")
         if skipped==self.skipped: return self.keep()
         self.skipped = skipped
-        self._set_back()
+        self.set_back()
         warn(f"FRSKD: skipped {plural(skipped, 'step')} with a non-finite loss so far")
 
     def _smooth_loss(self):
@@ -143,7 +145,7 @@ class SkipNonFinite(TrainingOnly):
         "`FloatingPointError` where this step isn't finite, either"
         names = not_finite({'the batch of images':self.xb, **self.suspects()}) or not_finite({'the loss':self.loss})
         if not names: return
-        self._set_back()
+        self.set_back()
         also = f" (nor {', '.join(names[1:])})" if names[1:] else ''
         raise FloatingPointError(
             f"FRSKD: skipped {self.limit} steps or more in a row, since their loss wasn't finite; now {names[0]} isn't{also}. "

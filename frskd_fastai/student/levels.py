@@ -68,6 +68,18 @@ def _trunk(pred, images):
         low = min([low, *(at[i] for i,_ in o.next_functions if i in at)]) if o not in images else -1
     return trunk
 
+def _picks(node, images):
+    "Are entries picked by an index on the way from the nodes `images` to `node`, as networks do that leave out tokens?"
+    todo,leads = [(node,False)],{} # `leads`: does a node lead back to the images?
+    while todo:
+        o,done = todo.pop()
+        before = [i for i,_ in o.next_functions if i is not None] if o is not None else []
+        if done: leads[o] = o in images or any(leads.get(i) for i in before)
+        elif o is not None and o not in leads:
+            leads[o] = False
+            todo += [(o,True)] + [(i,False) for i in before]
+    return any(on and re.match('(Index|IndexSelect|Gather)Backward', o.name()) for o,on in leads.items())
+
 # %% ../../nbs/student/levels.ipynb #7d1f0c52
 def _spread(os, n):
     "`n` of `os` at equal distances, the last one among them"
@@ -191,7 +203,7 @@ class Observer:
     ):
         self.model,self.levels = model,levels
         self.decoder = decoder_names(uncompiled(model), levels) if isinstance(levels, Integral) else []
-        self.search = isinstance(levels, Integral) and len(self.decoder)<2 # along autograd's graph
+        self.search = isinstance(levels, Integral) and len(self.decoder)<2
         self.names = {m:n for n,m in uncompiled(model).named_modules()}
         self.hooks = hooks(model, [n for n in self.names.values() if n])
         self._handles,self._eagerly = [],Eagerly(model)
@@ -217,12 +229,12 @@ class Observer:
     def probe(self, *xb):
         "Run the model on `xb`, in evaluation mode and without a trace; its output"
         forget = torch.autograd.graph.saved_tensors_hooks(lambda o: None, noop) # no backward pass follows
-        with probing(self.model, grad=self.search), forget, self: return self.model(*xb)
+        with probing(self.model, grad=len(self.decoder)<2), forget, self: return self.model(*xb)
 
     def clear(self):
         "Forget what was seen"
         self.hooks.clear()
-        self.calls,self.grids,self.images,self.nodes,self.convs,self.operations = {},{},[],{},0,0
+        self.calls,self.grids,self.images,self.nodes,self.tokens,self.convs,self.operations = {},{},[],{},{},0,0
 
     def remove(self):
         "Take the hooks off the model and forget what was seen"
@@ -242,7 +254,7 @@ class Observer:
         images = first(o for o in flatten_tensors(inputs) if o.ndim==4)
         if images is None: self._refuse(inputs)
         self.bs = len(images)
-        if self.search and torch.is_grad_enabled(): return apply(self._traced, inputs)
+        if len(self.decoder)<2 and torch.is_grad_enabled(): return apply(self._traced, inputs)
 
     def _refuse(self, inputs):
         shapes = ', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))
@@ -266,6 +278,7 @@ class Observer:
         if not grids and isinstance(out, Tensor) and out.ndim==4 and len(out)%bs==0: # a map for each patch
             grid = _grid(len(out)//bs, hw)
             if grid: grids[grid] = None
+        if isinstance(out, Tensor) and out.ndim==3 and len(out)==bs: self.tokens[name] = out.shape[1],out.grad_fn
         if name in self.calls: lv = None # run twice, it has no single map
         if lv is not None: self.nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
         inp = _read(name, first_map, bs, hw, grids)
@@ -279,11 +292,21 @@ class Observer:
         trunk = None if hidden else _trunk(root, self.images)
         if trunk:
             for n,o in self.nodes.items(): self.calls[n]['trunk'] = o in trunk
-        self.nodes,self.images = {},[] # they hold the graph
+        self.nodes = {}
+
+    def _check_tokens(self):
+        "`ValueError` where the network has left out or merged tokens on the way to its outputs, so that they are no map"
+        for name,(n,node) in self.tokens.items():
+            full = max((h*w for h,w in self.grids), default=0)
+            if n>=full or not _picks(node, self.images): continue
+            raise ValueError(f"FRSKD: level {name!r} returns {n} patch tokens, where images of this size have {full}: the "
+                             "network drops or merges tokens in training (`patch_drop_rate`?). Train with all tokens, or name "
+                             "levels that have them: `FRSKDCallback(levels=[...])`.")
 
     def find(self)->L: # of `Level`s, largest map first
         "The feature levels; `ValueError` where there are fewer than two"
         self._see_trunk()
+        if self.search: self._check_tokens()
         model,levels,unsure = uncompiled(self.model),self.levels,False
         if not isinstance(levels, Integral): found = self._named(levels)
         else:
@@ -293,6 +316,7 @@ class Observer:
                 found = _search(model, self.calls, levels)
                 if len(found)<2: found = _blocks(model, self.calls, levels)
                 unsure = _uncertain(model, self.calls, found)
+        self.tokens,self.images = {},[] # they hold the graph
         if len(found)<2: self._too_few(found)
         if unsure and not rank_distrib():
             warn(f"FRSKD: the network has side branches, so its levels are uncertain; using {_listed(found)}. "
@@ -306,6 +330,8 @@ class Observer:
 
     def _named(self, names):
         kept = self.hooks._maps
+        self.tokens = {n:o for n,o in self.tokens.items() if n in names}
+        self._check_tokens()
         def _level(n):
             if n not in kept or n in self.hooks._twice: self.hooks.outputs([Level(n, None, None)]) # raises
             return self.calls[n]['out'] or as_map(kept[n], Level(n, None, None)) # the latter raises
