@@ -17,6 +17,7 @@ from .student.features import *
 from .student.levels import *
 from .student.probe import *
 from .learner.checkpoint import *
+from .learner.processes import *
 from .learner.side_module import *
 from .build import *
 
@@ -29,7 +30,7 @@ class StudentReader(SideModuleCallback):
     ):
         super().__init__(siblings)
         self.options,self.hooks,self._model = options,None,None
-        self.looked=self.has_pred=self.casts = False
+        self.looked=self.has_pred = False
 
     def build_for(self,
         seen:Seen,
@@ -71,7 +72,6 @@ class StudentReader(SideModuleCallback):
         super().enter_fit()
         self.label_loss,self.looked = self.learn.loss_func,False # now: later MixUp swaps the loss function
         check_loss(self.label_loss)
-        self.casts = any(p.dtype in (torch.bfloat16,torch.float64) for p in self.student.parameters()) # without autocast
         if is_compiled(self.student): torch._dynamo.reset() # it doesn't notice hooks that come after it has compiled
 
     def enter_train(self):
@@ -126,8 +126,8 @@ class StudentReader(SideModuleCallback):
         levels,loss = self.found_levels,self.options.feature_loss
         maps,pre = hooks.pop(levels) if takes_preact(loss) else (hooks.pop(levels),None)
         if isinstance(hooks, Observer) and pre: check_preact(levels, maps, pre, loss)
-        if self.casts: maps,pre = to_float(maps),pre and to_float(pre) # the self-teacher is float32 then
-        return maps,pre
+        with model_autocast(self.learn): autocast = torch.is_autocast_enabled(maps[0].device.type)
+        return (maps,pre) if autocast else (to_float(maps),pre and to_float(pre)) # the self-teacher is float32
 
     def _look(self, hooks, xb, yb, pred, loss_func):
         "See what a batch shows, and build the module where there is none that serves"

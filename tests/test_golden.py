@@ -197,7 +197,7 @@ def test_golden_sla(name):
             seen['total'] = self.learn.loss
             raise CancelFitException
     learn = Learner(DataLoaders(dl, dl), student, loss_func=CrossEntropyLossFlat(), cbs=[cb,Look()])
-    learn.create_opt()
+    cb.build()
     state = {f'teacher.{k}':v for k,v in ours(z, 'param/teacher/', cb.teacher).items()}
     for ref,our in dict(fc1='joint_student', fc2='joint_teacher').items():
         for k in 'weight','bias': state[f'{our}.{k}'] = tensor(z, f'param/sla/{ref}.{k}')
