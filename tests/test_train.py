@@ -6,7 +6,9 @@ from PIL import Image
 from fastai.learner import load_learner
 from fastai.vision.all import L, get_image_files
 from frskd_fastai.data.images import digits_data
-from frskd_fastai.cli.train import main, results
+from frskd_fastai.cli.run import Run
+from frskd_fastai.cli.run_folder import results
+from frskd_fastai.cli.train import main
 from conftest import pickled_modules
 
 SHARED = Path(__file__).parents[2]/'shared/data'
@@ -152,8 +154,7 @@ def test_out_below_a_file(folder, tmp_path, capsys):
     (tmp_path/'f').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'f/r'], capsys, tmp_path, 'is a file')
 
 def test_interrupted(folder, tmp_path, capsys, monkeypatch):
-    import frskd_fastai.cli.train as t
-    monkeypatch.setattr(t, '_fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Run, 'fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     code,out,err = run(folder, *FAST, '--out', tmp_path/'r', capsys=capsys)
     assert code==130 and err.strip().count('\n')==0 and 'interrupted' in err
 
