@@ -77,9 +77,8 @@ class BenchOptions:
         why, # Text or exception
     )->UsageError:
         "The error to raise for `--teacher`"
-        return UsageError(f"--teacher {self.teacher}: {why}. Give MODULE:NAME, a module that Python finds and a "
-                          "function or class in it that makes a self-teacher from the levels' channels and the "
-                          "number of logits.")
+        return UsageError(f"--teacher {self.teacher}: {why}. Give MODULE:NAME, a module that Python finds and "
+                          "what in it makes a self-teacher from the levels' channels and the number of logits.")
 
 # %% ../../nbs/cli/bench.ipynb #455c73d0
 def _own_teacher(opts):
@@ -116,7 +115,7 @@ def run_bench(
     d,out = _measure(opts, device),opts.out
     cpu = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
     where,date = torch.cuda.get_device_name() if device=='cuda' else cpu,time.strftime('%Y-%m-%d')
-    versions = f'torch {torch.__version__}, fastai {fastai.__version__}, frskd_fastai {frskd_fastai.__version__}'
+    versions = ', '.join(f'{o.__name__} {o.__version__}' for o in (torch,fastai,frskd_fastai))
     about = f'{opts.arch}, {opts.size} px, batch size {opts.bs}; {where}; {versions}; {date}'
     command = shlex.join(['frskd-bench', *opts.argv])
     text = f'`{command}`\n\n{about}\n\n{table(d)}\n'

@@ -64,7 +64,7 @@ def whole_network(
 # %% ../../nbs/cli/jobs.ipynb #a18cd54f
 class ImageJob:
     "Train a classifier on a folder of images, or on the embedded digits"
-    metrics = {'accuracy':'accuracy'} # Columns of the progress table and their names in the summary, the main one first
+    metrics = {'accuracy':'accuracy'} # Columns and their names in the summary, the main one first
     kind,codes = 'classifier',None # What the network is; classes of pixels
     settings,data_notes = '',() # Text of the summary
 
@@ -117,8 +117,8 @@ class ImageJob:
     @property
     def caution(self):
         n = len(self.valid)
-        return (f"accuracy on {n:,} images has a standard error of about {100*(.25/n)**.5:.1f} points at worst, so "
-                "read small differences with care.")
+        return (f"accuracy on {n:,} images has a standard error of about {100*(.25/n)**.5:.1f} points at worst, "
+                "so read small differences with care.")
     def pictures(self, learn): return {}
 
 # %% ../../nbs/cli/jobs.ipynb #5bb78962
@@ -130,8 +130,8 @@ class MaskJob(ImageJob):
 
     def check_arch(self):
         if isinstance(find_arch(self.opts.arch), str):
-            raise UsageError(f"fastai makes no U-Net of timm's networks, and {self.opts.arch} is one. Use one of "
-                             "torchvision's or fastai's, for instance --arch resnet34.")
+            raise UsageError(f"fastai makes no U-Net of timm's networks, and {self.opts.arch} is one. Use one "
+                             "of torchvision's or fastai's, for instance --arch resnet34.")
 
     def find(self):
         train,valid,self.codes = find_masks(self.opts.path, self.opts.seed)
@@ -151,8 +151,8 @@ class MaskJob(ImageJob):
 
     def learner(self, dls, **kwargs):
         loss,o = CrossEntropyLossFlat(axis=1, ignore_index=self.void),self.opts
-        return unet_learner(dls, find_arch(o.arch), n_out=self.n_classes, pretrained=o.pretrained, loss_func=loss,
-                            metrics=self.metric_funcs, **kwargs)
+        return unet_learner(dls, find_arch(o.arch), n_out=self.n_classes, pretrained=o.pretrained,
+                            loss_func=loss, metrics=self.metric_funcs, **kwargs)
 
     @property
     def size_text(self): return f'{self.size} px (height)'
@@ -185,8 +185,8 @@ class _FromRecipe:
     def settings(self):
         drops = ' and '.join(f'{o*self.opts.epochs:.4g}' for o in self.recipe.drops)
         clip = ', gradients clipped' if self.recipe.clip else ''
-        return (f" Recipe {self.opts.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by ten "
-                f"after {drops} epochs{clip}.")
+        return (f" Recipe {self.opts.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by "
+                f"ten after {drops} epochs{clip}.")
 
 class RecipeImageJob(_FromRecipe, ImageJob):
     "Train the classifier of a recipe"

@@ -190,22 +190,23 @@ def _row(name, learn, times, plain):
     student,teacher = flops(learn)
     params = list(learn.frskd.trained.parameters()) if hasattr(learn, 'frskd') else []
     return dict(variant=name, seconds=np.median(times), ratio=mid, ratio_low=low, ratio_high=high,
-                **profile_step(learn), teacher_params=sum(p.numel() for p in params), teacher_tensors=len(params),
-                student_gflops=student/1e9, teacher_gflops=teacher/1e9)
+                **profile_step(learn), teacher_params=sum(p.numel() for p in params),
+                teacher_tensors=len(params), student_gflops=student/1e9, teacher_gflops=teacher/1e9)
 
 def table(
     d:pd.DataFrame, # From `bench`
 )->str: # Markdown
     "The measurement for a reader"
     heads = ['variant','s a step','× plain (quartiles)','memory, MB','× plain',
-             'self-teacher, M parameters (tensors)','its forward GFLOPs an image', *(f'{o}, %' for o in parts)]
+             'self-teacher, M parameters (tensors)','its forward GFLOPs an image']
+    heads += [f'{o}, %' for o in parts]
     rows = []
     for _,r in d.iterrows():
         whole = sum(r[o] for o in parts)
         rows.append([r.variant, f'{r.seconds:.3g}', f'{r.ratio:.2f} ({r.ratio_low:.2f}–{r.ratio_high:.2f})',
             f'{r.memory/1e6:.0f}', f'{r.memory_ratio:.2f}',
-            f'{r.teacher_params/1e6:.2f} ({r.teacher_tensors})', f'{r.teacher_gflops:.2f} of {r.student_gflops:.2f}',
-            *(f'{100*r[o]/whole:.0f}' for o in parts)])
+            f'{r.teacher_params/1e6:.2f} ({r.teacher_tensors})',
+            f'{r.teacher_gflops:.2f} of {r.student_gflops:.2f}', *(f'{100*r[o]/whole:.0f}' for o in parts)])
     return '\n'.join(markdown_table(heads, rows))
 
 def plot_bench(

@@ -29,20 +29,21 @@ def _lr(s):
         what = "must be 'auto' or a positive number, up to 1e30"
         raise argparse.ArgumentTypeError(f"{what}, got {s!r}") from None
 
+_path_help = (
+    "folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the embedded "
+    "handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, gray or palette "
+    "images of class numbers; a class called void, unlabelled or ignore, else 255, is for pixels that don't count")
+
 def parser()->argparse.ArgumentParser:
     "The options of `frskd-train`"
     p = argparse.ArgumentParser('frskd-train', formatter_class=Help,
         description="Train an image classifier, or a segmenter, with FRSKD self-distillation, and export it.")
     add = p.add_argument
-    add('path', nargs='?', type=folder, metavar='PATH',
-        help="folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the "
-             "embedded handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, "
-             "gray or palette images of class numbers; a class called void, unlabelled or ignore, else 255, is "
-             "for pixels that don't count")
+    add('path', nargs='?', type=folder, metavar='PATH', help=_path_help)
     add('--task', choices=tasks, default=tasks[0], help="label images, or their pixels (a U-Net)")
     add('--recipe', choices=list(recipe_tasks),
-        help="train on a data set of the paper, at PATH, with the paper's settings: they replace the defaults "
-             "below, 200 epochs among them; other options still count")
+        help="train on a data set of the paper, at PATH, with the paper's settings: they replace the "
+             "defaults below, 200 epochs among them; other options still count")
     add('--arch', default='resnet18',
         help=f"architecture: torchvision's, fastai's xresnets, timm's, {', '.join(own_archs)}")
     add('--epochs', type=number(int, 1), default=10,
@@ -60,8 +61,8 @@ def parser()->argparse.ArgumentParser:
     add('--beta', type=number(float, 0), help=f"weight of the attention loss {both['beta']}")
     add('--temperature', type=number(float, 0, True), help=f"softens the soft labels {both['temperature']}")
     add('--width', type=number(float, 0, True, high=64),
-        help="channels of the self-teacher per channel of the student (default: 2, or less for a student with "
-             "many channels); for segmentation its channels are 64 times this (default: 1)")
+        help="channels of the self-teacher per channel of the student (default: 2, or less for a student "
+             "with many channels); for segmentation its channels are 64 times this (default: 1)")
     add('--seed', type=number(int, 0), default=0,
         help="of the split, the initial weights and the order of the data")
     add('--compare', action='store_true',
@@ -69,8 +70,7 @@ def parser()->argparse.ArgumentParser:
     add('--keep-refined', action='store_true',
         help="export the refined model as well, student and self-teacher as one network, to refined.pkl")
     add('--resume', type=folder, metavar='DIR',
-        help="continue the training whose results were to go to DIR, after its last whole epoch and with its "
-             "options")
+        help="continue the training whose results were to go to DIR, after its last whole epoch")
     return results_options(p, Path('frskd-results'))
 
 def given_options(
@@ -117,7 +117,7 @@ class TrainOptions:
         if opts.finished: return opts
         if opts.path is not None and not opts.recipe: # a recipe says what the folder has to hold
             if not opts.path.exists(): raise UsageError(f"no such folder: {opts.path}")
-            if not opts.path.is_dir(): raise UsageError(f"{opts.path} is not a folder; give a folder of images")
+            if not opts.path.is_dir(): raise UsageError(f"{opts.path} is not a folder")
         if not opts.resume: RunFolder(opts.out).check(opts.force)
         check_processes(opts.bs)
         return opts
@@ -141,8 +141,8 @@ class TrainOptions:
         if folder.finished:
             other = next((k for k in given if k not in ('path','resume')), None)
             if other:
-                raise UsageError(f"--resume {out}: this training is already finished. Drop {_option(other)}, or "
-                                 "train anew with another --out.")
+                raise UsageError(f"--resume {out}: this training is already finished. Drop {_option(other)}, "
+                                 "or train anew with another --out.")
             return dataclasses.replace(cls._decided([], {}), out=out, resume=out)
         note = folder.note()
         try:
@@ -152,8 +152,8 @@ class TrainOptions:
         for k,v in given.items():
             old = getattr(then, k)
             if k in cls._elsewhere or v==old: continue
-            raise UsageError(f"--resume {out} uses the options it began with: {_option(k)} was {old}, not {v}")
-        if given.get('out', out)!=out: raise UsageError(f"--resume {out} writes its results there: drop --out")
+            raise UsageError(f"--resume {out} keeps its options: {_option(k)} was {old}, not {v}")
+        if given.get('out', out)!=out: raise UsageError(f"--resume {out} writes there: drop --out")
         path = given.get('path', note['path'] and Path(note['path']))
         found = dict(lr=note['lr'], data=note['data'])
         return dataclasses.replace(then, path=path, out=out, force=False, resume=out, **found)
@@ -183,8 +183,8 @@ def _check(given):
         raise UsageError(f"the recipe {recipe} is for {recipe_tasks[recipe]}: drop --task")
     if not recipe and task=='segmentation':
         if 'path' not in given:
-            raise UsageError("--task segmentation needs a PATH, a folder of images and masks: the embedded digits "
-                             "have no masks")
+            raise UsageError("--task segmentation needs a PATH, a folder of images and masks: the embedded "
+                             "digits have no masks")
         if arch in own_archs:
             raise UsageError(f"{arch} classifies. Use another network for a U-Net: --arch resnet18.")
     if given.get('pretrained') and _from_scratch(given):

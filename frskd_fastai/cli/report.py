@@ -123,19 +123,20 @@ class Report:
     def _refined_note(self):
         if not self.refined.row: return
         where = '`refined.pkl`' if self.opts.keep_refined else '`--keep-refined` exports it'
-        return [f"`frskd` is the student, a plain {self.opts.arch}. The refined model is student and self-teacher "
-                f"as one network, for where a prediction may cost more: {where}."]
+        return [f"`frskd` is the student, a plain {self.opts.arch}. The refined model is student and "
+                f"self-teacher as one network, for where a prediction may cost more: {where}."]
 
     def _compared(self):
         if not self.comparison: return
         _,better,worse,same,p = self.comparison.counts().iloc[0]
-        return [f"Image by image: frskd is better on {better:.0f}, plain on {worse:.0f}, and {same:.0f} make no "
-                f"difference. Were the two equally good, so uneven a split would come with probability {p:.2g}.", '',
+        return [f"Image by image: frskd is better on {better:.0f}, plain on {worse:.0f}, and {same:.0f} make "
+                "no difference. Were the two equally good, so uneven a split would come with probability "
+                f"{p:.2g}.", '',
                 f"One seed; {self.job.caution}"]
 
     def _versions(self):
         package = " Its network is this package's, which has to be installed to load it."
-        return [f"fastai {fastai.__version__}, torch {torch.__version__}, frskd_fastai {frskd_fastai.__version__}, "
-                f"on {self.learn.dls.device}.",
+        versions = ', '.join(f'{o.__name__} {o.__version__}' for o in (fastai,torch,frskd_fastai))
+        return [f"{versions}, on {self.learn.dls.device}.",
                 "`student.pkl` is the trained student, without the self-teacher: "
                 "`load_learner('student.pkl').predict('image.png')`." + package*self.job.needs_package]

@@ -128,8 +128,8 @@ def train(
     take_gpu()
     job,folder,first = make_job(opts),RunFolder(opts.out),rank_distrib()==0
     if opts.resume and job.digest!=opts.data:
-        raise UsageError(f"--resume {opts.out}: the images in {opts.path or 'the embedded set'} are not those it "
-                         "was trained on (their names, sizes or labels differ)")
+        raise UsageError(f"--resume {opts.out}: the images in {opts.path or 'the embedded set'} are not those "
+                         "it was trained on (their names, sizes or labels differ)")
     runs = [Run('frskd', job).build()]
     with folder.lock() if first else contextlib.nullcontext():
         lr = find_lr(job) if opts.lr=='auto' else opts.lr
@@ -153,7 +153,7 @@ def failure(
         why = first_line(e) if str(e).strip() else f'images of {opts.size} px'
         return f"out of memory ({why}). Use a smaller --size or --bs, or another --arch.",1
     if isinstance(e, FloatingPointError):
-        return (f"{e}. To continue would end so again: start anew with a lower --lr, and --force (the last good "
-                f"state is in {folder.checkpoints()})"),1
+        return (f"{e}. To continue would end so again: start anew with a lower --lr, and --force (the last "
+                f"good state is in {folder.checkpoints()})"),1
     if isinstance(e, NoCheckpoint): return e,1
     if isinstance(e, (CheckpointError,OSError)): return f"{e}{folder.how_to_resume()}",1

@@ -14,7 +14,7 @@ from .command import *
 
 # %% ../../nbs/cli/run_folder.ipynb #3ffaf421
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
-more_results = ('predictions.png','differences.png','refined.pkl') # Of segmentation, --compare, --keep-refined
+more_results = ('predictions.png','differences.png','refined.pkl') # Where they are asked for
 
 def check_out(
     out:Path, # Folder for the results
@@ -60,11 +60,11 @@ class RunFolder:
         try: import fcntl
         except ImportError: yield; return # Windows
         file = self.path/'checkpoints.lock'
-        with open(file, 'a') as f: # the system unlocks it however this process ends; its children don't inherit it
+        with open(file, 'a') as f: # unlocked by the system however this process ends
             try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
             except OSError:
-                raise UsageError(f"another process is training with the results in {self.path}. Wait for it, or "
-                                 "name another folder.")
+                raise UsageError(f"another process is training with the results in {self.path}. Wait for it, "
+                                 "or name another folder.")
             try: yield
             finally: file.unlink(missing_ok=True)
 
@@ -98,8 +98,8 @@ class RunFolder:
 
     def damaged(self)->UsageError:
         "The error to raise for a note that can't be used"
-        return UsageError(f"--resume {self.path}: {self.note_file} is damaged. Start anew with --out {self.path} "
-                          "--force.")
+        return UsageError(f"--resume {self.path}: {self.note_file} is damaged. Start anew with --out "
+                          f"{self.path} --force.")
 
     @property
     def finished(self):
@@ -107,7 +107,7 @@ class RunFolder:
         return not self.note_file.exists() and all((self.path/o).exists() for o in results)
 
     def finish(self):
-        "Remove the checkpoints; the note first, so that what remains never looks like an interrupted training"
+        "Remove the checkpoints, the note first: what may remain never looks like an interrupted training"
         self.note_file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints(), ignore_errors=True)
 
@@ -115,5 +115,6 @@ class RunFolder:
         "What to say at the end of a training that was interrupted"
         with contextlib.suppress(OSError): # where it can't be a folder
             if any(self.checkpoints().glob('*/*.pth')):
-                return f". Whole epochs are kept; continue with: frskd-train --resume {shlex.quote(str(self.path))}"
+                command = shlex.join(['frskd-train','--resume',str(self.path)])
+                return f'. Whole epochs are kept; continue with: {command}'
         return ''

@@ -31,7 +31,7 @@ def signals(
         return
     pid = os.getpid()
     def handle(s, frame):
-        if os.getpid()==pid: handler(s) # processes that load images inherit this, and are ended by their parent
+        if os.getpid()==pid: handler(s) # inherited by processes that load images; their parent ends them
     def under_nohup(s): return s not in (signal.SIGINT,signal.SIGTERM) and signal.getsignal(s)==signal.SIG_IGN
     old = {s:signal.signal(s, handle) for s in _ending if not under_nohup(s)}
     try: yield
