@@ -77,8 +77,8 @@ class BenchOptions:
         why, # Text or exception
     )->UsageError:
         "The error to raise for `--teacher`"
-        return UsageError(f"--teacher {self.teacher}: {why}. Give MODULE:NAME, a module that Python finds and "
-                          "what in it makes a self-teacher from the levels' channels and the number of logits.")
+        return UsageError(f"--teacher {self.teacher}: {why}. Give MODULE:NAME, a module that Python finds "
+                          "and what in it makes a self-teacher from the levels' channels and number of logits.")
 
 # %% ../../nbs/cli/bench.ipynb #455c73d0
 def _own_teacher(opts):

@@ -117,8 +117,9 @@ class ImageJob:
     @property
     def caution(self):
         n = len(self.valid)
-        return (f"accuracy on {n:,} images has a standard error of about {100*(.25/n)**.5:.1f} points at worst, "
-                "so read small differences with care.")
+        error = 100*(.25/n)**.5
+        return (f"accuracy on {n:,} images has a standard error of about {error:.1f} points at worst, so read "
+                "small differences with care.")
     def pictures(self, learn): return {}
 
 # %% ../../nbs/cli/jobs.ipynb #5bb78962
@@ -130,8 +131,8 @@ class MaskJob(ImageJob):
 
     def check_arch(self):
         if isinstance(find_arch(self.opts.arch), str):
-            raise UsageError(f"fastai makes no U-Net of timm's networks, and {self.opts.arch} is one. Use one "
-                             "of torchvision's or fastai's, for instance --arch resnet34.")
+            raise UsageError(f"fastai makes no U-Net of timm's networks, and {self.opts.arch} is one. Use "
+                             "torchvision's or fastai's, for instance --arch resnet34.")
 
     def find(self):
         train,valid,self.codes = find_masks(self.opts.path, self.opts.seed)
@@ -185,8 +186,8 @@ class _FromRecipe:
     def settings(self):
         drops = ' and '.join(f'{o*self.opts.epochs:.4g}' for o in self.recipe.drops)
         clip = ', gradients clipped' if self.recipe.clip else ''
-        return (f" Recipe {self.opts.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided by "
-                f"ten after {drops} epochs{clip}.")
+        return (f" Recipe {self.opts.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided "
+                f"by ten after {drops} epochs{clip}.")
 
 class RecipeImageJob(_FromRecipe, ImageJob):
     "Train the classifier of a recipe"

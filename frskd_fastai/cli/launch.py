@@ -23,8 +23,8 @@ def check_processes(
     n = n_processes()
     if n==1: return
     if bs%n or bs<2*n:
-        raise UsageError(f"--bs {bs} is the batch of all {n} processes together, and each needs an equal part "
-                         f"of two images or more. Use a multiple of {n}, for instance {n*max(2,round(bs/n))}.")
+        raise UsageError(f"--bs {bs} is the batch of all {n} processes together, and each needs an equal "
+                         f"part of two images or more. Use a multiple of {n}: --bs {n*max(2,round(bs/n))}.")
     if importlib.util.find_spec('accelerate') is None:
         raise UsageError("training on several processes needs accelerate: pip install accelerate")
 

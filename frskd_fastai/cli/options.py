@@ -30,9 +30,10 @@ def _lr(s):
         raise argparse.ArgumentTypeError(f"{what}, got {s!r}") from None
 
 _path_help = (
-    "folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the embedded "
-    "handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, gray or palette "
-    "images of class numbers; a class called void, unlabelled or ignore, else 255, is for pixels that don't count")
+    "folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the "
+    "embedded handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, gray "
+    "or palette images of class numbers; a class called void, unlabelled or ignore, else 255, is for pixels "
+    "that don't count")
 
 def parser()->argparse.ArgumentParser:
     "The options of `frskd-train`"
@@ -78,7 +79,7 @@ def given_options(
 )->dict: # Values by name
     "The options in `argv`, without the defaults of the others"
     p = parser()
-    unset = argparse.Namespace(**{a.dest:None for a in p._actions})
+    unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))
     return {k:v for k,v in vars(p.parse_args(argv, unset)).items() if v is not None}
 
 # %% ../../nbs/cli/options.ipynb #f4d128dd
@@ -125,7 +126,7 @@ class TrainOptions:
     @classmethod
     def _decided(cls, argv, given):
         _check(given)
-        options = {a.dest:a.default for a in parser()._actions if a.dest not in ('help','version')}
+        options = vars(parser().parse_args([]))
         recipe,arch,path = given.get('recipe'),given.get('arch', options['arch']),given.get('path')
         if recipe: options.update(_recipe_options(recipe))
         elif given.get('task')!='segmentation':

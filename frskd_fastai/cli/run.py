@@ -128,8 +128,9 @@ def train(
     take_gpu()
     job,folder,first = make_job(opts),RunFolder(opts.out),rank_distrib()==0
     if opts.resume and job.digest!=opts.data:
-        raise UsageError(f"--resume {opts.out}: the images in {opts.path or 'the embedded set'} are not those "
-                         "it was trained on (their names, sizes or labels differ)")
+        where = opts.path or 'the embedded set'
+        raise UsageError(f"--resume {opts.out}: the images in {where} are not those it was trained on (their "
+                         "names, sizes or labels differ)")
     runs = [Run('frskd', job).build()]
     with folder.lock() if first else contextlib.nullcontext():
         lr = find_lr(job) if opts.lr=='auto' else opts.lr
