@@ -13,7 +13,7 @@ from pathlib import Path
 here = Path(__file__).parent
 sys.path[:0] = [str(here.parent/'tests'), str(here)]
 from fastai.vision.all import *
-from frskd_fastai.cli.bench import bench, table, variants as usual
+from frskd_fastai.cli.measure import bench, table, variants as usual
 from frskd_fastai.callback import FRSKDCallback
 
 CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w2 d1 l2','deep d1','w1','w1 d1',

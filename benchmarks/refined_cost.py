@@ -5,10 +5,11 @@
 Student and refined model predict by turns in one process, on one thread, without gradients; the quotient of each pair of times counts, and
 its median and quartiles are reported. Operations are torch's count for one image. Networks have fastai's head and random weights.
 """
-import argparse, time
+import argparse
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from frskd_fastai.build import operations
+from frskd_fastai.cli.measure import prediction_times
 
 def learner(arch, size, n_classes=10, bs=2):
     items = [(torch.randn(3, size, size), i%n_classes) for i in range(2*bs)]
@@ -17,21 +18,6 @@ def learner(arch, size, n_classes=10, bs=2):
     learn = vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
-
-def ratios(student, refined, x, rounds, repeats):
-    "Quotients of the times of a prediction, and the student's milliseconds"
-    out,ms = [],[]
-    with torch.no_grad():
-        for r in range(rounds+1):
-            times = []
-            for m in student,refined:
-                t0 = time.perf_counter()
-                for _ in range(repeats): m(x)
-                times.append((time.perf_counter()-t0)/repeats)
-            if r: # the first is for warming up
-                out.append(times[1]/times[0])
-                ms.append(1000*times[0])
-    return np.quantile(out, [.25,.5,.75]),np.median(ms)
 
 def main(args):
     torch.set_num_threads(1)
@@ -42,7 +28,10 @@ def main(args):
         counts = [operations(m, torch.randn(1, 3, args.size, args.size)) for m in (student,refined)]
         params = [sum(p.numel() for p in m.parameters())/1e6 for m in (student,refined)]
         for bs in args.bs:
-            (low,mid,high),ms = ratios(student, refined, torch.randn(bs, 3, args.size, args.size), args.rounds, max(1, 16//bs))
+            x = torch.randn(bs, 3, args.size, args.size)
+            times = prediction_times([student,refined], x, args.rounds, max(1, 16//bs))
+            low,mid,high = np.quantile(times[:,1]/times[:,0], [.25,.5,.75])
+            ms = 1000*np.median(times[:,0])
             rows.append(dict(arch=arch, size=args.size, bs=bs, student_ms=round(float(ms), 1), time=round(float(mid), 3), low=round(float(low), 3), high=round(float(high), 3), operations=round(counts[1]/counts[0], 3),
                              student_params=round(params[0], 2), refined_params=round(params[1], 2)))
             print(rows[-1], flush=True)

@@ -5,7 +5,8 @@ import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from torch.utils._python_dispatch import TorchDispatchMode
 from frskd_fastai.all import *
-from frskd_fastai.cli.bench import bench, main, parts, results
+from frskd_fastai.cli.bench import main, results
+from frskd_fastai.cli.measure import parts
 from frskd_fastai.build import Compiled
 from conftest import SmallNet, n_hooks, same, weights
 

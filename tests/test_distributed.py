@@ -6,7 +6,7 @@ from fastai.vision.all import *
 from fastai.distributed import ParallelTrainer
 from torch.nn.parallel import DataParallel
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.cli.train import results
+from frskd_fastai.cli.run_folder import results
 from conftest import SmallNet, n_hooks, same, weights
 import ranks
 from ranks import Ranks

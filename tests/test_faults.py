@@ -7,7 +7,8 @@ from fastai.vision.all import *
 import frskd_fastai.cli.bench as bench, frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.cli.command import folder as folder_name
-from frskd_fastai.data.images import DataError, find_images
+from frskd_fastai.cli.options import parser
+from frskd_fastai.data.images import DataError, find_images, image_files
 from frskd_fastai.data.masks import find_masks
 from conftest import same, weights
 
@@ -167,14 +168,14 @@ def test_a_checkpoint_runs_nothing(make, tmp_path):
 def numeric(p, kinds=('--epochs','--bs','--size','--lr','--alpha','--beta','--temperature','--width','--seed','--rounds','--steps','--warmup','--budget')):
     return [o for a in p._actions for o in a.option_strings if o in kinds]
 
-@pytest.mark.parametrize('which', [command,bench], ids=['frskd-train','frskd-bench'])
-def test_numbers_out_of_range(which, folder, tmp_path, capsys):
+@pytest.mark.parametrize('main,parser', [(command.main,parser),(bench.main,bench.parser)], ids=['frskd-train','frskd-bench'])
+def test_numbers_out_of_range(main, parser, folder, tmp_path, capsys):
     "Every numeric option: refused with its name, before anything is done"
-    options,before = numeric(which.parser()),state(tmp_path)
-    assert {'--bs','--size'}<=set(options) and all(a.type is None or a.option_strings[0] in options for a in which.parser()._actions if a.option_strings and a.type not in (None,str,folder_name))
+    options,before = numeric(parser()),state(tmp_path)
+    assert {'--bs','--size'}<=set(options) and all(a.type is None or a.option_strings[0] in options for a in parser()._actions if a.option_strings and a.type not in (None,str,folder_name))
     for o in options:
         for v in 'nan','inf','-inf','-1','1e31','1e999','9'*40,'9'*400,'','x','٣x','0x10','1,5':
-            with pytest.raises(SystemExit) as e: which.main([f'{o}={v}'])
+            with pytest.raises(SystemExit) as e: main([f'{o}={v}'])
             err = capsys.readouterr().err.strip().split('\n')[-1]
             assert e.value.code==2 and o in err, (o,v,err)
     assert state(tmp_path)==before

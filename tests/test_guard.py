@@ -3,7 +3,7 @@ import json, math, shutil, warnings
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import autocast, GradScaler
-import frskd_fastai.cli.train as command
+import frskd_fastai.cli.jobs as jobs, frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.sla_callback import FRSKDSLACallback
 from frskd_fastai.data.embedded import digits_data
@@ -230,12 +230,12 @@ def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
     "A model with -inf in it is exported; not so when more of it has become so"
     monkeypatch.setattr(ProgressCallback, 'run', False)
     monkeypatch.setattr(defaults, 'cpus', 0)
-    monkeypatch.setattr(command, '_whole', lambda *a: Fixed())
-    train = command._train
-    def spoil(learn, *args):
-        train(learn, *args)
+    monkeypatch.setattr(jobs, 'whole_network', lambda *a: Fixed())
+    fit = jobs.ImageJob.fit
+    def spoil(job, learn, lr):
+        fit(job, learn, lr)
         if spoiled: learn.model.mask.data[0,0] = -math.inf
-    monkeypatch.setattr(command, '_train', spoil)
+    monkeypatch.setattr(jobs.ImageJob, 'fit', spoil)
     args = ['--arch','wrn16_2','--size','32','--bs','256','--epochs','1','--lr','1e-3','--compare','--out',str(tmp_path/'r')]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

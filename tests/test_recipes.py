@@ -10,7 +10,8 @@ from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.data.images import DataError
 from frskd_fastai.data.recipes import ClipValue, recipe_dls, recipe_items, recipes
 from frskd_fastai.models.bifpn import BiFPNSegmenter
-from frskd_fastai.cli.train import results
+from frskd_fastai.cli.run import Run
+from frskd_fastai.cli.run_folder import results
 from conftest import pickled_modules
 from test_train import SHARED, run
 
@@ -116,7 +117,6 @@ def test_recipe_on_a_few_images(name, tmp_path, capsys):
 @pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')
 def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
     "With the paper's settings all the way, but for the number of epochs"
-    import frskd_fastai.cli.train as t
     with zipfile.ZipFile(SHARED/'cifar100-0.zip') as z:
         count = {}
         for n in z.namelist():
@@ -124,9 +124,9 @@ def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
             if n.endswith('.png') and len(key)==2 and key[1] in ('apple','bear','bee'):
                 count[key] = count.get(key, 0)+1
                 if count[key]<=(8 if key[0]=='train' else 4): z.extract(n, tmp_path)
-    learners,fit = [],t._fit
-    def keep(learn, *args): learners.append(learn); return fit(learn, *args)
-    monkeypatch.setattr(t, '_fit', keep)
+    learners,fit = [],Run.fit
+    def keep(run, *args): learners.append(run.learn); return fit(run, *args)
+    monkeypatch.setattr(Run, 'fit', keep)
     code,out,err = run(tmp_path/'cifar100', '--recipe', 'cifar100', '--epochs', 4, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
     assert 'cifar_resnet18, from scratch, on CIFAR-100: 24 training and 12 validation images of 3 classes at 32 px; 4 epochs, batch size 128, learning rate 0.1' in out
@@ -144,17 +144,16 @@ VOC = '--recipe','voc','--size',64,'--bs',4,'--epochs',3,'--no-pretrained'
 
 def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
     "With the paper's settings, but for size and epochs: the student, its optimizer, what is clipped, and the weights' schedule"
-    import frskd_fastai.cli.train as t
     voc(tmp_path/'data')
     train,valid = recipe_items('voc', tmp_path/'data')
     assert (len(train),len(valid))==(17,8) and '2007_000020' in train.itemgot(0).attrgot('stem') and '2007_000100' not in train.itemgot(0).attrgot('stem')
     assert all(i.stem==m.stem and i.parents[1]==m.parents[1] for i,m in train+valid)
-    learners,grads,fit = [],[],t._fit
+    learners,grads,fit = [],[],Run.fit
     class Gradients(Callback):
         order = ClipValue.order+1
         def before_step(self): grads.append([p.grad.abs().max().item() for p in itertools.chain(self.model.parameters(), self.frskd.trained.parameters()) if p.grad is not None])
-    def keep(learn, *args): learners.append(learn.add_cb(Gradients())); return fit(learn, *args)
-    monkeypatch.setattr(t, '_fit', keep)
+    def keep(run, *args): learners.append(run.learn.add_cb(Gradients())); return fit(run, *args)
+    monkeypatch.setattr(Run, 'fit', keep)
     monkeypatch.setattr(ClipValue, '__init__', lambda self, limit: setattr(self, 'limit', limit/100)) # that something is clipped
     code,out,err = run(tmp_path/'data', *VOC, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
@@ -244,7 +243,7 @@ def test_one_class_or_a_file(tmp_path):
 @pytest.mark.parametrize('workers', [0,2])
 def test_an_image_that_cannot_be_read(workers, tmp_path, capsys, monkeypatch):
     "It is found in training only, and named then"
-    import frskd_fastai.cli.train as t
+    import frskd_fastai.cli.jobs as t
     monkeypatch.setattr(t, 'recipe_dls', lambda *args, **kw: recipe_dls(*args, **kw, num_workers=workers))
     imagenet(tmp_path/'data')
     for f in (tmp_path/'data/train/n01').iterdir(): f.write_bytes(b'nothing')

@@ -1,5 +1,5 @@
 "A fit goes on where it was interrupted: killed processes, signals, damaged and foreign checkpoints, full disks"
-import ctypes, errno, json, math, os, pickle, resource, shutil, signal, subprocess, sys, threading, time
+import errno, json, math, os, pickle, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
@@ -7,8 +7,9 @@ from fastai.vision.all import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.data.embedded import digits_data
-from frskd_fastai.cli.signals import end_at_batch, end_at_once
-from frskd_fastai.cli.options import alone
+from frskd_fastai.cli.jobs import ImageJob
+from frskd_fastai.cli.run_folder import RunFolder
+from frskd_fastai.cli.signals import end_at_batch
 from frskd_fastai.learner.resume import *
 import frskd_fastai.learner.resume as resume, frskd_fastai.cli.train as command
 from conftest import SmallNet, same, split, weights
@@ -260,13 +261,13 @@ def outcome(out): return torch.load(out/'student.pkl', weights_only=False).model
 def stopped(folder, tmp_path, monkeypatch, capsys):
     "The command, ended by a signal in the second epoch; what it said, and its folder"
     def stop(signum, out=tmp_path/'r'):
-        train = command._train
+        fit = ImageJob.fit
         class Send(Callback):
             def after_pred(self):
                 if self.training and self.epoch==1: os.kill(os.getpid(), signum)
             def after_batch(self): self.learn.whole_batch = True
         with monkeypatch.context() as m:
-            m.setattr(command, '_train', lambda learn,*a: (learn.add_cb(Send()),train(learn,*a)))
+            m.setattr(ImageJob, 'fit', lambda self,learn,lr: fit(self, learn.add_cb(Send()), lr))
             code = command.main([str(folder),*options(out)])
         return code,capsys.readouterr().err,out
     return stop
@@ -292,7 +293,7 @@ def test_signals(signum, expected, hangup, stopped, folder, tmp_path, capsys):
     assert same(a, b) and h.equals(g) and len(h)==3
     assert not (out/'checkpoints').exists()
     assert command.main(['--resume', str(out)])==0 and 'finished' in capsys.readouterr().out
-    assert command.main(['--resume', str(out), '--epochs', '9'])==2 and 'leave --epochs away' in capsys.readouterr().err
+    assert command.main(['--resume', str(out), '--epochs', '9'])==2 and 'Drop --epochs' in capsys.readouterr().err
 
 def test_nohup_is_respected(make, hangup):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -307,7 +308,7 @@ def test_two_at_once_are_refused(stopped, folder, tmp_path, capsys):
     pid = os.fork()
     if not pid:
         try:
-            with alone(out):
+            with RunFolder(out).lock():
                 os.write(w, b'x')
                 time.sleep(60)
         finally: os._exit(0)
@@ -333,27 +334,6 @@ def test_a_second_signal_ends_at_once(second, make):
         finally: os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-second
 
-@pytest.mark.parametrize('by_child', [False,True])
-def test_ending_at_once(by_child):
-    "While Python's handlers wait for a call to return; a signal to a forked process is its own affair"
-    r,w = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            with end_at_once(lambda s: os.write(w, b'%d' % s)):
-                child = os.fork()
-                if not child:
-                    time.sleep(2)
-                    os._exit(0)
-                threading.Timer(.2, os.kill, (child if by_child else os.getpid(),signal.SIGTERM)).start()
-                mutex = ctypes.create_string_buffer(64)
-                for _ in range(1 if by_child else 2): ctypes.CDLL(None).pthread_mutex_lock(mutex) # the second one never comes back
-                os.waitpid(child, 0)
-        finally: os._exit(99)
-    os.close(w)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==(99 if by_child else 143) and os.read(r, 10)==(b'' if by_child else b'15')
-    os.close(r)
-
 def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, capsys, monkeypatch):
     _,_,out = stopped(signal.SIGTERM)
     def bad(msg, *args):
@@ -364,8 +344,8 @@ def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, ca
         assert {p:p.stat().st_mtime_ns for p in tmp_path.rglob('*')}==before
     bad('--epochs was 3, not 5', '--epochs', '5')
     bad('--compare was False, not True', '--compare')
-    bad('leave one of them away', '--force')
-    bad('leave --out away', '--out', str(tmp_path/'x'))
+    bad('exclude each other: drop one', '--force')
+    bad('drop --out', '--out', str(tmp_path/'x'))
     moved = folder.rename(tmp_path/'moved')
     bad('no such folder')
     for other in '0','1':

@@ -1,12 +1,14 @@
 "The command frskd-train: what it writes, and one clear line for bad input"
-import re, shlex, subprocess, sys, urllib.error, zipfile
+import json, os, re, shlex, subprocess, sys, time, urllib.error, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
 from fastai.vision.all import L, get_image_files
 from frskd_fastai.data.embedded import digits_data
-from frskd_fastai.cli.train import main, results
+from frskd_fastai.cli.run import Run
+from frskd_fastai.cli.run_folder import results
+from frskd_fastai.cli.train import main
 from conftest import pickled_modules
 
 SHARED = Path(__file__).parents[2]/'shared/data'
@@ -152,8 +154,7 @@ def test_out_below_a_file(folder, tmp_path, capsys):
     (tmp_path/'f').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'f/r'], capsys, tmp_path, 'is a file')
 
 def test_interrupted(folder, tmp_path, capsys, monkeypatch):
-    import frskd_fastai.cli.train as t
-    monkeypatch.setattr(t, '_fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Run, 'fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     code,out,err = run(folder, *FAST, '--out', tmp_path/'r', capsys=capsys)
     assert code==130 and err.strip().count('\n')==0 and 'interrupted' in err
 
@@ -164,6 +165,48 @@ def test_bad_options(args, tmp_path, capsys, monkeypatch):
     assert e.value.code==2
     assert args.split()[0] in capsys.readouterr().err.strip().split('\n')[-1]
     assert not list(tmp_path.iterdir())
+
+# -- Help and mistakes are answered at once ---------------------------------------------------------
+PROBE = """
+import sys
+from frskd_fastai.cli.{} import main
+try: code = main()
+except SystemExit as e: code = e.code
+print(code, *sorted({{'torch','fastai','timm','pandas','PIL'}} & set(sys.modules)))
+"""
+MISTAKES = dict(
+    train = ['--epochs 0','--lr fast','--arch','--task detection','--recipe nothing','--size 99999','--nothing','--out=',
+             'nowhere','file.png','--task segmentation','--task segmentation images --arch wrn16_2',
+             '--recipe cifar100 --task segmentation','--recipe dogs --pretrained','--arch wrn16_2 --pretrained',
+             '--out used','--out file.png','--out file.png/below','--out stopped','--resume nowhere','--resume stopped --epochs 9',
+             '--resume stopped --force','--resume stopped --out other','--resume damaged','--resume done --lr .1'],
+    bench = ['--rounds 0','--device tpu','--nothing','--out used','--out file.png','--amp fp16 --device cpu','--teacher json'])
+CASES = [(c,a,0) for c in MISTAKES for a in ('--help','--version')] + [(c,a,2) for c,v in MISTAKES.items() for a in v]
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    "A file, and folders of results, of an interrupted training, of a damaged one and of a finished one"
+    root = tmp_path_factory.mktemp('folders')
+    (root/'file.png').write_bytes(b'')
+    for d in 'images','used','done','stopped/checkpoints','damaged/checkpoints': (root/d).mkdir(parents=True)
+    for f in 'history.csv','bench.csv': (root/'used'/f).write_text('')
+    for f in results: (root/'done'/f).write_text('')
+    (root/'stopped/checkpoints/training.json').write_text(json.dumps(dict(argv=[], path=None, lr=.1, data='x')))
+    (root/'damaged/checkpoints/training.json').write_text('{}')
+    return root
+
+@pytest.mark.parametrize('command,args,code', CASES, ids=str)
+def test_at_once(command, args, code, folders):
+    "In less than 1.5 s, the start of Python included (the best of three, on a busy machine): fastai and torch aren't imported"
+    env = {**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, '-c', PROBE.format(command), *args.split()], cwd=folders, env=env, capture_output=True, text=True)
+        seconds = time.perf_counter()-began
+        assert done.stdout.split('\n')[-2]==str(code), done
+        assert code==0 or done.stderr.split('\n')[-2].startswith(f'frskd-{command}: ')
+        if seconds<1.5: return
+    pytest.fail(f'{seconds:.1f} s')
 
 # -- As a user starts it ----------------------------------------------------------------------------
 @pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')

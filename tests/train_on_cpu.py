@@ -2,8 +2,8 @@
 import os, sys
 os.environ.setdefault('ACCELERATE_USE_CPU', '1') # or accelerate looks for a GPU, and finds nothing to distribute
 from ranks import on_cpu
-import frskd_fastai.cli.launch as launch, frskd_fastai.cli.train as train
+import frskd_fastai.cli.run as run, frskd_fastai.cli.train as train
 
 on_cpu()
-launch.take_gpu = lambda: None
+run.take_gpu = lambda: None
 sys.exit(train.main())
