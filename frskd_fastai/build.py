@@ -224,7 +224,8 @@ class Compiled:
     def __call__(self, *args, **kwargs):
         if self.fast is None: return self.f(*args, **kwargs)
         try: return self.fast(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as e: # before anything has run; inductor's own errors are of this kind, too
-            warn(f"FRSKD: torch.compile can't compile the self-teacher or its losses here, so they run as they are ({type(e).__name__}: {' '.join(str(e).split())[:200]})")
+        except torch._dynamo.exc.TorchDynamoException as e: # before anything has run; inductor's errors, too
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            warn(f"FRSKD: torch.compile can't compile the self-teacher or its losses, so they run as they are ({why})")
             self.fast = None
             return self.f(*args, **kwargs)

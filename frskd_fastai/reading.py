@@ -32,26 +32,14 @@ class StudentReader(SideModuleCallback):
         self.options,self.hooks,self._model = options,None,None
         self.looked=self.has_pred = False
 
-    def build_for(self,
-        seen:Seen,
-        inputs:tuple, # A batch
-        targets:tuple, # Of the batch
-    ):
-        "Build and set the module"
-        raise NotImplementedError
-
+    # A subclass has these
+    def module_of(self, seen): "Make a module, with what was `seen` in its attribute of this name"
+    def build_for(self, seen, inputs, targets): "Make a module and set it; `inputs` and `targets` are a batch"
     def refused(self): "An error ended the first step, before anything was trained"
-
-    def module_of(self,
-        seen:Seen,
-    )->nn.Module: # With what was seen in its attribute `seen`
-        "Make a module"
-        raise NotImplementedError
 
     student      = property(lambda self: get_model(self.learn.model)) # Out of its wrapper for several devices
     found_levels = property(lambda self: L() if self.trained is None else self.trained.seen.levels)
     level_names  = property(lambda self: self.found_levels.attrgot('name')) # Largest map first
-
     def attach(self):
         check_names(self.student, self.options.levels)
         super().attach()
@@ -112,8 +100,8 @@ class StudentReader(SideModuleCallback):
         "The student's maps of this step's forward pass; the first ones of a fit are looked at"
         learn,hooks = self.learn,self.hooks
         if not is_compiled(self.student) and not comes_from(learn.pred, hooks.out):
-            raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the feature "
-                             "maps aren't its. A callback replaces it; let it change the loss in place of the prediction.")
+            raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the "
+                             "feature maps aren't its. A callback replaces it; let it change the loss instead.")
         if not self.looked: self._look(hooks, learn.xb, learn.yb, learn.pred, self.label_loss)
         self.looked,self.has_pred = True,False
         maps,pre = self._pop(hooks)
@@ -168,13 +156,9 @@ class StudentReader(SideModuleCallback):
         super().set_module(module)
         self._model = weakref.ref(uncompiled(self.student))
 
-    @property
-    def _hooks_type(self): return PreactHooks if takes_preact(self.options.feature_loss) else FeatureHooks
-
+    _hooks_type = property(lambda self: PreactHooks if takes_preact(self.options.feature_loss) else FeatureHooks)
+    _same_model = property(lambda self: self._model is not None and self._model() is uncompiled(self.student))
     def _observer(self): return Observer(self.student, self.options.levels, self._hooks_type)
-
-    @property
-    def _same_model(self): return self._model is not None and self._model() is uncompiled(self.student)
 
     @property
     def _serves(self):
@@ -212,4 +196,4 @@ def check_gradient(
         if any(own) if own else all(p.requires_grad for p in model.parameters()):
             raise ValueError(f"FRSKD: the feature map of level {lv.name!r} has no gradient, though its module trains: "
                              "reentrant activation checkpointing or `torch.no_grad` hides it. Use `checkpoint(..., "
-                             "use_reentrant=False)`, freeze what shall not train, or name other levels: `levels=[...]`.")
+                             "use_reentrant=False)`, freeze what shall not train, or name others: `levels=[...]`.")

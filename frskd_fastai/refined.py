@@ -87,7 +87,7 @@ def refined(self:FRSKDCallback,
              "`SaveModelCallback(with_opt=True)`.")
     student,teacher = deepcopy(self.student).eval(),deepcopy(self.teacher).eval()
     levels,b = self.found_levels,sample_batch(learn)
-    size = self._hw if any(o.kind=='BNC' for o in levels) else None
+    size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
     return Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=list(learn.metrics),
                    path=learn.path, model_dir=learn.model_dir)

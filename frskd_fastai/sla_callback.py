@@ -41,7 +41,7 @@ class FRSKDSLACallback(FRSKDCallback):
         x = inputs[0]
         if len(inputs)!=1 or x.ndim!=4 or x.shape[2]!=x.shape[3]:
             raise ValueError("FRSKD: label augmentation rotates square images, B×C×S×S; these inputs are of shape "
-                             f"{', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))}. Crop or pad them to squares.")
+                             f"{', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))}. Crop or pad them.")
         single = isinstance(seen.task, SingleLabel) and len(targets)==1 and not targets[0].is_floating_point()
         if not single or targets[0].numel()!=len(targets[0]):
             raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class "

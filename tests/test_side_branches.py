@@ -3,7 +3,8 @@ import warnings
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.student.levels import _is_attention, find_levels, list_levels
+from frskd_fastai.student.levels import find_levels, list_levels
+from frskd_fastai.student.search import is_attention
 from conftest import SmallNet, n_hooks, weights
 
 TRUNK = ['stages.0','stages.1','stages.2']
@@ -205,8 +206,8 @@ def test_timm_says_its_levels_itself():
 
 def test_attention_matrices_are_told_by_their_rows():
     w = torch.randn(2,3,5,5)
-    assert _is_attention(w.softmax(-1)) and _is_attention(w.softmax(-1).half())
-    assert not any(_is_attention(o) for o in (w,w.relu(),w.softmax(-2),torch.ones(2,3,1,1)))
+    assert is_attention(w.softmax(-1)) and is_attention(w.softmax(-1).half())
+    assert not any(is_attention(o) for o in (w,w.relu(),w.softmax(-2),torch.ones(2,3,1,1)))
 
 # -- No trace, and no need of gradients ---------------------------------------------------------------------
 @pytest.mark.parametrize('frozen', ['nothing','stem','all'])

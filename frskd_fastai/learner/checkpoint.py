@@ -60,6 +60,7 @@ def check_saved(
     theirs,ours = ({k:tuple(v.shape) for k,v in o.items()} for o in (theirs,ours))
     differs = first(k for k in [*ours,*theirs] if ours.get(k)!=theirs.get(k))
     if differs is None: return
-    raise ValueError(f"FRSKD: the self-teacher in {file} is another one: {differs} is {theirs.get(differs, 'not there')} in "
-                     f"the file, {ours.get(differs, 'not there')} here. Use the options it was trained with, or load the "
-                     "student alone: `learn.load(file, with_opt=False)`.")
+    there,here = (o.get(differs, 'not there') for o in (theirs,ours))
+    raise ValueError(f"FRSKD: the self-teacher in {file} is another one: {differs} is {there} in the file, {here} "
+                     "here. Use the options it was trained with, or load the student alone: "
+                     "`learn.load(file, with_opt=False)`.")

@@ -45,7 +45,7 @@ class SkipNonFinite(TrainingOnly):
     order,run_valid = GradientAccumulation.order-.5,False # After what changes the loss, before it is divided
     every,limit = 50,20 # Steps between two looks at the counts; skipped steps in a row that end a fit
     def __init__(self,
-        suspects:Callable=dict, # The tensors of this step by name, in the order in which they were computed, for the message
+        suspects:Callable=dict, # This step's tensors by name, in the order of their computation, for the message
     ):
         self.suspects = suspects
         self.skipped = 0 # Steps of the last fit that were skipped; known every 50 steps, and at the end of an epoch
@@ -126,8 +126,8 @@ class SkipNonFinite(TrainingOnly):
         if end or skipped!=self.skipped:
             lost = not_finite(self.params, {**dict.fromkeys(self.params, 0), **self.before})
             if lost: raise FloatingPointError(
-                f"FRSKD: {len(lost)} of {len(self.params)} parameters aren't finite any more, for instance {lost[0]}: a "
-                "gradient wasn't, though the loss was. Start from a checkpoint, with a lower learning rate or with "
+                f"FRSKD: {len(lost)} of {len(self.params)} parameters aren't finite any more, for instance {lost[0]}: "
+                "a gradient wasn't, though the loss was. Start from a checkpoint, with a lower learning rate or with "
                 "clipped gradients: `cbs=GradientClip`.")
         if skipped==self.skipped: return self.keep()
         self.skipped = skipped
@@ -148,5 +148,5 @@ class SkipNonFinite(TrainingOnly):
         self.set_back()
         also = f" (nor {', '.join(names[1:])})" if names[1:] else ''
         raise FloatingPointError(
-            f"FRSKD: skipped {self.limit} steps or more in a row, since their loss wasn't finite; now {names[0]} isn't{also}. "
-            "Look at the images, take a lower learning rate, or clip the gradients: `cbs=GradientClip`.")
+            f"FRSKD: skipped {self.limit} steps or more in a row, since their loss wasn't finite; now {names[0]} "
+            f"isn't{also}. Look at the images, take a lower learning rate, or clip the gradients: `cbs=GradientClip`.")

@@ -17,8 +17,8 @@ def prepare_like_model(
     learn:Learner, # Learner in a fit
     module:nn.Module, # Trains beside `learn.model`
 )->nn.Module: # `module`, or its wrapper
-    """Put `module` on the device of `learn.model` and, where that is distributed, into a `DistributedDataParallel` of its
-    own, with BatchNorm synchronised as `distrib_ctx(sync_bn=...)` says"""
+    """Put `module` on the device of `learn.model` and, where that is distributed, into a `DistributedDataParallel` of
+    its own, with BatchNorm synchronised as `distrib_ctx(sync_bn=...)` says"""
     device = one_param(learn.model).device
     module.to(device)
     if not isinstance(learn.model, DistributedDataParallel) or not trainable_params(module): return module
@@ -32,7 +32,7 @@ def prepare_like_model(
 def model_autocast(
     learn:Learner, # Learner in a fit
 ): # Context
-    "The autocast that `accelerate launch --mixed_precision` runs the wrapped model in; fastai's `MixedPrecision` is another"
+    "The autocast of `accelerate launch --mixed_precision`, for the wrapped model; fastai's `MixedPrecision` is another"
     trainer = getattr(learn, 'distributed_trainer', None)
     return trainer.accelerator.autocast() if trainer else nullcontext()
 
@@ -64,8 +64,8 @@ def check_parallel(
     "`ValueError` for what can't be trained by several devices at once; the model is unwrapped then"
     if isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1:
         if hasattr(learn, 'parallel_trainer'): learn.model = learn.model.module # fastai doesn't after an exception
-        raise ValueError("FRSKD does not support `DataParallel`: its replicas share the hooks that read the feature maps. "
-                         "Use one process per GPU: `with learn.distrib_ctx(): learn.fit(...)`.")
+        raise ValueError("FRSKD does not support `DataParallel`: its replicas share the hooks that read the feature "
+                         "maps. Use one process per GPU: `with learn.distrib_ctx(): learn.fit(...)`.")
     if hasattr(learn, 'lr_finder') and num_distrib()>1:
         raise ValueError("FRSKD: fastai's `lr_find` hangs on several processes, since only rank 0 saves the model. "
                          "Find the learning rate in a single process, and pass it to `fit`.")
