@@ -1,4 +1,5 @@
-"""Segmentation: `FRSKDCallback` on a U-Net and on other networks that label pixels, with small real images (digits; CamVid where ../shared is)"""
+"""Segmentation: `FRSKDCallback` on a U-Net and on other networks that label pixels, with small real images (digits;
+CamVid where ../shared is)"""
 import zipfile
 from pathlib import Path
 import pytest, torch
@@ -12,6 +13,7 @@ from frskd_fastai.student.levels import find_levels, list_levels
 from frskd_fastai.method.losses import pixel_soft_label_loss
 from frskd_fastai.task.task import Segmentation, ignored_labels
 from frskd_fastai.show.attention import * # pictures as methods
+from frskd_fastai.show.losses import *
 from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights
 
 CAMVID = Path(__file__).parents[2]/'shared/data/camvid-half.zip'
@@ -22,6 +24,7 @@ def items(digits):
     return [(TensorImage(a),TensorMask(b)) for a,b in zip(x[:64], masks(x[:64], y[:64]))]
 
 def split(m): return L(m[0], m[1:]).map(params)
+def ce(): return CrossEntropyLossFlat(axis=1, ignore_index=VOID)
 
 @pytest.fixture
 def seg(items, tmp_path):
@@ -31,7 +34,8 @@ def seg(items, tmp_path):
         model = model or small_unet()
         dls = DataLoaders(DataLoader(items[:n], bs=8, shuffle=True, drop_last=True), DataLoader(items[n:n+16], bs=8))
         for dl in dls: dl.rng = random.Random(seed)
-        learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(axis=1, ignore_index=VOID), **{'splitter':split if isinstance(model, DynamicUnet) else trainable_params, 'path':tmp_path, **kw})
+        splitter = split if isinstance(model, DynamicUnet) else trainable_params
+        learn = Learner(dls, model, loss_func=loss_func or ce(), **{'splitter':splitter, 'path':tmp_path, **kw})
         learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
         learn.logger = noop
         return learn
@@ -42,8 +46,9 @@ class Look(Callback):
     order,run_valid = FRSKDCallback.order+.5,False
     def __init__(self): self.steps = []
     def after_loss(self):
-        cb = self.frskd
-        self.steps.append(dict(pred=self.pred.detach().clone().as_subclass(Tensor), y=self.y.clone().as_subclass(Tensor), parts={k:v.clone() for k,v in cb.losses.items()}, factor=float(cb.factor)))
+        cb,kept = self.frskd,lambda o: o.detach().clone().as_subclass(Tensor)
+        parts = {k:v.clone() for k,v in cb.losses.items()}
+        self.steps.append(dict(pred=kept(self.pred), y=kept(self.y), parts=parts, factor=float(cb.factor)))
 
 def test_pickled_metrics_need_no_frskd():
     "(An exported Learner with them is in tests/test_train.py.)"
@@ -51,17 +56,21 @@ def test_pickled_metrics_need_no_frskd():
     from frskd_fastai.task.metrics import MeanIoU, PixelAccuracy
     for m in MeanIoU(VOID),PixelAccuracy({VOID,0}):
         b = pickle.dumps(m)
-        assert b'frskd' not in b and pickle.loads(b).name==m.name and deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)
+        assert b'frskd' not in b and pickle.loads(b).name==m.name
+        assert deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)
 
 # -- Recognised, trained, left alone ----------------------------------------------------------------------
 def test_unet_learner_in_one_line(items, tmp_path, capsys):
     "`unet_learner(dls, resnet18, cbs=FRSKDCallback())`: the decoder's maps, fine to coarse in the pyramid's order"
     dls = DataLoaders(DataLoader(items[:8], bs=4), DataLoader(items[8:12], bs=4)); dls.c = 4
-    learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), cbs=FRSKDCallback(columns=True), path=tmp_path)
+    learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=ce(),
+                         cbs=FRSKDCallback(columns=True), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-3)
     cb = learn.frskd
-    assert isinstance(cb.task, Segmentation) and cb.level_names==['layers.7','layers.6','layers.5','layers.4'] and list(cb.found_levels.attrgot('size'))==[(16,16),(8,8),(4,4),(2,2)]
-    assert all(math.isfinite(o) for o in learn.recorder.values[-1]) and n_hooks(learn.model)==sum(len(o._forward_hooks) for o in learn.model.modules())
+    assert isinstance(cb.task, Segmentation) and cb.level_names==['layers.7','layers.6','layers.5','layers.4']
+    assert list(cb.found_levels.attrgot('size'))==[(16,16),(8,8),(4,4),(2,2)]
+    assert all(math.isfinite(o) for o in learn.recorder.values[-1])
+    assert n_hooks(learn.model)==sum(len(o._forward_hooks) for o in learn.model.modules())
     capsys.readouterr(); list_levels(learn)
     assert 'layers.7  1×96×16×16' in capsys.readouterr().out
 
@@ -69,15 +78,17 @@ def test_both_networks_learn_and_nothing_stays(seg):
     learn,look = seg(),Look()
     hooks = n_hooks(learn.model) # the U-Net has its own
     learn.add_cbs([FRSKDCallback(columns=True),look])
-    learn.create_opt()
-    cb = learn.frskd
+    cb = learn.frskd.build()
     assert isinstance(cb.teacher, DenseSelfTeacher) and cb.teacher.channels==[64]*3
     before,student = weights(cb.teacher),weights(learn.model)
     learn.fit(10, 1e-2)
-    assert all(not torch.equal(p, before[k]) for k,p in cb.teacher.named_parameters() if not k.endswith('0.bias')) # BatchNorm takes away a bias before it
-    assert sum(not torch.equal(p, student[k]) for k,p in learn.model.named_parameters())>.9*len(list(learn.model.parameters()))
+    # BatchNorm takes away a bias before it
+    assert all(not torch.equal(p, before[k]) for k,p in cb.teacher.named_parameters() if not k.endswith('0.bias'))
+    moved = [not torch.equal(p, student[k]) for k,p in learn.model.named_parameters()]
+    assert sum(moved)>.9*len(moved)
     assert set(look.steps[0]['parts'])=={'student','teacher','soft_label','feature'}
-    first,last = (torch.stack([torch.stack([o['parts'][k] for k in ('student','teacher')]) for o in s]).mean(0) for s in (look.steps[:4],look.steps[-4:]))
+    parts = torch.stack([torch.stack([o['parts'][k] for k in ('student','teacher')]) for o in look.steps])
+    first,last = parts[:4].mean(0),parts[-4:].mean(0)
     assert (last<.7*first).all(), (first,last)
     accuracy = learn.recorder.values[-1][-1]
     assert .7<accuracy<=1
@@ -95,7 +106,8 @@ def test_validation_and_predictions_are_plain(seg):
     assert learn.validate()==with_cb[0] and all(torch.equal(a, b) for a,b in zip(learn.get_preds(), with_cb[1]))
 
 def test_no_weights_is_plain_training(seg):
-    "A factor of 0 leaves the student as plain training does, but for the order in which the gradients of a map are added up"
+    """A factor of 0 leaves the student as plain training does, but for the order in which the gradients of a map are
+    added up"""
     ends = []
     for cbs in [],[FRSKDCallback(schedule=lambda p: 0.)]:
         learn = seg(cbs=cbs, opt_func=SGD)
@@ -116,13 +128,14 @@ def test_ways_of_training(event, seg):
     elif event=='lr_find':
         before = weights(learn.model)
         with learn.no_bar(): learn.lr_find(show_plot=False, num_it=6)
-        assert same(before, weights(learn.model))
+        assert same(before, weights(learn.model)) and learn.frskd.trained is None
     elif event=='two fits': learn.fit(1, 1e-2); learn.fit(1, 1e-2)
     else:
         class Fail(Callback):
             def before_backward(self): raise ArithmeticError("on purpose")
         with pytest.raises(ArithmeticError): learn.fit(1, cbs=Fail())
-    assert n_hooks(learn.model)==hooks and '_do_epoch' not in learn.__dict__ and all(p.isfinite().all() for p in learn.frskd.trained.parameters())
+    assert n_hooks(learn.model)==hooks and '_do_epoch' not in learn.__dict__
+    if event!='lr_find': assert all(p.isfinite().all() for p in learn.frskd.trained.parameters())
 
 def test_checkpoints_and_export(seg, items, tmp_path):
     "The checkpoint has the dense self-teacher; the exported file and the state are a plain U-Net's"
@@ -134,7 +147,10 @@ def test_checkpoints_and_export(seg, items, tmp_path):
     learn.load('m')
     assert same(weights(learn.frskd.trained), saved)
     small_unet().load_state_dict(torch.load(tmp_path/'models/plain.pth', weights_only=True), strict=True)
-    learn.dls = DataLoaders.from_dblock(DataBlock((ImageBlock,MaskBlock), get_x=lambda i: PILImage.create(torch.zeros(32,32,3).byte()), get_y=lambda i: PILMask.create(torch.zeros(32,32).byte().numpy()), splitter=lambda o: ([0,1],[2,3])), range(4), bs=2, num_workers=0)
+    block = DataBlock((ImageBlock,MaskBlock), get_x=lambda i: PILImage.create(torch.zeros(32,32,3).byte()),
+                      get_y=lambda i: PILMask.create(torch.zeros(32,32).byte().numpy()),
+                      splitter=lambda o: ([0,1],[2,3]))
+    learn.dls = DataLoaders.from_dblock(block, range(4), bs=2, num_workers=0)
     learn.export('e.pkl')
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'e.pkl'))
 
@@ -143,7 +159,9 @@ def test_autocast(dtype, seg):
     "In half precision the losses are float32, near those without it"
     class CPUMixedPrecision(MixedPrecision):
         def __init__(self): pass
-        def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=dtype),torch.amp.GradScaler('cpu', enabled=dtype==torch.float16, init_scale=2.**8),L()
+        def before_fit(self):
+            scaler = torch.amp.GradScaler('cpu', enabled=dtype==torch.float16, init_scale=2.**8)
+            self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=dtype),scaler,L()
     firsts = []
     for cbs in [],[CPUMixedPrecision()]:
         look = Look()
@@ -155,12 +173,15 @@ def test_autocast(dtype, seg):
         assert firsts[1][k].dtype==torch.float32
         assert firsts[1][k].item()==pytest.approx(v.item(), rel=.05, abs=.02)
 
-@pytest.mark.parametrize('kw', [dict(feature_loss='hint'),dict(feature_loss='overhaul', levels=['layers.4','layers.5','layers.6']),dict(width=.25, levels=2),dict(alpha=0),dict(beta=0),dict(schedule='ramp'),dict(schedule='constant')], ids=str)
+OPTIONS = [dict(feature_loss='hint'), dict(feature_loss='overhaul', levels=['layers.4','layers.5','layers.6']),
+           dict(width=.25, levels=2), dict(alpha=0), dict(beta=0), dict(schedule='ramp'), dict(schedule='constant')]
+@pytest.mark.parametrize('kw', OPTIONS, ids=str)
 def test_options(kw, seg):
     learn,look = seg(cbs=FRSKDCallback(**kw)),Look()
     learn.fit(2, 1e-2, cbs=look)
     assert all(v.isfinite() for o in look.steps for v in o['parts'].values())
-    if kw.get('width'): assert learn.frskd.teacher.channels==[16,16] and learn.frskd.level_names==['layers.6','layers.5']
+    if kw.get('width'):
+        assert learn.frskd.teacher.channels==[16,16] and learn.frskd.level_names==['layers.6','layers.5']
     if kw.get('schedule')=='ramp': assert [o['factor']>0 for o in look.steps]==[i/8>=2/3 for i in range(8)]
 
 # -- Pixels without a label -------------------------------------------------------------------------------
@@ -175,16 +196,17 @@ class DiceAndFocal:
     def activation(self, x): return F.softmax(x, dim=1)
     def decodes(self, x): return x.argmax(dim=1)
 
-LOSSES = {'CrossEntropyLossFlat':lambda: CrossEntropyLossFlat(axis=1, ignore_index=VOID), 'torch':lambda: nn.CrossEntropyLoss(ignore_index=VOID), 'partial':lambda: partial(F.cross_entropy, ignore_index=VOID), 'combination':lambda: DiceAndFocal(VOID)}
+LOSSES = {'CrossEntropyLossFlat':ce, 'torch':lambda: nn.CrossEntropyLoss(ignore_index=VOID),
+          'partial':lambda: partial(F.cross_entropy, ignore_index=VOID), 'combination':lambda: DiceAndFocal(VOID)}
 @pytest.mark.parametrize('name', LOSSES)
 def test_ignored_pixels_are_not_distilled(name, seg):
-    "The soft-label loss is the mean over the labelled pixels, and what is ignored gives no gradient to the student's logits"
+    """The soft-label loss is the mean over the labelled pixels, and what is ignored gives no gradient to the student's
+    logits"""
     loss = LOSSES[name]()
     assert ignored_labels(loss)-{-100}=={VOID}
     learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2)),Look()
     logits = []
-    learn.create_opt()
-    learn.frskd.teacher.register_forward_hook(lambda m,i,o: logits.append(o[1].detach()))
+    learn.frskd.build().teacher.register_forward_hook(lambda m,i,o: logits.append(o[1].detach()))
     learn.fit(1, 1e-3, cbs=look)
     step,t = look.steps[1],F.interpolate(logits[1], size=(32,32), mode='bilinear', align_corners=False)
     s,keep = step['pred'],step['y']!=VOID
@@ -208,7 +230,10 @@ class Logits(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(x)['out']
 
-@pytest.mark.parametrize('name,levels,sizes', [('lraspp_mobilenet_v3_large',['net.backbone.4','net.backbone.7','net.backbone.16'],[(8,8),(4,4),(4,4)]),('deeplabv3_resnet50',['net.backbone.layer1','net.backbone.layer3','net.classifier.0'],[(16,16),(8,8),(8,8)])])
+NAMED = [('lraspp_mobilenet_v3_large', ['net.backbone.4','net.backbone.7','net.backbone.16'], [(8,8),(4,4),(4,4)]),
+         ('deeplabv3_resnet50', ['net.backbone.layer1','net.backbone.layer3','net.classifier.0'],
+          [(16,16),(8,8),(8,8)])]
+@pytest.mark.parametrize('name,levels,sizes', NAMED)
 def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_path):
     from torchvision.models import segmentation
     x,y = digits
@@ -217,11 +242,13 @@ def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_p
     torch.manual_seed(0)
     model = Logits(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4))
     dl = DataLoader(items, bs=4)
-    learn = Learner(DataLoaders(dl, dl), model, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), path=tmp_path)
-    with pytest.raises(ValueError, match=r'found by themselves in a `DynamicUnet`.*levels=\[\.\.\.\]'): learn.fit(1, cbs=FRSKDCallback())
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=ce(), path=tmp_path)
+    told = r'found by themselves in a `DynamicUnet`.*levels=\[\.\.\.\]'
+    with pytest.raises(ValueError, match=told): learn.fit(1, cbs=FRSKDCallback())
     cb = FRSKDCallback(levels=levels)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=cb)
-    assert [tuple(o) for o in cb.found_levels.attrgot('size')]==sizes and n_hooks(model)==0 and all(v.isfinite() for v in cb.losses.values())
+    assert [tuple(o) for o in cb.found_levels.attrgot('size')]==sizes and n_hooks(model)==0
+    assert all(v.isfinite() for v in cb.losses.values())
 
 def test_odd_sizes(digits, tmp_path):
     "Sides that don't halve; levels and logits of other sizes than the pyramid's"
@@ -229,7 +256,7 @@ def test_odd_sizes(digits, tmp_path):
     x = F.interpolate(x[:8], size=(37,50))
     items = [(TensorImage(a),TensorMask(b)) for a,b in zip(x, masks(x, y[:8]))]
     dl = DataLoader(items, bs=4)
-    learn = Learner(DataLoaders(dl, dl), small_unet(size=(37,50)), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), cbs=FRSKDCallback(), path=tmp_path)
+    learn = Learner(DataLoaders(dl, dl), small_unet(size=(37,50)), loss_func=ce(), cbs=FRSKDCallback(), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
     assert all(v.isfinite() for v in learn.frskd.losses.values())
 
@@ -238,16 +265,20 @@ def test_own_dense_self_teacher(seg):
     learn.fit(1, 1e-3)
     assert learn.frskd.teacher.channels==[16]*3 and learn.frskd.teacher.head[0].out_channels==256
     from frskd_fastai.method.teacher import SelfTeacher
-    with pytest.raises(ValueError, match=r"logits are of shape \(2, 4\), the student's \(2, 4, height, width\)"): seg(cbs=FRSKDCallback(teacher=partial(SelfTeacher, width=1))).create_opt()
+    learn = seg(cbs=FRSKDCallback(teacher=partial(SelfTeacher, width=1)))
+    told = r"logits of shape \(2, 4\); the student's are \(2, 4, height, width\)"
+    with pytest.raises(ValueError, match=told): learn.frskd.build()
+    with pytest.raises(ValueError, match=told): learn.fit(1)
 
 def test_the_papers_settings_are_of_one_task(seg):
-    with pytest.raises(ValueError, match=r"classification, and the model labels pixels: take `FRSKDCallback.paper\(segmentation=True\)`"): seg(cbs=FRSKDCallback.paper()).create_opt()
+    told = r"classification, and the model labels pixels\. Take `FRSKDCallback.paper\(segmentation=True\)`"
+    with pytest.raises(ValueError, match=told): seg(cbs=FRSKDCallback.paper()).fit(1)
     cb = FRSKDCallback()
     assert (cb.alpha,cb.beta,cb.temperature)==(2,100,4)
-    seg(cbs=cb).create_opt()
+    seg(cbs=cb).frskd.build()
     assert (cb.alpha,cb.beta,cb.temperature,cb.schedule)==(1,50,1,'trust')
     cb = FRSKDCallback(alpha=2, feature_loss='hint')
-    seg(cbs=cb).create_opt()
+    seg(cbs=cb).frskd.build()
     assert (cb.alpha,cb.beta,cb.temperature)==(2,.5,1)
 
 @pytest.mark.parametrize('what', ['one logit','binary loss','float masks','other size','label augmentation','classes'])
@@ -258,10 +289,11 @@ def test_what_is_refused(what, seg, items):
     if what=='binary loss': kw['loss_func'],match = BCEWithLogitsLossFlat(axis=1),'two classes or more'
     if what=='label augmentation': cb,match = FRSKDSLACallback(),'single-label classification'
     learn = seg(**kw)
-    if what=='float masks': data,match = [(x,TensorMask(y.float()/10)) for x,y in items[:16]],'class number for each pixel'
+    if what=='float masks':
+        data,match = [(x,TensorMask(y.float()/10)) for x,y in items[:16]],'class number for each pixel'
     if what=='other size': data,match = [(x,y[:16,:16]) for x,y in items[:16]],r'B×32×32.*\(8, 16, 16\)'
     if what=='classes': data,match = [(x,tensor(1)) for x,y in items[:16]],'class number for each pixel'
-    if what in ('float masks','other size','classes'): learn.dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
+    if what in ('float masks','other size','classes'): learn.dls = DataLoaders(*(DataLoader(data, bs=8) for _ in '12'))
     before = weights(learn.model)
     with pytest.raises(ValueError, match=match): learn.fit(1, cbs=cb)
     assert same(weights(learn.model), before) and not hasattr(learn, 'frskd')
@@ -272,11 +304,15 @@ def test_camvid(tmp_path):
     "A few images of CamVid with fastai's own data block: training, show_results, attention maps"
     with zipfile.ZipFile(CAMVID) as z:
         names = [n for n in sorted(z.namelist()) if n.startswith('camvid/train/images/') and not n.endswith('/')][:12]
-        for n in [*names,*(n.replace('images','labels').replace('.jpg','.png') for n in names),'camvid/codes.txt']: z.extract(n, tmp_path)
+        labels = [n.replace('images','labels').replace('.jpg','.png') for n in names]
+        for n in [*names, *labels, 'camvid/codes.txt']: z.extract(n, tmp_path)
     path = tmp_path/'camvid'
     codes = (path/'codes.txt').read_text().split()
-    dls = SegmentationDataLoaders.from_label_func(path, get_image_files(path/'train/images'), lambda f: path/'train/labels'/f'{f.stem}.png', codes=codes, item_tfms=Resize((45,60)), bs=4, seed=0, valid_pct=.3, num_workers=0)
-    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=len(codes)-1), cbs=FRSKDCallback(columns=True))
+    files,label = get_image_files(path/'train/images'),lambda f: path/'train/labels'/f'{f.stem}.png'
+    dls = SegmentationDataLoaders.from_label_func(path, files, label, codes=codes, item_tfms=Resize((45,60)), bs=4,
+                                                  seed=0, valid_pct=.3, num_workers=0)
+    loss = CrossEntropyLossFlat(axis=1, ignore_index=len(codes)-1)
+    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss, cbs=FRSKDCallback(columns=True))
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3)
         learn.show_results(max_n=2); plt.close('all')
@@ -285,4 +321,4 @@ def test_camvid(tmp_path):
     fig = learn.frskd.plot_losses().figure; plt.close(fig)
     learn.export('e.pkl')
     assert not any(m.startswith('frskd') for m in pickled_modules(path/'e.pkl'))
-    with learn.no_bar(): assert load_learner(path/'e.pkl').predict(get_image_files(path/'train/images')[0])[0].shape==(45,60)
+    with learn.no_bar(): assert load_learner(path/'e.pkl').predict(files[0])[0].shape==(45,60)
