@@ -1,5 +1,4 @@
-"""Segmentation: `FRSKDCallback` on a U-Net and on other networks that label pixels, with small real images (digits;
-CamVid where ../shared is)"""
+"Segmentation: `FRSKDCallback` on a U-Net and other networks that label pixels, with digits (CamVid where ../shared is)"
 import zipfile
 from pathlib import Path
 import pytest, torch
@@ -24,7 +23,7 @@ def items(digits):
     return [(TensorImage(a),TensorMask(b)) for a,b in zip(x[:64], masks(x[:64], y[:64]))]
 
 def split(m): return L(m[0], m[1:]).map(params)
-def ce(): return CrossEntropyLossFlat(axis=1, ignore_index=VOID)
+def cross_entropy(): return CrossEntropyLossFlat(axis=1, ignore_index=VOID)
 
 @pytest.fixture
 def seg(items, tmp_path):
@@ -35,7 +34,7 @@ def seg(items, tmp_path):
         dls = DataLoaders(DataLoader(items[:n], bs=8, shuffle=True, drop_last=True), DataLoader(items[n:n+16], bs=8))
         for dl in dls: dl.rng = random.Random(seed)
         splitter = split if isinstance(model, DynamicUnet) else trainable_params
-        learn = Learner(dls, model, loss_func=loss_func or ce(), **{'splitter':splitter, 'path':tmp_path, **kw})
+        learn = Learner(dls, model, loss_func=loss_func or cross_entropy(), **{'splitter':splitter, 'path':tmp_path, **kw})
         learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
         learn.logger = noop
         return learn
@@ -46,9 +45,10 @@ class Look(Callback):
     order,run_valid = FRSKDCallback.order+.5,False
     def __init__(self): self.steps = []
     def after_loss(self):
-        cb,kept = self.frskd,lambda o: o.detach().clone().as_subclass(Tensor)
+        cb = self.frskd
+        pred,y = (o.detach().clone().as_subclass(Tensor) for o in (self.pred,self.y))
         parts = {k:v.clone() for k,v in cb.losses.items()}
-        self.steps.append(dict(pred=kept(self.pred), y=kept(self.y), parts=parts, factor=float(cb.factor)))
+        self.steps.append(dict(pred=pred, y=y, parts=parts, factor=float(cb.factor)))
 
 def test_pickled_metrics_need_no_frskd():
     "(An exported Learner with them is in tests/test_train.py.)"
@@ -63,7 +63,7 @@ def test_pickled_metrics_need_no_frskd():
 def test_unet_learner_in_one_line(items, tmp_path, capsys):
     "`unet_learner(dls, resnet18, cbs=FRSKDCallback())`: the decoder's maps, fine to coarse in the pyramid's order"
     dls = DataLoaders(DataLoader(items[:8], bs=4), DataLoader(items[8:12], bs=4)); dls.c = 4
-    learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=ce(),
+    learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=cross_entropy(),
                          cbs=FRSKDCallback(columns=True), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-3)
     cb = learn.frskd
@@ -82,8 +82,8 @@ def test_both_networks_learn_and_nothing_stays(seg):
     assert isinstance(cb.teacher, DenseSelfTeacher) and cb.teacher.channels==[64]*3
     before,student = weights(cb.teacher),weights(learn.model)
     learn.fit(10, 1e-2)
-    # BatchNorm takes away a bias before it
-    assert all(not torch.equal(p, before[k]) for k,p in cb.teacher.named_parameters() if not k.endswith('0.bias'))
+    taught = [k for k,_ in cb.teacher.named_parameters() if not k.endswith('0.bias')] # BatchNorm takes a bias before it away
+    assert all(not torch.equal(weights(cb.teacher)[k], before[k]) for k in taught)
     moved = [not torch.equal(p, student[k]) for k,p in learn.model.named_parameters()]
     assert sum(moved)>.9*len(moved)
     assert set(look.steps[0]['parts'])=={'student','teacher','soft_label','feature'}
@@ -106,8 +106,7 @@ def test_validation_and_predictions_are_plain(seg):
     assert learn.validate()==with_cb[0] and all(torch.equal(a, b) for a,b in zip(learn.get_preds(), with_cb[1]))
 
 def test_no_weights_is_plain_training(seg):
-    """A factor of 0 leaves the student as plain training does, but for the order in which the gradients of a map are
-    added up"""
+    "A factor of 0 leaves the student as plain training does, but for the order in which a map's gradients are added"
     ends = []
     for cbs in [],[FRSKDCallback(schedule=lambda p: 0.)]:
         learn = seg(cbs=cbs, opt_func=SGD)
@@ -147,8 +146,8 @@ def test_checkpoints_and_export(seg, items, tmp_path):
     learn.load('m')
     assert same(weights(learn.frskd.trained), saved)
     small_unet().load_state_dict(torch.load(tmp_path/'models/plain.pth', weights_only=True), strict=True)
-    block = DataBlock((ImageBlock,MaskBlock), get_x=lambda i: PILImage.create(torch.zeros(32,32,3).byte()),
-                      get_y=lambda i: PILMask.create(torch.zeros(32,32).byte().numpy()),
+    black,empty = PILImage.create(torch.zeros(32,32,3).byte()),PILMask.create(torch.zeros(32,32).byte().numpy())
+    block = DataBlock((ImageBlock,MaskBlock), get_x=lambda i: black, get_y=lambda i: empty,
                       splitter=lambda o: ([0,1],[2,3]))
     learn.dls = DataLoaders.from_dblock(block, range(4), bs=2, num_workers=0)
     learn.export('e.pkl')
@@ -160,8 +159,8 @@ def test_autocast(dtype, seg):
     class CPUMixedPrecision(MixedPrecision):
         def __init__(self): pass
         def before_fit(self):
-            scaler = torch.amp.GradScaler('cpu', enabled=dtype==torch.float16, init_scale=2.**8)
-            self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=dtype),scaler,L()
+            self.autocast,self.scales = torch.autocast('cpu', dtype=dtype),L()
+            self.learn.scaler = torch.amp.GradScaler('cpu', enabled=dtype==torch.float16, init_scale=2.**8)
     firsts = []
     for cbs in [],[CPUMixedPrecision()]:
         look = Look()
@@ -173,15 +172,15 @@ def test_autocast(dtype, seg):
         assert firsts[1][k].dtype==torch.float32
         assert firsts[1][k].item()==pytest.approx(v.item(), rel=.05, abs=.02)
 
-OPTIONS = [dict(feature_loss='hint'), dict(feature_loss='overhaul', levels=['layers.4','layers.5','layers.6']),
-           dict(width=.25, levels=2), dict(alpha=0), dict(beta=0), dict(schedule='ramp'), dict(schedule='constant')]
-@pytest.mark.parametrize('kw', OPTIONS, ids=str)
+@pytest.mark.parametrize('kw', [dict(feature_loss='hint'),
+    dict(feature_loss='overhaul', levels=['layers.4','layers.5','layers.6']), dict(width=.25, levels=2),
+    dict(alpha=0), dict(beta=0), dict(schedule='ramp'), dict(schedule='constant')], ids=str)
 def test_options(kw, seg):
     learn,look = seg(cbs=FRSKDCallback(**kw)),Look()
     learn.fit(2, 1e-2, cbs=look)
     assert all(v.isfinite() for o in look.steps for v in o['parts'].values())
-    if kw.get('width'):
-        assert learn.frskd.teacher.channels==[16,16] and learn.frskd.level_names==['layers.6','layers.5']
+    cb = learn.frskd
+    if kw.get('width'): assert cb.teacher.channels==[16,16] and cb.level_names==['layers.6','layers.5']
     if kw.get('schedule')=='ramp': assert [o['factor']>0 for o in look.steps]==[i/8>=2/3 for i in range(8)]
 
 # -- Pixels without a label -------------------------------------------------------------------------------
@@ -196,12 +195,11 @@ class DiceAndFocal:
     def activation(self, x): return F.softmax(x, dim=1)
     def decodes(self, x): return x.argmax(dim=1)
 
-LOSSES = {'CrossEntropyLossFlat':ce, 'torch':lambda: nn.CrossEntropyLoss(ignore_index=VOID),
+LOSSES = {'CrossEntropyLossFlat':cross_entropy, 'torch':lambda: nn.CrossEntropyLoss(ignore_index=VOID),
           'partial':lambda: partial(F.cross_entropy, ignore_index=VOID), 'combination':lambda: DiceAndFocal(VOID)}
 @pytest.mark.parametrize('name', LOSSES)
 def test_ignored_pixels_are_not_distilled(name, seg):
-    """The soft-label loss is the mean over the labelled pixels, and what is ignored gives no gradient to the student's
-    logits"""
+    "The soft-label loss is the mean over the labelled pixels; what is ignored gives the student's logits no gradient"
     loss = LOSSES[name]()
     assert ignored_labels(loss)-{-100}=={VOID}
     learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2)),Look()
@@ -230,10 +228,9 @@ class Logits(nn.Module):
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(x)['out']
 
-NAMED = [('lraspp_mobilenet_v3_large', ['net.backbone.4','net.backbone.7','net.backbone.16'], [(8,8),(4,4),(4,4)]),
-         ('deeplabv3_resnet50', ['net.backbone.layer1','net.backbone.layer3','net.classifier.0'],
-          [(16,16),(8,8),(8,8)])]
-@pytest.mark.parametrize('name,levels,sizes', NAMED)
+@pytest.mark.parametrize('name,levels,sizes', [
+    ('lraspp_mobilenet_v3_large', ['net.backbone.4','net.backbone.7','net.backbone.16'], [(8,8),(4,4),(4,4)]),
+    ('deeplabv3_resnet50', ['net.backbone.layer1','net.backbone.layer3','net.classifier.0'], [(16,16),(8,8),(8,8)])])
 def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_path):
     from torchvision.models import segmentation
     x,y = digits
@@ -242,9 +239,9 @@ def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_p
     torch.manual_seed(0)
     model = Logits(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4))
     dl = DataLoader(items, bs=4)
-    learn = Learner(DataLoaders(dl, dl), model, loss_func=ce(), path=tmp_path)
-    told = r'found by themselves in a `DynamicUnet`.*levels=\[\.\.\.\]'
-    with pytest.raises(ValueError, match=told): learn.fit(1, cbs=FRSKDCallback())
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), path=tmp_path)
+    unnamed = r'found by themselves in a `DynamicUnet`.*levels=\[\.\.\.\]'
+    with pytest.raises(ValueError, match=unnamed): learn.fit(1, cbs=FRSKDCallback())
     cb = FRSKDCallback(levels=levels)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=cb)
     assert [tuple(o) for o in cb.found_levels.attrgot('size')]==sizes and n_hooks(model)==0
@@ -256,7 +253,8 @@ def test_odd_sizes(digits, tmp_path):
     x = F.interpolate(x[:8], size=(37,50))
     items = [(TensorImage(a),TensorMask(b)) for a,b in zip(x, masks(x, y[:8]))]
     dl = DataLoader(items, bs=4)
-    learn = Learner(DataLoaders(dl, dl), small_unet(size=(37,50)), loss_func=ce(), cbs=FRSKDCallback(), path=tmp_path)
+    model = small_unet(size=(37,50))
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), cbs=FRSKDCallback(), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
     assert all(v.isfinite() for v in learn.frskd.losses.values())
 
@@ -266,13 +264,13 @@ def test_own_dense_self_teacher(seg):
     assert learn.frskd.teacher.channels==[16]*3 and learn.frskd.teacher.head[0].out_channels==256
     from frskd_fastai.method.teacher import SelfTeacher
     learn = seg(cbs=FRSKDCallback(teacher=partial(SelfTeacher, width=1)))
-    told = r"logits of shape \(2, 4\); the student's are \(2, 4, height, width\)"
-    with pytest.raises(ValueError, match=told): learn.frskd.build()
-    with pytest.raises(ValueError, match=told): learn.fit(1)
+    shapes = r"logits of shape \(2, 4\); the student's are \(2, 4, height, width\)"
+    with pytest.raises(ValueError, match=shapes): learn.frskd.build()
+    with pytest.raises(ValueError, match=shapes): learn.fit(1)
 
 def test_the_papers_settings_are_of_one_task(seg):
-    told = r"classification, and the model labels pixels\. Take `FRSKDCallback.paper\(segmentation=True\)`"
-    with pytest.raises(ValueError, match=told): seg(cbs=FRSKDCallback.paper()).fit(1)
+    other = r"classification, and the model labels pixels\. Take `FRSKDCallback.paper\(segmentation=True\)`"
+    with pytest.raises(ValueError, match=other): seg(cbs=FRSKDCallback.paper()).fit(1)
     cb = FRSKDCallback()
     assert (cb.alpha,cb.beta,cb.temperature)==(2,100,4)
     seg(cbs=cb).frskd.build()
@@ -293,7 +291,8 @@ def test_what_is_refused(what, seg, items):
         data,match = [(x,TensorMask(y.float()/10)) for x,y in items[:16]],'class number for each pixel'
     if what=='other size': data,match = [(x,y[:16,:16]) for x,y in items[:16]],r'B×32×32.*\(8, 16, 16\)'
     if what=='classes': data,match = [(x,tensor(1)) for x,y in items[:16]],'class number for each pixel'
-    if what in ('float masks','other size','classes'): learn.dls = DataLoaders(*(DataLoader(data, bs=8) for _ in '12'))
+    if what in ('float masks','other size','classes'):
+        learn.dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
     before = weights(learn.model)
     with pytest.raises(ValueError, match=match): learn.fit(1, cbs=cb)
     assert same(weights(learn.model), before) and not hasattr(learn, 'frskd')
@@ -305,14 +304,15 @@ def test_camvid(tmp_path):
     with zipfile.ZipFile(CAMVID) as z:
         names = [n for n in sorted(z.namelist()) if n.startswith('camvid/train/images/') and not n.endswith('/')][:12]
         labels = [n.replace('images','labels').replace('.jpg','.png') for n in names]
-        for n in [*names, *labels, 'camvid/codes.txt']: z.extract(n, tmp_path)
+        for n in [*names,*labels,'camvid/codes.txt']: z.extract(n, tmp_path)
     path = tmp_path/'camvid'
     codes = (path/'codes.txt').read_text().split()
-    files,label = get_image_files(path/'train/images'),lambda f: path/'train/labels'/f'{f.stem}.png'
-    dls = SegmentationDataLoaders.from_label_func(path, files, label, codes=codes, item_tfms=Resize((45,60)), bs=4,
-                                                  seed=0, valid_pct=.3, num_workers=0)
-    loss = CrossEntropyLossFlat(axis=1, ignore_index=len(codes)-1)
-    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss, cbs=FRSKDCallback(columns=True))
+    files = get_image_files(path/'train/images')
+    dls = SegmentationDataLoaders.from_label_func(
+        path, files, lambda f: path/'train/labels'/f'{f.stem}.png', codes=codes, item_tfms=Resize((45,60)), bs=4,
+        seed=0, valid_pct=.3, num_workers=0)
+    loss_func = CrossEntropyLossFlat(axis=1, ignore_index=len(codes)-1)
+    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss_func, cbs=FRSKDCallback(columns=True))
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3)
         learn.show_results(max_n=2); plt.close('all')
