@@ -34,7 +34,8 @@ def seg(items, tmp_path):
         dls = DataLoaders(DataLoader(items[:n], bs=8, shuffle=True, drop_last=True), DataLoader(items[n:n+16], bs=8))
         for dl in dls: dl.rng = random.Random(seed)
         splitter = split if isinstance(model, DynamicUnet) else trainable_params
-        learn = Learner(dls, model, loss_func=loss_func or cross_entropy(), **{'splitter':splitter, 'path':tmp_path, **kw})
+        kw = {'splitter':splitter, 'path':tmp_path, **kw}
+        learn = Learner(dls, model, loss_func=loss_func or cross_entropy(), **kw)
         learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
         learn.logger = noop
         return learn
@@ -82,7 +83,8 @@ def test_both_networks_learn_and_nothing_stays(seg):
     assert isinstance(cb.teacher, DenseSelfTeacher) and cb.teacher.channels==[64]*3
     before,student = weights(cb.teacher),weights(learn.model)
     learn.fit(10, 1e-2)
-    taught = [k for k,_ in cb.teacher.named_parameters() if not k.endswith('0.bias')] # BatchNorm takes a bias before it away
+    # BatchNorm takes a bias before it away
+    taught = [k for k,_ in cb.teacher.named_parameters() if not k.endswith('0.bias')]
     assert all(not torch.equal(weights(cb.teacher)[k], before[k]) for k in taught)
     moved = [not torch.equal(p, student[k]) for k,p in learn.model.named_parameters()]
     assert sum(moved)>.9*len(moved)
