@@ -12,9 +12,11 @@ def test_csv_and_tensorboard(tmp_path):
     torch.manual_seed(0)
     data = list(zip(torch.randn(16,3,32,32), torch.arange(16)%4))
     dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8)); dls.c = 4
-    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, cbs=FRSKDCallback(columns=True))
+    learn = vision_learner(dls, resnet18, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(),
+                           metrics=accuracy, path=tmp_path, cbs=FRSKDCallback(columns=True))
     learn.remove_cb(ProgressCallback)
-    with learn.no_logging(): learn.fit(2, 1e-3, cbs=[CSVLogger('log.csv'),TensorBoardCallback(tmp_path/'tb', trace_model=False, log_preds=False)])
+    board = TensorBoardCallback(tmp_path/'tb', trace_model=False, log_preds=False)
+    with learn.no_logging(): learn.fit(2, 1e-3, cbs=[CSVLogger('log.csv'),board])
     rows = list(csv.DictReader(open(tmp_path/'log.csv')))
     assert list(rows[0])==['epoch','train_loss','valid_loss','accuracy',*PARTS,'time'] and len(rows)==2
     events = EventAccumulator(str(tmp_path/'tb')); events.Reload()
@@ -22,4 +24,5 @@ def test_csv_and_tensorboard(tmp_path):
     for o in PARTS:
         logged = [e.value for e in events.Scalars(o)]
         assert logged==pytest.approx([float(r[o]) for r in rows], rel=1e-4)
-        if o.endswith('_loss'): assert logged==pytest.approx(steps[o[:-5]].values.reshape(2, -1).mean(1), rel=1e-4) # the means of the steps
+        if o.endswith('_loss'): # the means of the steps
+            assert logged==pytest.approx(steps[o[:-5]].values.reshape(2, -1).mean(1), rel=1e-4)

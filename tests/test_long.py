@@ -1,4 +1,5 @@
-"""Long runs: 2,000 steps and 30 fits in one process leave memory, live objects, hooks, callbacks, the optimizer's groups and open files as they were early on"""
+"""Long runs: 2,000 steps and 30 fits in one process leave memory, live objects, hooks, callbacks, the optimizer's
+groups and open files as they were early on"""
 import gc, mmap
 import psutil, pytest, torch
 from fastai.vision.all import *
@@ -9,12 +10,14 @@ MORE = 16 # MiB that memory may grow in 1,800 steps: 9 KiB each, which is one sm
 
 def measure(learn):
     "What could grow. The losses that fastai's Recorder and the callback keep for their plots are let go of"
-    learn.opt.zero_grad(); learn.recorder.losses.clear(); learn.frskd.recorded.clear(); gc.collect()
+    learn.opt.zero_grad(); learn.recorder.losses.clear(); learn.frskd.log.recorded.clear(); gc.collect()
     live = Counter(k for o in gc.get_objects() for k in (Tensor,nn.Module,Callback,Learner) if issubclass(type(o), k))
     opt,process = learn.opt,psutil.Process()
-    return dict(tensors=live[Tensor], modules=live[nn.Module], learners=live[Learner], callbacks=live[Callback], own_callbacks=len(learn.cbs), hooks=n_hooks(learn.model),
-                groups=len(opt.param_lists), parameters=sum(map(len, opt.param_lists)), states=len(opt.state), metrics=len(learn.metrics), files=process.num_fds(), threads=process.num_threads(),
-                overridden=len(learn.__dict__), memory=process.memory_info().rss/2**20)
+    return dict(tensors=live[Tensor], modules=live[nn.Module], learners=live[Learner], callbacks=live[Callback],
+                own_callbacks=len(learn.cbs), hooks=n_hooks(learn.model), groups=len(opt.param_lists),
+                parameters=sum(map(len, opt.param_lists)), states=len(opt.state), metrics=len(learn.metrics),
+                files=process.num_fds(), threads=process.num_threads(), overridden=len(learn.__dict__),
+                memory=process.memory_info().rss/2**20)
 
 def check_growth(early, late):
     grown = {k:(v,late[k]) for k,v in early.items() if late[k]>v+(MORE if k=='memory' else 0)}
@@ -28,7 +31,8 @@ def learner(digits, tmp_path):
         data = list(zip(digits[0][:,:,::2,::2], digits[1]))
         dls = DataLoaders(DataLoader(data[:n], bs=4, shuffle=True), DataLoader(data[-16:], bs=16))
         split = lambda m: L(m.stem, m.stages, m.head).map(params)
-        return Learner(dls, SmallNet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split, path=tmp_path, **kw)
+        return Learner(dls, SmallNet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, splitter=split,
+                       path=tmp_path, **kw)
     return _make
 
 class EveryEpoch(Callback):
@@ -53,7 +57,9 @@ def saved_and_loaded(learn):
     learn.fit(1, 1e-3)
     learn.save('x'); learn.load('x')
 
-KINDS = dict(fit=lambda l: l.fit(1, 1e-3), one_cycle=lambda l: l.fit_one_cycle(1, 1e-3), fine_tune=lambda l: l.fine_tune(1, 1e-3), lr_find=lambda l: l.lr_find(num_it=5, show_plot=False), interrupted=interrupted, saved=saved_and_loaded)
+KINDS = dict(fit=lambda l: l.fit(1, 1e-3), one_cycle=lambda l: l.fit_one_cycle(1, 1e-3),
+             fine_tune=lambda l: l.fine_tune(1, 1e-3), lr_find=lambda l: l.lr_find(num_it=5, show_plot=False),
+             interrupted=interrupted, saved=saved_and_loaded)
 
 @pytest.mark.parametrize('new', [False,True], ids=['one Learner','a Learner each'])
 def test_30_fits(new, learner):
@@ -72,7 +78,9 @@ class Leak(Callback):
     def __init__(self): self.kept = []
     def after_step(self):
         opt = self.learn.opt
-        self.kept += [self.learn.loss_grad, open(os.devnull), Callback(), mmap.mmap(-1, 2**21)] # a graph with all that it needs, a file, an object, and 2 MiB of its own: what other tests have left free would hide an array
+        # A graph with all that it needs, a file, an object, and 2 MiB of its own: what other tests have left free would
+        # hide an array
+        self.kept += [self.learn.loss_grad, open(os.devnull), Callback(), mmap.mmap(-1, 2**21)]
         self.kept[-1].write(bytes(2**21))
         self.model.stem.register_forward_hook(lambda *args: None)
         opt.param_lists,opt.hypers = L([*opt.param_lists, []]),L([*opt.hypers, dict(opt.hypers[-1])])

@@ -84,7 +84,7 @@ def test_five_sgd_steps_are_those_of_a_plain_loop(make):
     "Losses and weights of both networks, with momentum and weight decay, against a hand-written loop over copies"
     cb,lr,wd,mom = FRSKDCallback.paper(),0.05,1e-2,0.9
     learn = make(cbs=cb, opt_func=partial(SGD, mom=mom, decouple_wd=False), wd=wd, wd_bn_bias=True)
-    learn.create_opt()
+    cb.build()
     student,teacher,batches,losses = deepcopy(learn.model),deepcopy(cb.teacher),[],[]
     assert list(cb.level_names)==['stages.0','stages.1','stages.2']
     class Keep(Callback):
@@ -134,7 +134,7 @@ def test_mixed_batch_by_hand(make, mix):
     class Stop(Callback):
         order = cb.order+1
         def after_loss(self): raise CancelFitException
-    learn.create_opt()
+    cb.build()
     before_model,before_teacher = deepcopy(learn.model),deepcopy(cb.teacher)
     plain_loss = learn.loss_func
     learn.fit(1, 1e-2, cbs=Stop())
@@ -171,7 +171,7 @@ def test_mixed_batch_by_hand(make, mix):
 def test_sla_mixes_the_joint_labels(make, mix):
     cb,m = FRSKDSLACallback.paper(),mix(1.)
     learn = make(cbs=[cb,m])
-    learn.create_opt()
+    cb.build()
     heads,seen = deepcopy(cb.trained),{}
     for who in 'student','teacher':
         def look(mod, inp, out, who=who):
@@ -216,7 +216,7 @@ def test_label_loss_follows_the_learners(make, loss_func, by_hand):
     cb = FRSKDCallback.paper()
     learn = make(cbs=cb)
     learn.loss_func = loss_func
-    learn.create_opt()
+    cb.build()
     s,t,y = logits_of_a_batch(learn, cb)
     close(cb.losses, student=by_hand(s, y), teacher=by_hand(t, y), soft_label=R.kd(s, t, 4))
     assert isinstance(cb.task, SingleLabel)
@@ -239,7 +239,7 @@ BCE = dict(flat=BCEWithLogitsLossFlat(), module=nn.BCEWithLogitsLoss(), function
 def test_multi_label(multi, loss_func):
     cb = FRSKDCallback.paper(columns=True)
     learn = multi(loss_func=loss_func, cbs=cb)
-    learn.create_opt()
+    cb.build()
     s,t,y = logits_of_a_batch(learn, cb)
     assert isinstance(cb.task, MultiLabel)
     bce = lambda z: -(y*z.sigmoid().log() + (1-y)*(-z).sigmoid().log()).mean()
@@ -279,11 +279,11 @@ def test_one_logit_accuracy(multi, digits):
     data = [(x,(y>4).float()) for x,y in zip(*digits)]
     learn.dls = DataLoaders(DataLoader(data[:64], bs=64), DataLoader(data[64:96], bs=16))
     learn.metrics = []
-    learn.create_opt()
+    cb.build()
     acc = []
     class Look(Callback):
         order,run_valid = FRSKDCallback.order+1,False
-        def after_loss(self): acc.append(cb._columns.mean('teacher_accuracy'))
+        def after_loss(self): acc.append(cb.log.mean('teacher_accuracy'))
     learn.add_cb(Look())
     s,t,y = logits_of_a_batch(learn, cb)
     assert y.shape==(64,) and torch.equal(acc[0], ((t[:,0]>0)==(y>.5)).float().mean())
@@ -349,7 +349,7 @@ def test_other_self_teachers(make, kind):
     teacher = TEACHERS[kind]() if kind=='module' else TEACHERS[kind]
     cb = FRSKDCallback(teacher=teacher)
     learn = make(cbs=cb)
-    learn.create_opt()
+    cb.build()
     before = weights(cb.teacher)
     learn.fit(2, 1e-2)
     assert all(not torch.equal(v, before[k]) for k,v in cb.teacher.named_parameters() if not k.endswith('fusion'))
@@ -375,13 +375,14 @@ def test_feature_losses(make, loss, n):
     cb = FRSKDCallback(feature_loss=loss, alpha=0., beta=1., schedule='constant')
     learn = make(cbs=cb)
     learn.create_opt()
+    cb.build()
     extra = len(learn.opt.all_params())-len(list(learn.model.parameters()))-len(list(cb.teacher.parameters()))
     assert extra==n
     teacher,grads = deepcopy(cb.teacher.state_dict()),[]
     def look(l): grads.append([[p.grad.clone() for p in o.parameters()] for o in (l.model.stages,l.frskd.teacher)])
     one_batch(learn, look)
     without = make(cbs=FRSKDCallback(alpha=0., beta=0., schedule='constant'))
-    without.create_opt()
+    without.frskd.build()
     without.frskd.teacher.load_state_dict(teacher)
     one_batch(without, look)
     assert not all(torch.allclose(a, b) for a,b in zip(grads[0][0], grads[1][0]))
@@ -396,7 +397,7 @@ def test_feature_losses(make, loss, n):
 def test_a_pooled_level_weighs_what_the_paper_gives_it(make, finest):
     "Its squares are divided by the positions of the student's map, not of the pooled one: `finest` doesn't change β"
     learn = make(cbs=FRSKDCallback(finest=finest))
-    learn.create_opt()
+    learn.frskd.build()
     positions = [math.prod(o.size) for o in learn.frskd.found_levels]
     assert positions[0]>positions[1]>positions[2]
     def paper(student, refined):
@@ -509,7 +510,7 @@ def test_sla_composes(make, tmp_path):
     "With another self-teacher and feature loss, gradient accumulation, lr_find, freezing and saving"
     cb = FRSKDSLACallback(teacher=partial(SelfTeacher, n_channels=8, repeat=2), feature_loss='hint', columns=True)
     learn = make(cbs=[cb, GradientAccumulation(32)])
-    learn.create_opt()
+    cb.build()
     before = deepcopy(cb.trained.state_dict())
     with learn.no_bar(): learn.lr_find(show_plot=False, num_it=5)
     assert all(torch.equal(v, before[k]) for k,v in cb.trained.state_dict().items())
@@ -532,5 +533,5 @@ def test_multi_label_datablock(tmp_path):
     learn.fine_tune(1)
     assert isinstance(learn.frskd.task, MultiLabel) and learn.frskd.losses['soft_label'].isfinite()
     learn.remove_cb(FRSKDCallback)
-    with pytest.raises(ValueError, match='single-label'): learn.add_cb(FRSKDSLACallback())
+    with pytest.raises(ValueError, match='single-label'): learn.fit(1, cbs=FRSKDSLACallback())
     learn.fit(1)

@@ -1,6 +1,8 @@
-"""Every training feature that fastai users already use, with FRSKD on: each cell trains on small real images and checks what would break; its docstring says what.
+"""Every training feature that fastai users already use, with FRSKD on: each cell trains on small real images and checks
+what would break; its docstring says what.
 
-`FRSKD_WRITE_TABLES=1 pytest tests/test_training.py` writes the table that the documentation shows (nbs/tutorials/training.csv)"""
+`FRSKD_WRITE_TABLES=1 pytest tests/test_training.py` writes the table that the documentation shows
+(nbs/tutorials/training.csv)"""
 import csv, os
 from pathlib import Path
 import pytest, torch
@@ -22,8 +24,13 @@ def cell(name):
         return f
     return _register
 
-@pytest.mark.parametrize('name', CELLS_NAMES:=['fit','fit_one_cycle','fit_flat_cos','fit_sgdr','fine_tune','lr_find','MixUp','CutMix','label smoothing','RandAugment','GradientAccumulation','GradientClip','ChannelsLast','BnFreeze',
-    'ShortEpochCallback','EarlyStoppingCallback','ReduceLROnPlateau','SaveModelCallback','CSVLogger','ActivationStats','Recorder(train_metrics=True)','weighted DataLoaders','several fits','a second FRSKDCallback','your own callback'])
+CELLS_NAMES = [
+    'fit', 'fit_one_cycle', 'fit_flat_cos', 'fit_sgdr', 'fine_tune', 'lr_find', 'MixUp', 'CutMix', 'label smoothing',
+    'RandAugment', 'GradientAccumulation', 'GradientClip', 'ChannelsLast', 'BnFreeze', 'ShortEpochCallback',
+    'EarlyStoppingCallback', 'ReduceLROnPlateau', 'SaveModelCallback', 'CSVLogger', 'ActivationStats',
+    'Recorder(train_metrics=True)', 'weighted DataLoaders', 'several fits', 'a second FRSKDCallback',
+    'your own callback']
+@pytest.mark.parametrize('name', CELLS_NAMES)
 def test_feature(name, make, tmp_path):
     def learner(**kw): return make(**{'cbs':FRSKDCallback(schedule='constant'), **kw})
     CELLS[name](learner, tmp_path)
@@ -35,16 +42,24 @@ def test_table():
     file = DOCS/'training.csv'
     if os.environ.get('FRSKD_WRITE_TABLES'):
         with open(file, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
-    with open(file) as f: assert [tuple(o) for o in csv.reader(f)]==rows, 'write nbs/tutorials/training.csv anew with FRSKD_WRITE_TABLES=1'
+    with open(file) as f: on_file = [tuple(o) for o in csv.reader(f)]
+    assert on_file==rows, 'write nbs/tutorials/training.csv anew with FRSKD_WRITE_TABLES=1'
+
+class Start(Callback):
+    "The self-teacher's weights before its first step"
+    order,run_valid = FRSKDCallback.order+.5,False
+    def __init__(self): self.weights = None
+    def after_loss(self): self.weights = self.weights or weights(self.frskd.teacher)
 
 def trains(make, train, plain_too=True, **kw):
     "`train(learn)` moves the self-teacher, and the student elsewhere than without FRSKD; nothing stays behind"
-    learn = make(**kw)
-    learn.create_opt()
-    cb,before = learn.frskd,weights(learn.frskd.teacher)
+    learn,start = make(**kw),Start()
+    learn.add_cb(start)
+    cb = learn.frskd
     train(learn)
-    moved = [k for k,p in cb.teacher.named_parameters() if 'fusion' not in k and torch.equal(p, before[k])]
-    assert not moved, f'not moved: {moved[:3]}'
+    learn.remove_cb(start)
+    still = [k for k,p in cb.teacher.named_parameters() if 'fusion' not in k and torch.equal(p, start.weights[k])]
+    assert not still, f'not moved: {still[:3]}'
     assert n_hooks(learn.model)==0 and '_do_epoch' not in learn.__dict__ and 'parameters' not in learn.__dict__
     assert all(p.isfinite().all() for p in learn.model.parameters())
     if plain_too:
@@ -97,23 +112,27 @@ def _(make, tmp_path):
         start = weights(l.model.stages)
         l.fine_tune(1, 1e-2, cbs=Body())
         convs = [k for k in start if k.endswith('0.weight')]
-        assert all(torch.equal(start[k], seen[-2][k]) for k in convs) and not any(torch.equal(start[k], seen[-1][k]) for k in convs)
+        assert all(torch.equal(start[k], seen[-2][k]) for k in convs)
+        assert not any(torch.equal(start[k], seen[-1][k]) for k in convs)
     trains(make, train)
 @cell('lr_find')
 def _(make, tmp_path):
-    "Student, self-teacher, trust and the optimizer's state are as before; a training afterwards is the same as without it"
+    """Student, self-teacher, trust and the optimizer's state are as before; a training afterwards is the same as
+    without it"""
     a,b = make(cbs=FRSKDCallback()),None
     a.fit(1, 1e-3)
     state = deepcopy((a.model.state_dict(),a.frskd.trained.state_dict())),a.frskd.trust.loss.clone()
     opt = [deepcopy({k:v for k,v in s.items()}) for *_,s,_ in a.opt.all_params()]
     with a.no_bar(): a.lr_find(show_plot=False, num_it=8)
-    assert same(a.model.state_dict(), state[0][0]) and same(a.frskd.trained.state_dict(), state[0][1]) and torch.equal(a.frskd.trust.loss, state[1])
+    assert same(a.model.state_dict(), state[0][0]) and same(a.frskd.trained.state_dict(), state[0][1])
+    assert torch.equal(a.frskd.trust.loss, state[1])
     for s,(*_,t,_) in zip(opt, a.opt.all_params(), strict=True):
         assert s.keys()==t.keys() and all(torch.equal(tensor(s[k]), tensor(t[k])) for k in s)
     a.fit(1, 1e-3)
 @cell('MixUp')
 def _(make, tmp_path):
-    "Both networks' label losses are mixed (by hand, event by event, in tests/test_method.py); the loss function is put back"
+    """Both networks' label losses are mixed (by hand, event by event, in tests/test_method.py); the loss function is
+    put back"""
     learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=MixUp(1.)))
     assert type(learn.loss_func) is CrossEntropyLossFlat
 @cell('CutMix')
@@ -140,7 +159,8 @@ class RandAugment(Transform):
 def _(make, tmp_path):
     "torchvision's RandAugment as a batch transform; the self-teacher is built without using up its random numbers"
     files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
-    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: f.parent.name, item_tfms=Resize(32), batch_tfms=RandAugment(), bs=16, num_workers=0, seed=0)
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: f.parent.name, item_tfms=Resize(32),
+                                          batch_tfms=RandAugment(), bs=16, num_workers=0, seed=0)
     seen = []
     class Seen(Callback):
         run_valid = False
@@ -162,18 +182,21 @@ class Bare(nn.Module):
     def forward(self, x): return self.head(self.stages(x).mean((2,3)))
 @cell('GradientAccumulation')
 def _(make, tmp_path):
-    "Gradients accumulated over four quarters are those of the whole batch, for networks without BatchNorm; both networks'"
+    """Gradients accumulated over four quarters are those of the whole batch, for networks without BatchNorm; both
+    networks'"""
     grads = []
     for bs in 16,4:
         set_seed(0)
         learn = make(model=Bare(), splitter=trainable_params, cbs=FRSKDCallback(schedule='constant', teacher=Own))
         dl = DataLoader(learn.dls.train.dataset[:16], bs=bs)
         learn.dls = DataLoaders(dl, dl)
-        set_seed(0); learn.create_opt()
+        set_seed(0); learn.frskd.build()
         for i,p in enumerate(learn.frskd.trained.parameters()): torch.manual_seed(i); p.data.normal_(0, .1)
         class Look(Callback):
             order = 50
-            def before_step(self): grads.append([p.grad.clone() for p in [*self.model.parameters(), *self.frskd.trained.parameters()]]); raise CancelFitException
+            def before_step(self):
+                grads.append([p.grad.clone() for o in (self.model,self.frskd.trained) for p in o.parameters()])
+                raise CancelFitException
         learn.fit(1, 1e-2, cbs=[GradientAccumulation(16),Look()])
     for a,b in zip(*grads, strict=True): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 @cell('GradientClip')
@@ -183,8 +206,12 @@ def _(make, tmp_path):
     class Look(Callback):
         run_valid = False
         def __init__(self, order): self.order = order
-        def before_step(self): seen.append([torch.cat([p.grad.flatten() for p in ps if p.grad is not None]) for ps in (self.model.parameters(),self.frskd.trained.parameters())] if hasattr(self.learn, 'frskd') else None)
-    trains(make, lambda l: l.fit(1, 1e-2, cbs=[GradientClip(.1),Look(GradientClip.order-.5),Look(GradientClip.order+.5)]))
+        def before_step(self):
+            if not hasattr(self.learn, 'frskd'): return
+            grads = lambda m: torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
+            seen.append([grads(self.model),grads(self.frskd.trained)])
+    early,late = (Look(GradientClip.order+o) for o in (-.5,.5))
+    trains(make, lambda l: l.fit(1, 1e-2, cbs=[GradientClip(.1),early,late]))
     for before,after in zip(seen[:6:2], seen[1:6:2]):
         assert torch.cat(before).norm()>.1
         torch.testing.assert_close(torch.cat(after).norm(), tensor(.1), rtol=1e-3, atol=1e-5)
@@ -192,16 +219,21 @@ def _(make, tmp_path):
         for b,a in zip(before, after): torch.testing.assert_close(a, b*factor, rtol=1e-3, atol=1e-7)
 @cell('ChannelsLast')
 def _(make, tmp_path):
-    "The maps stay in that memory format in student and self-teacher; weights after an epoch are those of the usual format, up to rounding"
+    """The maps stay in that memory format in student and self-teacher; weights after an epoch are those of the usual
+    format, up to rounding"""
     formats = []
     def train(l):
         l.to_channelslast(use_amp=False)
-        if hasattr(l, 'frskd'): l.frskd.teacher.layers[0].up_nodes[0].register_forward_hook(lambda m,i,o: formats.append(o.is_contiguous(memory_format=torch.channels_last)))
+        look = lambda m,i,o: formats.append(o.is_contiguous(memory_format=torch.channels_last))
+        if hasattr(l, 'frskd'): l.frskd.build().teacher.layers[0].up_nodes[0].register_forward_hook(look)
         l.fit(1, 1e-3)
     a = trains(make, train, opt_func=SGD)
     assert formats and all(formats)
-    b = make(opt_func=SGD); b.fit(1, 1e-3)
-    for p,q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p.contiguous(), q, rtol=1e-2, atol=1e-3)
+    b = make(opt_func=SGD)
+    b.frskd.build() # from the same random state
+    b.fit(1, 1e-3)
+    for p,q in zip(a.model.parameters(), b.model.parameters()):
+        torch.testing.assert_close(p.contiguous(), q, rtol=1e-2, atol=1e-3)
 @cell('BnFreeze')
 def _(make, tmp_path):
     "The student's frozen BatchNorm keeps its statistics; the self-teacher's is not frozen"
@@ -211,10 +243,11 @@ def _(make, tmp_path):
         l.create_opt(); l.opt.freeze_to(-1)
         for m in l.model.stages.modules():
             if isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
-        before = weights(l.frskd.teacher) if hasattr(l, 'frskd') else {}
+        before = weights(l.frskd.build().teacher)
         l.fit(1, 1e-2, cbs=BnFreeze())
         assert all(torch.equal(v, l.model.stages.state_dict()[k]) for k,v in stats.items())
-        assert all(not torch.equal(v, before[k]) for k,v in (l.frskd.teacher.state_dict().items() if before else ()) if 'running_mean' in k)
+        after = l.frskd.teacher.state_dict()
+        assert all(not torch.equal(v, before[k]) for k,v in after.items() if 'running_mean' in k)
     trains(make, train, train_bn=False, plain_too=False)
 @cell('ShortEpochCallback')
 def _(make, tmp_path):
@@ -225,16 +258,19 @@ def _(make, tmp_path):
 @cell('EarlyStoppingCallback')
 def _(make, tmp_path):
     "It stops by the student's validation loss, and a stopped fit leaves nothing behind"
-    learn = trains(make, lambda l: l.fit(9, 1e-3, cbs=EarlyStoppingCallback(monitor='valid_loss', min_delta=9., patience=1)), plain_too=False)
+    stop = EarlyStoppingCallback(monitor='valid_loss', min_delta=9., patience=1)
+    learn = trains(make, lambda l: l.fit(9, 1e-3, cbs=stop), plain_too=False)
     assert learn.epoch==1
 @cell('ReduceLROnPlateau')
 def _(make, tmp_path):
     "The self-teacher's rate is reduced with the student's"
-    learn = trains(make, lambda l: l.fit(3, 1e-2, cbs=ReduceLROnPlateau(monitor='valid_loss', min_delta=9., patience=1)), plain_too=False)
+    reduce = ReduceLROnPlateau(monitor='valid_loss', min_delta=9., patience=1)
+    learn = trains(make, lambda l: l.fit(3, 1e-2, cbs=reduce), plain_too=False)
     assert all(h['lr']<1e-2 for h in learn.opt.hypers)
 @cell('SaveModelCallback')
 def _(make, tmp_path):
-    "Its file is a plain model's and loads strictly; with the optimizer (`with_opt=True`) the best epoch's self-teacher comes back with the student"
+    """Its file is a plain model's and loads strictly; with the optimizer (`with_opt=True`) the best epoch's
+    self-teacher comes back with the student"""
     learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=SaveModelCallback(fname='best')), plain_too=False)
     state = torch.load(tmp_path/'models/best.pth', weights_only=True)
     SmallNet().load_state_dict(state, strict=True)
@@ -250,7 +286,8 @@ def _(make, tmp_path):
     "The columns of the loss parts are in the file"
     learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=CSVLogger()), plain_too=False, cbs=FRSKDCallback(columns=True))
     log = pd.read_csv(tmp_path/'history.csv')
-    assert len(log)==2 and log[['student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy']].notna().all().all()
+    columns = ['student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy']
+    assert len(log)==2 and log[columns].notna().all().all()
 @cell('ActivationStats')
 def _(make, tmp_path):
     "Its hooks and ours stand side by side, and both go"
@@ -272,7 +309,8 @@ def _(make, tmp_path):
 def _(make, tmp_path):
     "fastai's weighted sampling draws the same batches as without FRSKD"
     files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:20])
-    block = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, item_tfms=Resize(32), splitter=RandomSplitter(.2, seed=0))
+    block = DataBlock((ImageBlock,CategoryBlock), get_y=parent_label, item_tfms=Resize(32),
+                      splitter=RandomSplitter(.2, seed=0))
     seen = []
     class Seen(Callback):
         run_valid = False
@@ -307,12 +345,15 @@ def _(make, tmp_path):
     trains(lambda **kw: learn, lambda l: l.fit(1, 1e-2), plain_too=False)
 @cell('your own callback')
 def _(make, tmp_path):
-    "`learn.pred` is the student's prediction, `learn.loss` the whole loss after FRSKD's event and the student's before it"
+    """`learn.pred` is the student's prediction, `learn.loss` the whole loss after FRSKD's event and the student's
+    before it"""
     seen = []
     class Mine(Callback):
         run_valid = False
         def __init__(self, order): self.order = order
-        def after_loss(self): seen.append((self.learn.loss.item(),self.learn.pred.clone(),self.learn.loss_func(self.pred, self.y).item()))
+        def after_loss(self):
+            plain = self.learn.loss_func(self.pred, self.y).item()
+            seen.append((self.learn.loss.item(),self.learn.pred.clone(),plain))
     learn = make(cbs=[FRSKDCallback(schedule='constant'),Mine(0),Mine(FRSKDCallback.order+1)])
     learn.fit(1, 1e-3)
     for a,b in zip(seen[::2], seen[1::2]):
