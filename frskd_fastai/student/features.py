@@ -54,8 +54,8 @@ def refuse_tokens(
 ):
     "`ValueError` where a network leaves out or merges tokens, so that they are no map"
     raise ValueError(f"FRSKD: level {name!r} returns {n} patch tokens, where images of this size have {want}: the "
-                     "network drops or merges tokens in training (`patch_drop_rate`?). Train with all tokens, or name levels "
-                     "that have them: `FRSKDCallback(levels=[...])`.")
+                     "network drops or merges tokens in training (`patch_drop_rate`?). Train with all tokens, or name "
+                     "levels that have them: `FRSKDCallback(levels=[...])`.")
 
 # %% ../../nbs/student/features.ipynb #6b048217
 class UncopiedHook:
