@@ -14,6 +14,7 @@ from .method.teacher import check_number
 from .task.task import *
 from .student.features import flatten_tensors
 from .callback import *
+from .step import *
 
 # %% ../nbs/sla_callback.ipynb #125fa1d6
 class FRSKDSLACallback(FRSKDCallback):
