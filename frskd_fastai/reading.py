@@ -16,6 +16,7 @@ from .task.checks import *
 from .student.features import *
 from .student.levels import *
 from .student.probe import *
+from .learner.fit_scopes import *
 from .learner.checkpoint import *
 from .learner.processes import *
 from .learner.side_module import *
@@ -64,8 +65,17 @@ class StudentReader(SideModuleCallback):
 
     def enter_train(self):
         super().enter_train()
-        if not self._serves: self.hooks = self._observer()
+        if not self._serves:
+            self.hooks = self._observer()
+            self.train_ctx.enter_context(PatchedMethod(self.learn, '_do_one_batch', self._around_batch))
         else: self.hooks = self._hooks_type(self.student, self.found_levels, self.trained.seen.size)
+
+    def _around_batch(self, one_batch):
+        try: one_batch()
+        except (RuntimeError,TypeError):
+            if not isinstance(self.hooks, Observer) or self.has_pred or not self.hooks.trace: raise
+            self.hooks.trace = False # perhaps the network doesn't run with gradients of images
+            one_batch()
 
     def leave_train(self):
         if self.hooks is not None: self.hooks.remove()
@@ -77,18 +87,25 @@ class StudentReader(SideModuleCallback):
         if event=='before_batch' and self.hooks is not None and self.run and self.learn.training: self.hooks.attach()
 
     def before_batch(self):
-        self.has_pred = False
+        self.has_pred,self._typed = False,self.learn.yb # fastai's `CastToTensor` takes the targets' types
         if self.hooks is not None: self.hooks.clear() # of a batch that was cancelled after its forward pass
 
     def after_pred(self): self.has_pred = True
 
     def _around_epoch(self, epoch):
         try: super()._around_epoch(epoch)
-        except (IndexError,RuntimeError,ValueError) as e: # of the loss function: there may be a better reason
+        except (IndexError,RuntimeError,TypeError,ValueError) as e: # of the loss function: there may be a better reason
             if not self.has_pred or self.looked: raise
             self.refused()
-            self._check(self.learn.pred, self.learn.yb, self.label_loss, e)
+            self._check(self.learn.pred, self._targets, self.label_loss, e)
             raise
+
+    @property
+    def _targets(self):
+        "This batch's targets, with the types that they came with, if they are still the same"
+        yb,typed = self.learn.yb,self._typed
+        same = lambda a,b: isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape==b.shape and a.data_ptr()==b.data_ptr()
+        return typed if len(yb)==len(typed) and all(map(same, yb, typed)) else yb
 
     def _check(self, pred, yb, loss_func, cause=None):
         try:
@@ -102,7 +119,7 @@ class StudentReader(SideModuleCallback):
         if not is_compiled(self.student) and not comes_from(learn.pred, hooks.out):
             raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the "
                              "feature maps aren't its. A callback replaces it; let it change the loss instead.")
-        if not self.looked: self._look(hooks, learn.xb, learn.yb, learn.pred, self.label_loss)
+        if not self.looked: self._look(hooks, learn.xb, self._targets, learn.pred, self.label_loss)
         self.looked,self.has_pred = True,False
         maps,pre = self._pop(hooks)
         if isinstance(hooks, Observer): self.hooks = self._hooks_type(self.student, self.found_levels, hooks.size)

@@ -9,7 +9,7 @@ __all__ = ['check_fit', 'plan_schedule', 'say_if_short', 'mixed_labels', 'mean_l
 
 # %% ../nbs/step.ipynb #d4a02205
 from fastai.basics import *
-from fastai.callback.fp16 import NonNativeMixedPrecision
+from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from .method.schedule import *
 from .task.task import *
@@ -20,6 +20,8 @@ def check_fit(
 ):
     "`ValueError` where FRSKD can't serve this fit"
     if any(isinstance(o, NonNativeMixedPrecision) for o in learn.cbs):
+        for cb in learn.cbs:
+            if isinstance(cb, ModelToHalf): cb.after_fit() # the model as it was
         raise ValueError("FRSKD does not support `to_non_native_fp16`. Use `to_fp16`.")
     try: n = len(learn.dls.train)
     except TypeError: return # a stream

@@ -6,6 +6,12 @@ from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from fastai.vision.all import DataLoader, DataLoaders, L, Learner
+from frskd_fastai.build import Seen
+from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.learner import nonfinite
+from frskd_fastai.sla_callback import FRSKDSLACallback
+from frskd_fastai.student.features import Level
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 from frskd_fastai.method.frskd import FRSKD, weighted_sum
 from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss
@@ -120,6 +126,51 @@ def test_other_schedules(schedule):
     with fake_cuda(torch.float16):
         losses,schedule = training(TASKS['one_label'], torch.float16, schedule)
         assert set(losses)-{'soft_label','feature'}=={'student','teacher'} and schedule.steps==2
+
+class Step:
+    "The events of a training step, for the callback and those beside it, in a fit whose first step is done"
+    def __init__(self, task, cb):
+        levels = L(Level(f'stages.{i}', c, (SIZE>>i+1,)*2) for i,c in enumerate(CHANNELS))
+        with torch.device('cuda'): student = Student(task)
+        self.batch = make_batch(task)
+        dl = DataLoader(list(range(8)), bs=2)
+        self.learn = learn = Learner(DataLoaders(dl, dl), student, loss_func=self.batch[2], cbs=cb)
+        learn.create_opt()
+        with torch.device('cuda'): module = cb.module_of(Seen(levels, (SIZE,SIZE), N_OUT, task))
+        cb.set_module(module)
+        learn.n_epoch,learn.epoch,learn.iter,learn.pct_train,learn.training,cb.looked = 1,0,0,.5,True,True
+        self.cbs = cb,cb.skipping,cb.log
+        for event in 'before_fit','before_train': self(event)
+        cb.looked = True
+
+    def __call__(self, event):
+        for cb in self.cbs: cb(event)
+
+    def run(self):
+        learn,(x,y,loss_func) = self.learn,self.batch
+        learn.xb,learn.yb,learn.x,learn.y = (x,),(y,),x,y
+        self('before_batch')
+        with learn.frskd.hooks: learn.pred = learn.model(x)
+        self('after_pred')
+        learn.loss_grad = loss_func(learn.pred, y)
+        learn.loss = learn.loss_grad.clone()
+        for event in 'after_loss','before_backward','before_step': self(event)
+
+@each_autocast
+@pytest.mark.parametrize('kind', [*TASKS,'sla'])
+def test_the_callbacks_step(kind, dtype, monkeypatch):
+    "Hooks, method, weights, the record of the losses, and the skipping of steps"
+    monkeypatch.setattr(nonfinite, 'count_not_finite', lambda tensors: {}) # it reads values, once a fit
+    monkeypatch.setattr(nn.Module, 'to', lambda self, device: self) # fake parameters are there, and can't be moved
+    cb = (FRSKDSLACallback if kind=='sla' else FRSKDCallback)(columns=True)
+    with fake_cuda(dtype):
+        step = Step(TASKS.get(kind, TASKS['one_label']), cb)
+        for _ in range(2): step.run()
+        check({**cb.losses, 'loss':step.learn.loss, 'loss_grad':step.learn.loss_grad})
+        assert set(cb.losses)==set(cb.loss_names) and cb.trust.steps==2 and len(cb.log._steps)==2
+        check(dict(enumerate(cb.log._steps)), (len(cb.log.names),))
+        assert cb.skipping.bad.device.type=='cuda' and cb.skipping.steps==2
+        assert {k:v.device.type for k,v in cb.log.sums.items()}==dict.fromkeys(cb.log.columns, 'cuda')
 
 def test_it_would_be_seen():
     "Reading a value, and tensors of two devices"

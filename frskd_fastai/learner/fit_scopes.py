@@ -98,7 +98,10 @@ class FitScopes(TrainingOnly):
         self.in_fit = True
         self.fit_ctx.enter_context(PatchedMethod(self.learn, '_call_one', self._around_event))
         self.fit_ctx.enter_context(PatchedMethod(self.learn, '_do_epoch', self._around_epoch))
-        self.enter_fit()
+        try: self.enter_fit()
+        except BaseException:
+            self.close()
+            raise
 
     def before_train(self):
         if not self.in_fit: FitScopes.before_fit(self) # added, or switched on, in the middle of a fit

@@ -39,6 +39,7 @@ class Observer:
         self.search = isinstance(levels, Integral) and len(self.decoder)<2
         self.names = {m:n for n,m in uncompiled(model).named_modules()}
         self.hooks = hooks(model, [n for n in self.names.values() if n])
+        self.trace = len(self.decoder)<2
         self._handles,self._eagerly = [],Eagerly(model)
         self.clear()
 
@@ -62,7 +63,12 @@ class Observer:
     def probe(self, *xb):
         "Run the model on `xb`, in evaluation mode and without a trace; its output"
         forget = torch.autograd.graph.saved_tensors_hooks(lambda o: None, noop) # no backward pass follows
-        with probing(self.model, grad=len(self.decoder)<2), forget, self: return self.model(*xb)
+        try:
+            with probing(self.model, grad=self.trace), forget, self: return self.model(*xb)
+        except Exception:
+            if not self.trace: raise
+            self.trace = False # it doesn't run with gradients of images, or not at all
+            return self.probe(*xb)
 
     def clear(self):
         "Forget what was seen"
@@ -87,7 +93,7 @@ class Observer:
         images = first(o for o in flatten_tensors(inputs) if o.ndim==4)
         if images is None: self._refuse(inputs)
         self.bs = len(images)
-        if len(self.decoder)<2 and torch.is_grad_enabled(): return apply(self._traced, inputs)
+        if self.trace and torch.is_grad_enabled(): return apply(self._traced, inputs)
 
     def _refuse(self, inputs):
         shapes = ', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))
