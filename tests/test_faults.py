@@ -1,4 +1,5 @@
-"Bad input: images, folders, names, files of random bytes, numbers out of range. One clear line or handled; nothing lost, nothing written but below --out"
+"""Bad input: images, folders, names, files of random bytes, numbers out of range. One clear line or handled; nothing
+lost, nothing written but below --out"""
 import errno, math, os, re, shutil, struct, zlib
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -12,7 +13,8 @@ from frskd_fastai.data.images import DataError, find_images, image_files
 from frskd_fastai.data.masks import find_masks
 from conftest import same, weights
 
-def picture(seed=0, size=(20,20)): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8))
+def picture(seed=0, size=(20,20)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8))
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -25,14 +27,19 @@ def folder(tmp_path, monkeypatch):
         for i in range(6): picture(i).save(tmp_path/'data'/c/f'{i}.png')
     return tmp_path/'data'
 
-def state(root): return {p:(p.lstat().st_mtime_ns,p.read_bytes() if p.is_file() else None) for p in root.rglob('*') if root/'r' not in (p,*p.parents)}
+def state(root):
+    "All that is below `root`, but for r"
+    files = [p for p in root.rglob('*') if root/'r' not in (p,*p.parents)]
+    return {p:(p.lstat().st_mtime_ns,p.read_bytes() if p.is_file() else None) for p in files}
 def run(folder, tmp_path, *args, capsys):
     "The exit code, and what it said, which is a line; only --out has changed"
     before = state(tmp_path)
-    code = command.main([str(folder),'--arch','wrn16_2','--size','16','--bs','4','--epochs','1','--lr','1e-3',*args,'--out',str(tmp_path/'r')])
+    code = command.main([str(folder), *'--arch wrn16_2 --size 16 --bs 4 --epochs 1 --lr 1e-3'.split(), *args,
+                         '--out', str(tmp_path/'r')])
     assert state(tmp_path)==before
     err = capsys.readouterr().err
-    assert (code,err)==(0,'') or code in (1,2) and err.startswith('frskd-train: ') and err.count('\n')==1 and err.endswith('\n'), (code,err)
+    a_line = err.startswith('frskd-train: ') and err.count('\n')==1 and err.endswith('\n')
+    assert (code,err)==(0,'') or code in (1,2) and a_line, (code,err)
     if code==2: assert not (tmp_path/'r').exists()
     return code,err
 
@@ -40,18 +47,23 @@ def run(folder, tmp_path, *args, capsys):
 def bomb(w, h):
     "A PNG of a megabyte of zeros that says it is w×h"
     chunk = lambda t,d: struct.pack('>I', len(d))+t+d+struct.pack('>I', zlib.crc32(t+d))
-    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*10**6))+chunk(b'IEND', b'')
+    head = b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))
+    return head+chunk(b'IDAT', zlib.compress(b'\0'*10**6))+chunk(b'IEND', b'')
 def deep(f): Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20,20)*160).save(f)
 def cut(f): picture(size=(200,200)).save(f); f.write_bytes(f.read_bytes()[:2000])
 
-BAD = {'cut.png':cut, 'cut.jpg':cut, 'empty.png':lambda f: f.write_bytes(b''), 'text.png':lambda f: f.write_text('hello'), 'random.jpg':lambda f: f.write_bytes(os.urandom(999)), 'huge.png':lambda f: f.write_bytes(bomb(30000,30000)),
-       'large.png':lambda f: f.write_bytes(bomb(12000,9000)), 'drawing.svg':lambda f: f.write_text('<svg/>'), 'link.png':lambda f: f.symlink_to('/nowhere'), '16.png':deep, 'float.tif':lambda f: Image.fromarray(np.ones((9,9), np.float32)).save(f),
+BAD = {'cut.png':cut, 'cut.jpg':cut, 'empty.png':lambda f: f.write_bytes(b''),
+       'text.png':lambda f: f.write_text('hello'), 'random.jpg':lambda f: f.write_bytes(os.urandom(999)),
+       'huge.png':lambda f: f.write_bytes(bomb(30000,30000)), 'large.png':lambda f: f.write_bytes(bomb(12000,9000)),
+       'drawing.svg':lambda f: f.write_text('<svg/>'), 'link.png':lambda f: f.symlink_to('/nowhere'), '16.png':deep,
+       'float.tif':lambda f: Image.fromarray(np.ones((9,9), np.float32)).save(f),
        '{0}.png':lambda f: f.write_bytes(b'')}
 @pytest.mark.parametrize('name', BAD)
 def test_images_that_cannot_be_used_are_named(name, folder, tmp_path, capsys):
     BAD[name](folder/'0'/name)
     code,err = run(folder, tmp_path, capsys=capsys)
-    assert code==2 and str(folder/'0'/name) in err and {'16.png':'8 bits','float.tif':'8 bits','huge.png':'pixels'}.get(name, 'unreadable') in err
+    why = {'16.png':'8 bits', 'float.tif':'8 bits', 'huge.png':'pixels'}.get(name, 'unreadable')
+    assert code==2 and str(folder/'0'/name) in err and why in err
 
 def test_images_that_can_be_used(folder, tmp_path, capsys):
     "Wrongly named, palette, with transparency, CMYK, gray, one bit, animated, of one pixel; other files are left out"
@@ -59,10 +71,12 @@ def test_images_that_can_be_used(folder, tmp_path, capsys):
     im.save(d/'really.png', format='JPEG')
     im.convert('P').save(d/'palette.png')
     im.convert('P').save(d/'transparent.png', transparency=0)
-    for mode,name in ('CMYK','cmyk.jpg'),('RGBA','alpha.png'),('LA','gray alpha.png'),('L','gray.png'),('1','bit.png'): im.convert(mode).save(d/name)
+    modes = {'CMYK':'cmyk.jpg', 'RGBA':'alpha.png', 'LA':'gray alpha.png', 'L':'gray.png', '1':'bit.png'}
+    for mode,name in modes.items(): im.convert(mode).save(d/name)
     for name in 'moving.gif','moving.webp','pages.tif': im.save(d/name, save_all=True, append_images=[im.rotate(90)]*3)
     im.resize((1,1)).save(d/'small.png'); im.resize((900,1)).save(d/'thin.png')
-    (d/'readme.txt').write_text('hi'); (d/'.hidden.png').write_bytes(b'x'); (d/'folder.png').mkdir(); os.mkfifo(d/'pipe.png') # reading a pipe would wait for ever
+    (d/'readme.txt').write_text('hi'); (d/'.hidden.png').write_bytes(b'x'); (d/'folder.png').mkdir()
+    os.mkfifo(d/'pipe.png') # reading a pipe would wait for ever
     assert run(folder, tmp_path, capsys=capsys)==(0,'')
     assert '20 training and 5 validation images of 2 classes' in (tmp_path/'r/summary.md').read_text()
 
@@ -82,11 +96,13 @@ def test_segmentation_too(name, tmp_path):
 @pytest.mark.parametrize('how', ['to itself','to the class','to the root','to and fro','above'])
 def test_links_in_a_circle(how, folder, tmp_path, capsys):
     "Their images would come again and again, with the labels of other classes"
-    link,to = {'to itself':('0/x','0/x'), 'to the class':('0/x','0'), 'to the root':('0/x','.'), 'to and fro':('0/x','1'), 'above':('x','..')}[how]
+    link,to = {'to itself':('0/x','0/x'), 'to the class':('0/x','0'), 'to the root':('0/x','.'),
+               'to and fro':('0/x','1'), 'above':('x','..')}[how]
     (folder/link).symlink_to(folder/to)
     if how=='to and fro': (folder/'1/y').symlink_to(folder/'0')
     code,err = run(folder, tmp_path, capsys=capsys)
-    if how=='to itself': assert code==0 and '10 training and 2 validation' in (tmp_path/'r/summary.md').read_text() # it leads nowhere
+    if how=='to itself': # it leads nowhere
+        assert code==0 and '10 training and 2 validation' in (tmp_path/'r/summary.md').read_text()
     else: assert code==2 and 'leads in a circle' in err
 
 def test_links_that_lead_on(folder, tmp_path):
@@ -104,7 +120,8 @@ def test_a_folder_that_cannot_be_read(folder, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(os, 'scandir', refuse)
         code = command.main([str(folder),'--arch','wrn16_2','--out',str(tmp_path/'r')])
-    assert code==2 and f"{folder/'1'} can't be read (Permission denied)" in capsys.readouterr().err and not (tmp_path/'r').exists()
+    assert code==2 and f"{folder/'1'} can't be read (Permission denied)" in capsys.readouterr().err
+    assert not (tmp_path/'r').exists()
 
 def test_class_names(folder, tmp_path, capsys):
     names = ['a b',' a','-x','--out','ä→ß','日本','é','e\u0301','a,b;"c\'','new\nline','$HOME','100%','{0}','<b>','a|b']
@@ -132,7 +149,8 @@ def test_out_that_cannot_be_written(out, folder, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(Path, 'mkdir', mkdir)
     code = command.main([str(folder),'--arch','wrn16_2','--size','16','--lr','1e-3','--out',str(tmp_path/out)])
     err = capsys.readouterr().err
-    assert code in (1,2) and err.count('\n')==1 and str(tmp_path/'f' if out[0]=='f' and out!='full' else tmp_path/out) in err and (tmp_path/'f').read_text()=='x'
+    named = tmp_path/'f' if out[0]=='f' and out!='full' else tmp_path/out
+    assert code in (1,2) and err.count('\n')==1 and str(named) in err and (tmp_path/'f').read_text()=='x'
 
 # -- Files of random bytes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('seed', range(4))
@@ -156,7 +174,8 @@ def test_a_checkpoint_runs_nothing(make, tmp_path):
         def __reduce__(self): return os.mkdir, (str(tmp_path/'evil'),)
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-3); learn.save('good')
-    torch.save({'model':learn.model.state_dict(), 'opt':{**learn.opt.state_dict(), 'frskd':Evil(), 'resume':Evil()}}, tmp_path/'models/bad.pth')
+    opt = {**learn.opt.state_dict(), 'frskd':Evil(), 'resume':Evil()}
+    torch.save({'model':learn.model.state_dict(), 'opt':opt}, tmp_path/'models/bad.pth')
     with pytest.raises(Exception, match='[Ww]eights'): learn.load('bad')
     from frskd_fastai.learner.resume import CheckpointError, Resumable
     (tmp_path/'c').mkdir()
@@ -165,14 +184,17 @@ def test_a_checkpoint_runs_nothing(make, tmp_path):
     assert not (tmp_path/'evil').exists()
 
 # -- Numbers ------------------------------------------------------------------------------------------------
-def numeric(p, kinds=('--epochs','--bs','--size','--lr','--alpha','--beta','--temperature','--width','--seed','--rounds','--steps','--warmup','--budget')):
-    return [o for a in p._actions for o in a.option_strings if o in kinds]
+NUMERIC = ('--epochs --bs --size --lr --alpha --beta --temperature --width --seed --rounds --steps --warmup '
+           '--budget').split()
+def numeric(p): return [o for a in p._actions for o in a.option_strings if o in NUMERIC]
 
-@pytest.mark.parametrize('main,parser', [(command.main,parser),(bench.main,bench.parser)], ids=['frskd-train','frskd-bench'])
+COMMANDS = {'frskd-train':(command.main,parser), 'frskd-bench':(bench.main,bench.parser)}
+@pytest.mark.parametrize('main,parser', COMMANDS.values(), ids=COMMANDS)
 def test_numbers_out_of_range(main, parser, folder, tmp_path, capsys):
     "Every numeric option: refused with its name, before anything is done"
     options,before = numeric(parser()),state(tmp_path)
-    assert {'--bs','--size'}<=set(options) and all(a.type is None or a.option_strings[0] in options for a in parser()._actions if a.option_strings and a.type not in (None,str,folder_name))
+    typed = [a for a in parser()._actions if a.option_strings and a.type not in (None,str,folder_name)]
+    assert {'--bs','--size'}<=set(options) and all(a.option_strings[0] in options for a in typed)
     for o in options:
         for v in 'nan','inf','-inf','-1','1e31','1e999','9'*40,'9'*400,'','x','٣x','0x10','1,5':
             with pytest.raises(SystemExit) as e: main([f'{o}={v}'])
@@ -186,9 +208,13 @@ def test_a_slip_of_the_finger(args, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = state(tmp_path)
     with pytest.raises(SystemExit) as e: command.main([*([str(folder)] if args!=[''] else []), *args])
-    assert e.value.code==2 and re.search('must (be at most|name a folder)', capsys.readouterr().err) and state(tmp_path)==before
+    assert e.value.code==2 and re.search('must (be at most|name a folder)', capsys.readouterr().err)
+    assert state(tmp_path)==before
 
-@pytest.mark.parametrize('args,code,msg', [('--width 64',None,''),('--lr 1e20',1,'start anew with a lower --lr, and --force'),('--alpha 1e30',None,''),('--temperature 1e-40',None,''),('--temperature 1e30',0,''),('--lr 1e30',None,''),('--beta 1e30',None,''),('--width 1e-30',0,''),('--seed 4611686018427387904',0,'')])
+EDGE = [('--width 64',None,''), ('--lr 1e20',1,'start anew with a lower --lr, and --force'), ('--alpha 1e30',None,''),
+        ('--temperature 1e-40',None,''), ('--temperature 1e30',0,''), ('--lr 1e30',None,''), ('--beta 1e30',None,''),
+        ('--width 1e-30',0,''), ('--seed 4611686018427387904',0,'')]
+@pytest.mark.parametrize('args,code,msg', EDGE)
 def test_numbers_at_the_edge(args, code, msg, folder, tmp_path, capsys):
     "What torch can take is trained on, or told; never a traceback"
     with warnings.catch_warnings():
