@@ -1,4 +1,4 @@
-"""What goes on from one epoch to the next, beside the weights: random states and what callbacks know
+"""What a training hands on to its next epoch beside the weights: random states and what callbacks know
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/training_state.html.md"""
 
