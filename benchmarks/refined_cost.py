@@ -2,8 +2,9 @@
 
     python benchmarks/refined_cost.py --out benchmarks/results/refined_cost.csv
 
-Student and refined model predict by turns in one process, on one thread, without gradients; the quotient of each pair of times counts, and
-its median and quartiles are reported. Operations are torch's count for one image. Networks have fastai's head and random weights.
+Student and refined model predict by turns in one process, on one thread, without gradients; the quotient of each pair
+of times counts, and its median and quartiles are reported. Operations are those of convolutions and linear layers for
+one image. Networks have fastai's head and random weights.
 """
 import argparse
 from fastai.vision.all import *
@@ -15,7 +16,8 @@ def learner(arch, size, n_classes=10, bs=2):
     items = [(torch.randn(3, size, size), i%n_classes) for i in range(2*bs)]
     dls = DataLoaders(DataLoader(items, bs=bs), DataLoader(items, bs=bs))
     dls.c = n_classes
-    learn = vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
+    learn = vision_learner(dls, arch, pretrained=False, normalize=False, loss_func=CrossEntropyLossFlat(),
+                           cbs=FRSKDCallback())
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 
@@ -30,9 +32,10 @@ def main(args):
         for bs in args.bs:
             x = torch.randn(bs, 3, args.size, args.size)
             times = prediction_times([student,refined], x, args.rounds, max(1, 16//bs))
-            low,mid,high = np.quantile(times[:,1]/times[:,0], [.25,.5,.75])
-            ms = 1000*np.median(times[:,0])
-            rows.append(dict(arch=arch, size=args.size, bs=bs, student_ms=round(float(ms), 1), time=round(float(mid), 3), low=round(float(low), 3), high=round(float(high), 3), operations=round(counts[1]/counts[0], 3),
+            low,mid,high = (round(float(o), 3) for o in np.quantile(times[:,1]/times[:,0], [.25,.5,.75]))
+            ms = 1000*float(np.median(times[:,0]))
+            rows.append(dict(arch=arch, size=args.size, bs=bs, student_ms=round(ms, 1), time=mid, low=low, high=high,
+                             operations=round(counts[1]/counts[0], 3),
                              student_params=round(params[0], 2), refined_params=round(params[1], 2)))
             print(rows[-1], flush=True)
     if args.out: pd.DataFrame(rows).to_csv(args.out, index=False)

@@ -1,21 +1,24 @@
-"""Plain training against FRSKD with several schedules and self-teachers, at several lengths: the study behind `FRSKDCallback`'s defaults.
+"""Plain training against FRSKD with several schedules and self-teachers, at several lengths: the study behind
+`FRSKDCallback`'s defaults.
 
     python benchmarks/schedule_study.py cifar  --arms plain default constant --epochs 5 20 60 --seeds 0 1 2
     python benchmarks/schedule_study.py digits --arms plain default --epochs 5 10 20 --seeds 0 1 2
 
-`cifar` is 33 classes of CIFAR-100 (`../shared/data/cifar100-1.zip`), the first `--per-class` training images of each and all
-3,300 test images, with random crops and flips, and a small ResNet for 32×32 images. `digits` is the set that comes with the
-package, with torchvision's ResNet-18 as `frskd-train` uses it. `cifar-bottleneck` is `cifar` with bottleneck blocks, whose maps have four times the channels of their 3×3 convolutions. Every run is `fit_one_cycle` with fastai's Adam, on one CPU
-thread; the arms of one seed share the initial student and the order of the data. A row per run is appended to `--out`;
-runs that are there already are skipped. `--table` prints the table from that file.
+`cifar` is 33 classes of CIFAR-100 (`../shared/data/cifar100-1.zip`), the first `--per-class` training images of each
+and all 3,300 test images, with random crops and flips, and a small ResNet for 32×32 images. `digits` is the set that
+comes with the package, with torchvision's ResNet-18 as `frskd-train` uses it. `cifar-bottleneck` is `cifar` with
+bottleneck blocks, whose maps have four times the channels of their 3×3 convolutions. Every run is `fit_one_cycle` with
+fastai's Adam, on one CPU thread; the arms of one seed share the initial student and the order of the data. A row per
+run is appended to `--out`; runs that are there already are skipped. `--table` prints the table from that file.
 
-The gate of the default schedule is chosen by a rule written before the runs of `gate_study.csv` (2026-11-26), which are the first with
-the feature loss that weighs a pooled level as the paper does. Candidates: `default` (no gate), `length 500`, `length 1000`, `slow trust`,
-and `unfrozen` (fine-tuning only; elsewhere it is `default`). Settings: digits, 2 and 5 epochs, seeds 0 to 5; CIFAR with 50 images a class,
-5, 20 and 60 epochs, judged on the unused images, seeds 0 to 2; the fine-tuning of `finetune.py`, 5 epochs, seeds 0 to 2. A candidate must
-not be worse than plain training by more than the standard error of the paired difference in any of them, and must keep 90% of the
-default's gain at 60 epochs; of those that do, the one with the highest mean difference over the settings is taken. Settings are run in
-this order, and one who has failed is not run in the next.
+The gate of the default schedule is chosen by a rule written before the runs of `gate_study.csv` (2026-11-26), which are
+the first with the feature loss that weighs a pooled level as the paper does. Candidates: `default` (no gate),
+`length 500`, `length 1000`, `slow trust`, and `unfrozen` (fine-tuning only; elsewhere it is `default`). Settings:
+digits, 2 and 5 epochs, seeds 0 to 5; CIFAR with 50 images a class, 5, 20 and 60 epochs, judged on the unused images,
+seeds 0 to 2; the fine-tuning of `finetune.py`, 5 epochs, seeds 0 to 2. A candidate must not be worse than plain
+training by more than the standard error of the paired difference in any of them, and must keep 90% of the default's
+gain at 60 epochs; of those that do, the one with the highest mean difference over the settings is taken. Settings are
+run in this order, and one who has failed is not run in the next.
 """
 import argparse, io, os, time, zipfile
 from fastai.vision.all import *
@@ -23,13 +26,14 @@ from frskd_fastai.all import *
 from frskd_fastai.method.teacher import BiFPNLayer
 
 class Shared(SelfTeacher):
-    "The two passes share the laterals and the convolutions of their nodes; fusion weights and the nodes' BatchNorms are their own"
+    "The two passes share laterals and their nodes' convolutions, but neither fusion weights nor the nodes' BatchNorms"
     def __init__(self, channels, n_out, width, depth):
         super().__init__(channels, n_out, width, depth)
         layer, = self.layers
         layer.__class__ = SharedLayer
         for i,(lateral,d) in enumerate(zip(layer.laterals, self.channels)):
-            layer.laterals[i] = nn.Sequential(nn.Conv2d(channels[i], d, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU(inplace=True))
+            conv = nn.Conv2d(channels[i], d, 1, bias=False)
+            layer.laterals[i] = nn.Sequential(conv, nn.BatchNorm2d(d), nn.ReLU(inplace=True))
         for up,down in zip(layer.up_nodes[1:], layer.down_nodes):
             for j,m in enumerate(up):
                 if isinstance(m, nn.Conv2d): down[j] = m
@@ -46,65 +50,62 @@ class Bottleneck(SelfTeacher):
         for nodes in (self.layers[0].up_nodes,self.layers[0].down_nodes):
             for i,node in enumerate(nodes):
                 d = node[-1].num_features
-                nodes[i] = nn.Sequential(nn.Conv2d(d, d//4, 1, bias=False), nn.BatchNorm2d(d//4), nn.ReLU(inplace=True),
-                    nn.Conv2d(d//4, d//4, 3, padding=1, groups=d//4, bias=False), nn.Conv2d(d//4, d, 1, bias=False), nn.BatchNorm2d(d))
+                nodes[i] = nn.Sequential(
+                    nn.Conv2d(d, d//4, 1, bias=False), nn.BatchNorm2d(d//4), nn.ReLU(inplace=True),
+                    nn.Conv2d(d//4, d//4, 3, padding=1, groups=d//4, bias=False),
+                    nn.Conv2d(d//4, d, 1, bias=False), nn.BatchNorm2d(d))
 
-class ByLength(FRSKDCallback):
-    "Trust times min(1, n/`full`), n the steps that the self-teacher will have had when the fit ends"
-    full = 1 # no gate, as all that was run before 2026-11-26
-    def build(self):
-        new = self.teacher is None
-        super().build()
-        if new: self.trust.full = self.full
-        return self
-
-class TrustBoth(ByLength):
+class TrustBoth(FRSKDCallback):
     "Follows the self-teacher as far as both networks know the training set: exp(−label losses of both)"
-    def before_fit(self):
-        super().before_fit()
+    name = 'frskd' # `learn.frskd`, whatever the class is called
+    def enter_fit(self):
+        super().enter_fit()
         self.ready = Trust()
     @property
-    def factor(self): return super().factor*self.ready.factor
+    def factor(self): return super().factor*self.ready.factor()
     def after_loss(self):
         super().after_loss()
-        if self.training: self.ready.update(-self.losses['student']) # plain cross-entropy here, so a log-probability
+        self.ready.update(-self.losses['student']) # plain cross-entropy here, so a log-probability
 
 class TrustStudent(TrustBoth):
     "Follows the self-teacher as far as the student itself knows the training set"
     @property
-    def factor(self): return self.ready.factor
+    def factor(self): return self.ready.factor()
 
-class WarmUp(ByLength):
-    "Trust times min(1, step/`warm`), steps counted since the self-teacher was built; `body` leaves the gradient into the student's body out of it"
-    warm,body = 300,False
-    @property
-    def gate(self): return min(1., self.trust.steps/self.warm)
-    @property
-    def factor(self): return super().factor*(1. if self.body else self.gate)
-    def build(self):
-        super().build()
-        method = self.trained
-        if self.body and method is not None: method.weights = lambda factor=1.: type(method).weights(method, factor*self.gate)
-        return self
-
-class Unfrozen(ByLength):
+class Unfrozen(FRSKDCallback):
     "The student follows the self-teacher only when its body trains: not in the first phase of `fine_tune`"
+    name = 'frskd'
     @property
     def factor(self): return 0. if self.learn.opt.frozen_idx>0 else super().factor
 
-class Slow(ByLength):
-    "Trust with a slower running mean, which begins at the loss of the first batch"
-    def build(self):
-        super().build()
-        self.trust.beta = .995
-        return self
+no_gate = partial(Trust, full=1) # as all that was run before 2026-11-26
 
-def by_length(full): return type('ByLength', (ByLength,), dict(full=full))
-def warm_up(warm, body=False): return type('WarmUp', (WarmUp,), dict(warm=warm, body=body))
+class WarmUp(Trust):
+    "Trust times min(1, step/`warm`), steps counted since the self-teacher was built"
+    def __init__(self, warm):
+        super().__init__(full=1)
+        self.warm = warm
+    @property
+    def gate(self): return min(1., self.steps/self.warm)
+    def factor(self, pct=0.): return super().factor(pct)*self.gate
+
+class WarmUpWeights(WarmUp):
+    "Leaves the gradient into the student's body out of the warm-up, which is in the losses' weights"
+    def factor(self, pct=0.): return Trust.factor(self, pct)
+
+class WarmWeights(FRSKDCallback):
+    "For `WarmUpWeights`"
+    name = 'frskd'
+    def build_for(self, seen, inputs, targets):
+        super().build_for(seen, inputs, targets)
+        method = self.trained
+        method.weights = lambda factor=1.: type(method).weights(method, factor*self.trust.gate)
 
 def callback(arm):
-    cls = CALLBACKS.get(arm, ByLength)
-    return type(cls.__name__, (cls,), dict(name='frskd'))(**ARMS.get(arm, {})) # `learn.frskd`, whatever the class is called
+    kwargs,(cls,schedule) = ARMS.get(arm, {}),VARIANTS.get(arm, (FRSKDCallback,no_gate))
+    cb = cls(**kwargs)
+    if 'schedule' not in kwargs: cb.trust = schedule()
+    return cb
 
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 
@@ -117,7 +118,8 @@ ARMS = {
     'constant':     dict(W1, schedule='constant'),         # the paper's schedule
     'ramp':         dict(W1, schedule=ramp),               # the reference's ramp for segmentation, over the first half
     'paper':        dict(width=2., depth=2, finest=0, schedule='constant'),
-    'w2':           dict(width=2., depth=2, finest=0),     # the paper's self-teacher with the default schedule, and cheaper ones
+    # The paper's self-teacher with the default schedule, and cheaper ones
+    'w2':           dict(width=2., depth=2, finest=0),
     'w2 d1':        dict(width=2., depth=1, finest=0),
     'w1 d1':        dict(width=1., depth=1, finest=0),
     'w1 d1 f1':     dict(width=1., depth=1, finest=1),
@@ -134,19 +136,26 @@ ARMS = {
     'w1 d1 f1 r':   dict(width=1., depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1 r':  dict(width=.5, depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1':    dict(width=.5, depth=1, finest=1),
-    'trust both':   dict(),                                # trust in something else than the self-teacher, see `CALLBACKS`
-    'trust student': dict(),
-    **{o:dict() for o in ('warm 100','warm 300','warm 1000','warm weights 300','warm weights 1000','slow trust','length 1000','length 500','unfrozen')}, # see `CALLBACKS`
+    # Trust in something else than the self-teacher, and other gates: see `VARIANTS`
+    **{o:dict() for o in ('trust both','trust student','warm 100','warm 300','warm 1000','warm weights 300',
+                          'warm weights 1000','slow trust','length 1000','length 500','unfrozen')},
     'hint':         dict(W1, feature_loss='hint'),         # another feature loss, or none
     'overhaul':     dict(W1, feature_loss='overhaul'),
     'nofeature':    dict(W1, beta=0.),
 }
 
-CALLBACKS = {'default':FRSKDCallback, 'trust both':TrustBoth, 'trust student':TrustStudent, 'slow trust':Slow, 'unfrozen':Unfrozen,
-    **{f'length {n}':by_length(n) for n in (500,1000)}, **{f'warm {n}':warm_up(n) for n in (100,300,1000)}, **{f'warm weights {n}':warm_up(n, body=True) for n in (300,1000)}}
+VARIANTS = { # callback and schedule of the arms that have others than `FRSKDCallback` and `no_gate`
+    'default':       (FRSKDCallback,Trust),
+    'trust both':    (TrustBoth,no_gate),
+    'trust student': (TrustStudent,no_gate),
+    'slow trust':    (FRSKDCallback,partial(Trust, beta=.995, full=1)),
+    'unfrozen':      (Unfrozen,no_gate),
+    **{f'length {n}':(FRSKDCallback,partial(Trust, full=n)) for n in (500,1000)},
+    **{f'warm {n}':(FRSKDCallback,partial(WarmUp, n)) for n in (100,300,1000)},
+    **{f'warm weights {n}':(WarmWeights,partial(WarmUpWeights, n)) for n in (300,1000)}}
 
 def cifar(per_class, zip_path):
-    "33 classes of CIFAR-100 as tensors: training images and labels, test images and labels, the training images that are not used"
+    "33 classes of CIFAR-100 as tensors: images and labels for training, for test, and the unused ones for training"
     zf,classes = zipfile.ZipFile(zip_path),{}
     parts = {'train':([],[]), 'test':([],[]), 'unused':([],[])}
     count = defaultdict(int)
@@ -180,12 +189,14 @@ class Block(nn.Module):
 class BottleneckBlock(Block):
     def __init__(self, ni, nf, stride):
         super().__init__(ni, nf, stride)
-        self.convs = nn.Sequential(ConvLayer(ni, nf//4, 1), ConvLayer(nf//4, nf//4, stride=stride), ConvLayer(nf//4, nf, 1, act_cls=None))
+        layers = ConvLayer(ni, nf//4, 1),ConvLayer(nf//4, nf//4, stride=stride),ConvLayer(nf//4, nf, 1, act_cls=None)
+        self.convs = nn.Sequential(*layers)
 
 def small_resnet(n_out, widths=(16,32,64,128), block=Block):
     "A ResNet-10 for 32×32 images: 3×3 stem, one block a stage"
     stages = [block(i, o, 1 if k==0 else 2) for k,(i,o) in enumerate(zip((widths[0],)+widths, widths))]
-    return nn.Sequential(ConvLayer(3, widths[0]), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(widths[-1], n_out))
+    head = nn.AdaptiveAvgPool2d(1),Flatten(),nn.Linear(widths[-1], n_out)
+    return nn.Sequential(ConvLayer(3, widths[0]), *stages, *head)
 
 def learner(data, args, seed, arm):
     set_seed(seed)
@@ -195,7 +206,8 @@ def learner(data, args, seed, arm):
         set_seed(seed)
         return vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=cbs)
     (x,y),(xv,yv),_,c = data
-    dls = DataLoaders(DataLoader(list(zip(x,y)), bs=64, shuffle=True, drop_last=True), DataLoader(list(zip(xv,yv)), bs=500))
+    train = DataLoader(list(zip(x,y)), bs=64, shuffle=True, drop_last=True)
+    dls = DataLoaders(train, DataLoader(list(zip(xv,yv)), bs=500))
     student = small_resnet(c) if args.data=='cifar' else small_resnet(c, (32,64,128,256), BottleneckBlock)
     learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[CropFlip(), *cbs])
     learn.to_channelslast(use_amp=False) # a third faster on this CPU
@@ -210,8 +222,10 @@ def run(args):
         if out.exists() and (pd.read_csv(out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
         learn,t0 = learner(data, args, seed, arm),time.time()
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, args.lr, cbs=NoValid(epochs))
-        loss,acc = learn.recorder.values[-1][1:3]
-        row = dict(**key, accuracy=round(acc*100, 2), valid_loss=round(loss, 4), train_loss=round(learn.recorder.values[-1][0], 4), seconds=round(time.time()-t0, 1))
+        seconds = round(time.time()-t0, 1)
+        train_loss,loss,acc = learn.recorder.values[-1][:3]
+        row = dict(**key, accuracy=round(acc*100, 2), valid_loss=round(loss, 4), train_loss=round(train_loss, 4),
+                   seconds=seconds)
         row.update(zip(('unused_accuracy','unused_loss'), judge(learn, data) if args.unused else (math.nan,math.nan)))
         row.update(zip(('refined_accuracy','refined_loss'), refined(learn)))
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +251,7 @@ class NoValid(Callback):
         if self.epoch<self.n-1: raise CancelValidException
 
 def table(args):
-    "Mean accuracy and its standard error over the seeds; for FRSKD also the mean difference from plain training with the same seed"
+    "Mean accuracy and its standard error over the seeds; for FRSKD also the paired difference from plain training"
     d = pd.read_csv(args.out)
     d = d[d.data==args.data].set_index(['arm','epochs','seed'])
     budgets = sorted(d.index.unique('epochs'))
@@ -247,11 +261,14 @@ def table(args):
         cells = []
         for e in budgets:
             if (arm,e) not in d.index: cells.append('–'); continue
+            known = d.loc[(arm,e)].notna().all()
             cell = []
-            for col in [o for o in ('accuracy','unused_accuracy','valid_loss') if o in d and d.loc[(arm,e), o].notna().all()]:
+            for col in [o for o in ('accuracy','unused_accuracy','valid_loss') if o in d and known[o]]:
                 o = d.loc[(arm,e), col]
-                cell.append(mean_se(o) + ('' if arm=='plain' else f" ({mean_se((o-d.loc[('plain',e), col]).dropna(), '+')})"))
-            cells.append('; '.join([cell[0], *(f'unused images {c}' for c in cell[1:-1]), f'loss {cell[-1]}', f'{len(o)} seeds']))
+                better = '' if arm=='plain' else f" ({mean_se((o-d.loc[('plain',e), col]).dropna(), '+')})"
+                cell.append(mean_se(o)+better)
+            unused = [f'unused images {c}' for c in cell[1:-1]]
+            cells.append('; '.join([cell[0], *unused, f'loss {cell[-1]}', f'{len(o)} seeds']))
         print(f'| {arm} | ' + ' | '.join(cells) + ' |')
 
 if __name__=='__main__':
@@ -267,5 +284,6 @@ if __name__=='__main__':
     p.add_argument('--unused', action='store_true', help='judge on the training images that are not used as well')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     args = p.parse_args()
-    if args.data!='digits' and not args.table and not Path(args.zip).exists(): p.error(f'{args.zip} is not there; --zip names an archive with cifar100/train/CLASS/*.png and cifar100/test/CLASS/*.png')
+    if args.data!='digits' and not args.table and not Path(args.zip).exists():
+        p.error(f'{args.zip} is not there; --zip names an archive with cifar100/{{train,test}}/CLASS/*.png')
     table(args) if args.table else run(args)

@@ -1,4 +1,4 @@
-"""What a training of the command is about: its images, its network, how it is fitted
+"""What `frskd-train` trains: the images, the network, and how it is fitted
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/jobs.html.md"""
 

@@ -1,4 +1,4 @@
-"""All that a training is, decided once from the command line
+"""Every decision about a training, made once from the command line
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/options.html.md"""
 

@@ -1,4 +1,4 @@
-"""What trains beside the model, in the Learner's checkpoints
+"""Keep what trains beside the model in the Learner's checkpoints
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/checkpoint.html.md"""
 

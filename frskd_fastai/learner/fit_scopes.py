@@ -1,4 +1,4 @@
-"""Callbacks that leave nothing behind
+"""Callbacks that clean up after a fit, however it ends
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/fit_scopes.html.md"""
 

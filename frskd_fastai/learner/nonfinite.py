@@ -1,4 +1,4 @@
-"""Steps whose loss is not finite do no harm
+"""Skip the steps whose loss is not finite
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/nonfinite.html.md"""
 

@@ -1,4 +1,4 @@
-"""Parameters that train beside the model's, in the Learner's optimizer
+"""Put a second module's parameters into the Learner's optimizer
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/optimizer.html.md"""
 

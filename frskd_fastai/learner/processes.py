@@ -1,4 +1,4 @@
-"""A module prepared as `learn.model` is, where several processes train it together
+"""Prepare a module like `learn.model` when several processes train it together
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/processes.html.md"""
 

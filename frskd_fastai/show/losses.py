@@ -1,4 +1,4 @@
-"""How the losses went, step by step and over the epochs of several runs
+"""Plot the losses of a training step by step, or of several runs epoch by epoch
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/losses.html.md"""
 

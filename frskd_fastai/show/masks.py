@@ -1,4 +1,4 @@
-"""What a segmenter makes of images of the validation set
+"""Images of the validation set with their masks and the predicted ones
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/masks.html.md"""
 
