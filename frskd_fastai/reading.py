@@ -70,11 +70,12 @@ class StudentReader(SideModuleCallback):
         else: self.hooks = self._hooks_type(self.student, self.found_levels, self.trained.seen.size)
 
     def _around_batch(self, one_batch):
-        try: one_batch()
+        hooks = self.hooks
+        try: return one_batch()
         except (RuntimeError,TypeError):
-            if not isinstance(self.hooks, Observer) or self.has_pred or not self.hooks.trace: raise
-            self.hooks.trace = False # perhaps the network doesn't run with gradients of images
-            one_batch()
+            if not isinstance(hooks, Observer) or self.has_pred or not hooks.trace: raise
+        hooks.trace = False # perhaps the network doesn't run with gradients of images
+        one_batch()
 
     def leave_train(self):
         if self.hooks is not None: self.hooks.remove()

@@ -148,9 +148,11 @@ class Step:
 
     def run(self):
         learn,(x,y,loss_func) = self.learn,self.batch
-        learn.xb,learn.yb,learn.x,learn.y = (x,),(y,),x,y
+        learn.xb,learn.yb = (x,),(y,)
         self('before_batch')
-        with learn.frskd.hooks: learn.pred = learn.model(x)
+        hooks = learn.frskd.hooks.attach()
+        learn.pred = learn.model(x)
+        hooks.detach()
         self('after_pred')
         learn.loss_grad = loss_func(learn.pred, y)
         learn.loss = learn.loss_grad.clone()
@@ -162,8 +164,8 @@ def test_the_callbacks_step(kind, dtype, monkeypatch):
     "Hooks, method, weights, the record of the losses, and the skipping of steps"
     monkeypatch.setattr(nonfinite, 'count_not_finite', lambda tensors: {}) # it reads values, once a fit
     monkeypatch.setattr(nn.Module, 'to', lambda self, device: self) # fake parameters are there, and can't be moved
-    cb = (FRSKDSLACallback if kind=='sla' else FRSKDCallback)(columns=True)
     with fake_cuda(dtype):
+        cb = (FRSKDSLACallback if kind=='sla' else FRSKDCallback)(columns=True)
         step = Step(TASKS.get(kind, TASKS['one_label']), cb)
         for _ in range(2): step.run()
         check({**cb.losses, 'loss':step.learn.loss, 'loss_grad':step.learn.loss_grad})

@@ -9,7 +9,8 @@ import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.student.features import FeatureHooks
-from frskd_fastai.student.levels import Observer, _feature_info, _search, find_levels, list_levels
+from frskd_fastai.student.levels import Observer, find_levels, list_levels
+from frskd_fastai.student.search import _feature_info, _search
 from conftest import same, SmallNet, n_hooks, weights
 
 DOCS = Path(__file__).parents[1]/'nbs/tutorials'
