@@ -41,7 +41,8 @@ class Refined:
         self.row = values,loss
         self.params = [sum(p.numel() for p in o.model.parameters()) for o in (student,self.learn)]
         x = student.dls.valid.one_batch()[0][:1]
-        self.ms = 1000*np.median(prediction_times([student.model, self.learn.model], x, rounds=6), axis=0)
+        models = [o.model.eval() for o in (student,self.learn)] # a training that was finished before hasn't validated
+        self.ms = 1000*np.median(prediction_times(models, x, rounds=6), axis=0)
 
     def costs(self):
         "Cells for the student's and for the refined model's row"

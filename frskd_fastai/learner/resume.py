@@ -199,17 +199,17 @@ class Resumable(TrainingOnly, SkipToEpoch):
         return state
 
     def _load(self, data, what):
-        other = f"{what} is of another training"
+        other,buffer = f"{what} is of another training",io.BytesIO(data)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', message='Could not load the optimizer state')
-                self.learn.load(io.BytesIO(data))
+                self.learn.load(buffer)
         except UserWarning as e:
             reason = "another optimizer, or FRSKDCallback is missing in one of the two"
             raise CheckpointError(f"{other}: {reason}") from e
         except Exception as e:
             reason = str(e).strip().splitlines()[-1].strip().removeprefix('FRSKD: ')
-            raise CheckpointError(f"{other}: {reason}") from e
+            raise CheckpointError(f"{other}: {reason.replace(f' in {buffer}', '')}") from e
 
     def _differs(self, weights, state):
         "Say in what a checkpoint differs from this training; empty where in nothing"
