@@ -72,7 +72,8 @@ def _check_images(pred, yb, loss_func):
                 "are for regression")
     if isinstance(y, TensorMultiCategory) and not multi:
         _refuse(f"these targets are multi-label, but the loss function, {loss}, is for one label")
-    if multi and each!=c:
+    numbers = not y.is_floating_point() and each==1 and loss!='BCEWithLogitsLoss' # other such losses may know them
+    if multi and each!=c and not numbers:
         _refuse(f"the loss function, {loss}, is for multi-label targets, a number for each of the {c} classes; "
                 f"these targets are of shape {tuple(y.shape)}")
 

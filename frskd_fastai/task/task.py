@@ -215,8 +215,9 @@ def is_multi_label(
     yb:tuple=(), # A batch of targets, for loss functions that aren't known
 )->bool:
     "Is each class a yes or no of its own?"
-    if isinstance(loss_func, BaseLoss): # sigmoid; softmax gives a quarter
-        return (loss_func.activation(torch.zeros(1,4))==0.5).all().item()
+    if isinstance(loss_func, BaseLoss): # sigmoid gives a half, softmax a quarter; none leaves it open
+        probability = loss_func.activation(torch.zeros(1,4))[0,0]
+        if probability>0: return probability.item()==.5
     name = loss_name(loss_func).lower()
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
     if name.startswith('cross') or len(yb)!=1: return False
