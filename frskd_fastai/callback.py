@@ -204,6 +204,6 @@ def run_both(self:FRSKDCallback,
     hooks = FeatureHooks(self.student, self.found_levels, self.trained.seen.size)
     with Eagerly(self.student), hooks, probing(self.student, self.trained):
         pred = self.student(*xb)
-        maps,_ = self.trained.pool(to_float(hooks.pop())) # the self-teacher is float32, whatever the student is
-        refined,logits = self.trained.teach(maps)
+        maps = to_float(pool_to(hooks.pop(), self.finest)) # the self-teacher is float32, whatever the student is
+        refined,logits = self.teacher(maps)
     return maps,pred,refined,self.trained.task.fit_size(logits, pred)

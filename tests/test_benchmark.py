@@ -1,4 +1,5 @@
 """What FRSKD costs: the command frskd-bench, nothing that waits for the device in a step, compiling, the import"""
+from contextlib import nullcontext
 import os, shlex, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
@@ -54,10 +55,11 @@ def sees_subclasses():
 watches = pytest.mark.skipif(not sees_subclasses(), reason='in a mode this torch (2.5) can\'t make a tensor another type, as fastai does')
 
 def watch_after_loss(learn, mode):
+    "Train under `mode`, but for the fit's first step, in which targets are checked; how many steps there were"
     frskd,events = learn.frskd,[]
     after_loss = frskd.after_loss
     def watched():
-        with mode: after_loss()
+        with mode if events else nullcontext(): after_loss()
         events.append(1)
     frskd.after_loss = watched
     learn.fit(1, 1e-3)
@@ -95,7 +97,9 @@ def test_maps_are_released_after_the_step(make):
         def after_loss(self): refs.extend(weakref.ref(o) for o in self.frskd.hooks._maps.values())
         def after_batch(self): self.learn.pred = self.learn.loss_grad = None; gc.collect(); self.alive = sum(r() is not None for r in refs)
     look = Look()
-    make(cbs=[FRSKDCallback(),look]).fit(1, 1e-3)
+    learn = make(cbs=[FRSKDCallback(),look])
+    learn.frskd.build()
+    learn.fit(1, 1e-3)
     assert len(refs)==18 and look.alive==0
 
 # -- Compiling --------------------------------------------------------------------------------------------
@@ -140,7 +144,7 @@ def test_torchs_fused_optimizer(make):
     "Both networks' parameters are in its groups"
     learn = make(cbs=FRSKDCallback(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)))
     learn.create_opt()
-    before = weights(learn.model),weights(learn.frskd.teacher)
+    before = weights(learn.model),weights(learn.frskd.build().teacher)
     learn.fit(1, 1e-3)
     assert sum(len(g['params']) for g in learn.opt.opt.param_groups)==len(list(learn.model.parameters()))+len(list(learn.frskd.teacher.parameters()))
     for m,b in zip((learn.model,learn.frskd.teacher), before): assert all(not torch.equal(p, b[k]) for k,p in m.named_parameters() if 'fusion' not in k)
