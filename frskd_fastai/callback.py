@@ -160,7 +160,7 @@ class FRSKDCallback(StudentReader):
         synced = self.distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
         if single and not synced: self.trained.eval()
         with model_autocast(self.learn): yield
-        self.trained.train()
+        if single: self.trained.train()
 
     def leave_train(self):
         super().leave_train()

@@ -139,8 +139,8 @@ class Stop(Callback):
 def end(learn, together=None):
     "How things are after a fit"
     cb = learn.frskd
-    return dict(model=weights(learn.model), trained=weights(cb.trained), trust=cb.trust.loss, hooks=n_hooks(learn.model), kind=type(learn.model).__name__, loaders=[type(o).__name__ for o in learn.dls],
-                left=[k for k in ('_taps','_wrapped','_all_params','_columns') if getattr(cb, k) is not None]+[k for k in ('_do_epoch','_call_one','parameters') if k in learn.__dict__], same=together and together.same)
+    return dict(model=weights(learn.model), trained=weights(cb.trained), trust=getattr(cb.trust, 'loss', None), hooks=n_hooks(learn.model), kind=type(learn.model).__name__, loaders=[type(o).__name__ for o in learn.dls],
+                left=[k for k in ('hooks','prepared','step_out') if getattr(cb, k) is not None]+[k for k in ('_do_epoch','_call_one','parameters') if k in learn.__dict__], same=together and together.same)
 
 SCENARIOS = {}
 def scenario(f):
@@ -156,22 +156,15 @@ def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
     "A training, by `how`; `look` at the type of what the self-teacher's `look` returns; its wrapper left away, if `unwrapped`"
     together,dtypes = Together(),set()
     learn = learner(data(n, bs, shuffle=True), **kw)
-    learn.create_opt()
+    learn.frskd.build()
     if look: getattr(learn.frskd.teacher, look).register_forward_hook(lambda m,i,o: dtypes.add(o.dtype))
     if unwrapped:
         class Unwrap(Callback):
             order,run_valid = FRSKDCallback.order+.5,False
-            def before_train(self): self.frskd._wrapped = self.frskd.trained
+            def before_train(self): self.frskd.prepared = self.frskd.trained
         learn.add_cb(Unwrap())
-    handlers = {}
-    if how=='comm_hook':
-        from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
-        handlers = dict(kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.FP16, bucket_cap_mb=1)])
-        class Hooks(Callback):
-            def after_train(self): dtypes.add(tuple(len(o._comm_hooks) for o in (self.learn.model,self.frskd._wrapped)))
-        learn.add_cb(Hooks())
-    with ctx(learn, **handlers):
-        if how in ('fit','comm_hook'): learn.fit(2, 1e-2, cbs=together)
+    with ctx(learn):
+        if how=='fit': learn.fit(2, 1e-2, cbs=together)
         elif how=='fine_tune':
             learn.fine_tune(1, 1e-2, cbs=together)
             learn.validate()
@@ -206,6 +199,7 @@ def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
         order,run_valid = FRSKDCallback.order+1,False
         def after_loss(self): parts.append({k:v.clone() for k,v in self.frskd.losses.items()})
     learn = learner(dls, seed=0, opt_func=SGD, **kw)
+    learn.frskd.build()
     with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=[NoStatistics(),Parts(),*([GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else [])])
     return {**end(learn), 'losses':parts}
 
@@ -306,7 +300,7 @@ def best():
 def lr_find():
     "Refused, in time; the Learner goes on"
     learn = learner()
-    learn.create_opt()
+    learn.frskd.build()
     before = end(learn)
     with ctx(learn), learn.no_bar(), learn.no_logging():
         try: learn.lr_find(show_plot=False)
