@@ -156,7 +156,7 @@ class Step:
         self('after_pred')
         learn.loss_grad = loss_func(learn.pred, y)
         learn.loss = learn.loss_grad.clone()
-        for event in 'after_loss','before_backward','before_step': self(event)
+        for event in 'after_loss','before_backward','after_backward','before_step': self(event)
 
 @each_autocast
 @pytest.mark.parametrize('kind', [*TASKS,'sla'])

@@ -70,7 +70,7 @@ def test_a_sound_fit_is_what_it_was(make, monkeypatch):
     ends = []
     for on in True,False:
         if not on:
-            for o in 'after_loss','before_step','_look': monkeypatch.setattr(SkipNonFinite, o, noop)
+            for o in 'after_loss','after_backward','_look': monkeypatch.setattr(SkipNonFinite, o, noop)
         learn = make(cbs=FRSKDCallback(columns=True))
         learn.fit_one_cycle(2, 1e-2)
         ends.append({**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'values':tensor([list(o) for o in learn.recorder.values])})

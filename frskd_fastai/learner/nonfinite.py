@@ -104,8 +104,8 @@ class SkipNonFinite(TrainingOnly):
         self.row = (self.row+1)*self.bad
         if self.in_a_row>=self.limit: self._stop()
 
-    def before_step(self):
-        "Set the gradients to zero where the loss wasn't finite"
+    def after_backward(self):
+        "Set the gradients to zero where the loss wasn't finite, before anything else can use or keep them"
         if not self.watching: return
         scaler = getattr(self.learn, 'scaler', None)
         if scaler is not None and scaler.is_enabled(): return # it skips the step

@@ -43,7 +43,8 @@ def check_targets(
         if isinstance(y, TensorPoint): _refuse("these targets are points")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return # your own loss function knows them
     y = yb[0]
-    if y.is_floating_point() and not ((y>=0)&(y<=1)).all():
+    known = (y!=-1) & ~y.isnan() if y.is_floating_point() else None # −1 and NaN: nobody knows this label
+    if known is not None and not ((y>=0)&(y<=1) | ~known).all():
         _refuse(f"these targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
 
 def _check_pixels(pred, yb, loss_func):
