@@ -197,7 +197,7 @@ def run_both(self:FRSKDCallback,
     *xb, # Inputs, as the model gets them
 )->tuple: # Student's feature maps as the self-teacher reads them, its logits; refined maps, the self-teacher's logits
     "Run student and self-teacher in evaluation mode, without a trace"
-    if self.build().trained is None:
+    if self.learn is None or self.build().trained is None:
         raise ValueError("FRSKD: this Learner has no self-teacher yet. Train it first; an exported Learner is the "
                          "student alone.")
     xb = to_device(xb, one_param(self.student).device)
