@@ -418,8 +418,9 @@ types = st.sampled_from([(False,torch.float32),(False,torch.float64),(False,torc
        st.none() | st.sampled_from([.3,1.]), st.integers(1, 2), st.none() | st.integers(0, 4), st.integers(2, 5))
 def test_training_step(case, types, fmt, feature_loss, schedule, width, depth, finest, n):
     assume(feature_loss!='overhaul' or case['args'][3]!='gelu') # nothing before a ReLU there
-    # torch's own convolution (2.14, CPU) reads memory there that nothing was written to, in its weight's gradient
-    assume(types[1]!=torch.bfloat16 or fmt!=torch.channels_last or (1,1) not in case['sizes'])
+    # torch's own convolution (2.14, CPU) reads memory there that nothing was written to, in its weight's gradient: of
+    # bfloat16 maps one pixel wide, channels last, at stride 2; plain training gets NaN from it as well
+    assume(types[1]!=torch.bfloat16 or fmt!=torch.channels_last or not any(1 in o for o in case['sizes']))
     levels = [f"stages.{i}" for i in range(len(case['args'][0]))][-n:] if case['task']=='pixels' else n
     kw = dict(feature_loss=feature_loss, schedule=schedule, width=width, depth=depth, finest=finest, levels=levels)
     learn,before = one_step(case, *types, fmt, **kw)

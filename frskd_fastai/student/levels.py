@@ -114,7 +114,8 @@ class Observer:
         if not grids and isinstance(out, Tensor) and out.ndim==4 and len(out)%bs==0: # a map for each patch
             grid = patch_grid(len(out)//bs, hw)
             if grid: grids[grid] = None
-        if isinstance(out, Tensor) and out.ndim==3 and len(out)==bs: self.tokens[name] = out.shape[1],math.prod(last(grids) or (0,)),out.grad_fn
+        if isinstance(out, Tensor) and out.ndim==3 and len(out)==bs:
+            self.tokens[name] = out.shape[1],math.prod(last(grids) or (0,)),out.grad_fn
         if name in self.calls: lv = None # run twice, it has no single map
         if lv is not None: self.nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
         inp = read_level(name, first_map, bs, hw, grids)
