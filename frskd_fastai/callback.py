@@ -182,7 +182,7 @@ class FRSKDCallback(StudentReader):
         right,n = mean_where(answers.right, answers.keep)
         return {**means, 'teacher_accuracy':(right/n.clamp(min=1),n)}
 
-    def entry(self): return super().entry() and dict(super().entry(), trust=self.trust.state_dict())
+    def entry(self): return (entry := super().entry()) and dict(entry, trust=self.trust.state_dict())
 
     def restore(self, entry):
         super().restore(entry)

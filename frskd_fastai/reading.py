@@ -164,8 +164,8 @@ class StudentReader(SideModuleCallback):
     @property
     def _serves(self):
         "Are the levels of the module in the model as it is?"
-        modules = dict(uncompiled(self.student).named_modules())
-        return self.trained is not None and self._same_model and all(n in modules for n in self.level_names)
+        if self.trained is None or not self._same_model: return False
+        return {n for n,_ in uncompiled(self.student).named_modules()}.issuperset(self.level_names)
 
     def __deepcopy__(self, memo):
         new = super().__deepcopy__(memo)

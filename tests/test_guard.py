@@ -260,3 +260,17 @@ def test_a_buffer_that_the_model_assigns_is_set_back(short, make):
     learn = make(model=Assigns(), cbs=[FRSKDCallback(),Poison(2)])
     learn.fit(2, 1e-3)
     assert learn.model.mean.isfinite().all() and sound(learn)
+
+def test_a_replaced_self_teacher_keeps_its_own_statistics(make):
+    "What is set back after a skipped step is the new one's, when the first step of a fit has built another"
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    learn.model.head[2] = nn.Linear(32, 12)
+    learn.opt = None
+    old = learn.frskd.trained
+    with pytest.warns(UserWarning, match='skipped 6 steps'):
+        learn.fit(1, 1e-3, cbs=Poison())
+    new = learn.frskd.trained
+    assert new is not old and all(b.isfinite().all() for b in new.buffers())
+    fresh = [b for n,b in new.named_buffers() if 'running_mean' in n]
+    assert fresh and not any(b.any() for b in fresh) # as they were built: nothing sound has been seen

@@ -74,22 +74,22 @@ class SkipNonFinite(TrainingOnly):
     @property
     def params(self): return {pre+n:p for pre,net in self.nets.items() for n,p in net.named_parameters()}
 
-    @property
-    def buffers(self): return [b for net in self.nets.values() for b in net.buffers()] # anew: a model may assign others
-
     def keep(self):
         "Keep the buffers as they are, to set them back to"
-        self.kept = [b.clone() for b in self.buffers]
+        self.kept = {}
+        for net in self.nets.values(): self.also_keep(net)
+
     def also_keep(self,
         module:nn.Module, # Has come beside the model in the middle of an epoch
     ):
         "Keep the buffers of `module`, too"
-        if self.watching: self.kept += [b.clone() for b in module.buffers()]
+        if self.watching: self.kept[module] = [b.clone() for b in module.buffers()]
 
     def set_back(self):
         "Set the buffers back to what they were when they were last sound"
         if not self.watching: return
-        for b,k in zip(self.buffers, self.kept): b.copy_(k)
+        for net,kept in self.kept.items():
+            for b,k in zip(net.buffers(), kept): b.copy_(k) # the net's buffers now: a model may assign others
 
     def before_batch(self):
         if not self.watching: return
