@@ -85,7 +85,7 @@ def refined(self:FRSKDCallback,
         warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left "
              "it; they may not go together. Save both, by `learn.save` with the optimizer or "
              "`SaveModelCallback(with_opt=True)`.")
-    student,teacher = deepcopy(self.student).eval(),deepcopy(self.teacher).eval()
+    student,teacher = deepcopy(self.student).eval(),deepcopy(self.build().teacher).eval()
     levels,b = self.found_levels,sample_batch(learn)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())

@@ -6,6 +6,8 @@ from fastai.vision.all import *
 from fastai.vision.models.unet import DynamicUnet
 from sklearn.datasets import load_digits
 
+torch.backends.cudnn.allow_tf32 = False # on a GPU: the tests compare values of float32
+
 class SmallNet(nn.Module):
     "Three stages with BatchNorm and a linear head: 16, 8 and 4 pixels for 32-pixel images"
     def __init__(self, n_out=10):

@@ -151,11 +151,20 @@ def test_exported_file(exported, tmp_path):
     ''', file, cwd=tmp_path)
     torch.testing.assert_close(tensor(eval(out.strip().split('\n')[-1])), here, rtol=1e-4, atol=1e-5)
 
+def test_a_loaded_self_teacher_follows_the_model(make):
+    "A fit whose epochs are all done moves the model to the data's device, and trains nothing"
+    a,b = make(cbs=FRSKDCallback()),make(1, cbs=FRSKDCallback())
+    a.fit(1, 1e-3)
+    a.save('a')
+    b.load('a')
+    b.model.to('meta')
+    assert {p.device.type for p in b.frskd.build().trained.parameters()}=={'meta'}
+
 @pytest.mark.parametrize('how', ['torch.jit.trace','torch.export','ONNX'])
 def test_other_formats(how, exported):
     "The trained student, with the callback still attached, has no trace of FRSKD, and its outputs are the same"
     learn,x = exported[0]['frskd'],torch.randn(3,3,32,32)
-    model = learn.model.eval()
+    model = learn.model.cpu().eval()
     with torch.no_grad(): y = model(x)
     if how=='torch.jit.trace':
         f = io.BytesIO(); torch.jit.save(torch.jit.trace(model, x), f); f.seek(0)

@@ -169,7 +169,7 @@ def test_an_image_of_which_one_sees_nothing():
     a = seg(1)
     b = seg(2, everything, get_y=mask, item_tfms=[Resize(32),CropPad(1)])
     c = StudentComparison(a, b)
-    none = (torch.cat([o[1].as_subclass(Tensor) for o in b.dls.valid])==0).flatten(1).all(1)
+    none = (torch.cat([o[1].as_subclass(Tensor).cpu() for o in b.dls.valid])==0).flatten(1).all(1)
     assert 0<none.sum()<len(none) and (c.right[none]==0).all() and (c.right[~none,0]>0).any()
 
 # -- Data that fastai doesn't know the items of ---------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_batches_of_unknown_items(tmp_path):
     for o in b,loaded:
         c = StudentComparison(a, o, dl=dl)
         with torch.no_grad(): right = [(m.model(x).argmax(1)==y).float() for m in (a,b)]
-        assert torch.equal(c.right.as_subclass(Tensor), torch.stack(right, 1).as_subclass(Tensor))
+        assert torch.equal(c.right.as_subclass(Tensor), torch.stack(right, 1).as_subclass(Tensor).cpu())
     for one,two in (a,far),(loaded,far),(loaded,exported(b, tmp_path)):
         with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(one, two, dl=dl)
 

@@ -11,7 +11,7 @@ __all__ = ['variants', 'parts', 'prediction_times', 'bench_learner', 'profile_st
 from contextlib import ExitStack, contextmanager
 import matplotlib.pyplot as plt
 from fastai.vision.all import *
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from ..build import operations
 from ..callback import *
 from .command import markdown_table
@@ -40,20 +40,27 @@ def prediction_times(
 # %% ../../nbs/cli/measure.ipynb #b9c4b609
 variants = {'plain':None, 'paper':FRSKDCallback.paper, 'default':FRSKDCallback}
 
-class _Timer(Callback):
-    "Seconds of each training step; on a GPU measured there, by events"
-    order,run_valid = 99,False
-    def before_fit(self): self.marks,self.gpu = [],one_param(self.learn.model).is_cuda
+class _Watch:
+    "Seconds between `begin` and `end`, by name; on a GPU measured there, by events"
+    def __init__(self, gpu): self.gpu,self.starts,self.spans = gpu,{},defaultdict(list)
     def _mark(self):
         if not self.gpu: return time.perf_counter()
         e = torch.cuda.Event(enable_timing=True)
         e.record()
         return e
-    def before_batch(self): self.start = self._mark()
-    def after_batch(self): self.marks.append((self.start,self._mark()))
-    def after_fit(self):
+    def begin(self, name): self.starts[name] = self._mark()
+    def end(self, name): self.spans[name].append((self.starts.pop(name), self._mark()))
+    def seconds(self, name):
         if self.gpu: torch.cuda.synchronize()
-        self.times = [a.elapsed_time(b)/1000 if self.gpu else b-a for a,b in self.marks]
+        return [a.elapsed_time(b)/1000 if self.gpu else b-a for a,b in self.spans[name]]
+
+class _Timer(Callback):
+    "Seconds of each training step"
+    order,run_valid = 99,False
+    def before_fit(self): self.watch = _Watch(one_param(self.learn.model).is_cuda)
+    def before_batch(self): self.watch.begin('step')
+    def after_batch(self): self.watch.end('step')
+    def after_fit(self): self.times = self.watch.seconds('step')
     def before_validate(self): raise CancelValidException
 
 def bench_learner(
@@ -92,26 +99,25 @@ def _times(learn):
 
 # %% ../../nbs/cli/measure.ipynb #7626302f
 parts = ('student','self-teacher','losses','backward','optimizer')
-_prefix = 'frskd-bench: '
-
 class _Parts(Callback):
-    "Names the parts of a step for torch's profiler"
+    "Times the parts of a step"
     order,run_valid = 98,False
-    def _begin(self, name): self.range = record_function(_prefix+name); self.range.__enter__()
-    def _end(self): self.range.__exit__(None, None, None)
-    def before_batch(self): self._begin('student')
-    def after_pred(self): self._end()
-    def before_backward(self): self._begin('backward')
-    def after_backward(self): self._end()
-    def before_step(self): self._begin('optimizer')
-    def after_step(self): self._end()
+    def __init__(self, watch): self.watch = watch
+    def before_batch(self): self.watch.begin('student')
+    def after_pred(self): self.watch.end('student')
+    def before_backward(self): self.watch.begin('backward')
+    def after_backward(self): self.watch.end('backward')
+    def before_step(self): self.watch.begin('optimizer')
+    def after_step(self): self.watch.end('optimizer')
 
 @contextmanager
-def _named(o, method, name):
-    "Context in which calls of `o.method` have a `name` for torch's profiler"
+def _timed(watch, o, method, name):
+    "Context in which calls of `o.method` are timed"
     f = getattr(o, method)
     def call(*args, **kwargs):
-        with record_function(_prefix+name): return f(*args, **kwargs)
+        watch.begin(name)
+        try: return f(*args, **kwargs)
+        finally: watch.end(name)
     setattr(o, method, call)
     try: yield
     finally: delattr(o, method)
@@ -134,24 +140,24 @@ def _peak(prof, before):
 def profile_step(
     learn:Learner, # From `bench_learner`; it has trained a bit
 )->dict: # Seconds of the `parts` of a step and of the whole, and `memory` at its peak in bytes
-    "One fit under torch's profiler"
+    "One fit, on a CPU under torch's profiler, which counts its memory"
     frskd,gpu,before = getattr(learn, 'frskd', None),one_param(learn.model).is_cuda,None
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    watch,prof = _Watch(gpu),None
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with ExitStack() as stack:
         if frskd:
-            stack.enter_context(_named(frskd, 'after_loss', 'all of FRSKD'))
-            stack.enter_context(_named(frskd.trained, 'teach', 'self-teacher'))
-        prof = stack.enter_context(profile(activities=activities, profile_memory=not gpu, acc_events=True))
-        learn.fit(1, 1e-4, cbs=_Parts())
-    n,time_of = len(learn.dls.train),lambda e: e.device_time_total if gpu else e.cpu_time_total
-    total = {e.key:time_of(e)/1e6/n for e in prof.key_averages() if e.key.startswith(_prefix)}
-    res = {k:total.get(_prefix+k, 0.) for k in parts}
-    res['losses'] = total.get(_prefix+'all of FRSKD', 0.) - res['self-teacher']
-    return {**res, 'memory':int(_peak(prof, before))+_lasting(learn)}
+            stack.enter_context(_timed(watch, frskd, 'after_loss', 'all of FRSKD'))
+            stack.enter_context(_timed(watch, frskd.trained, 'teach', 'self-teacher'))
+        if not gpu:
+            prof = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+            stack.enter_context(prof)
+        learn.fit(1, 1e-4, cbs=_Parts(watch))
+    mean = {k:sum(watch.seconds(k))/len(learn.dls.train) for k in (*parts,'all of FRSKD')}
+    mean['losses'] = mean.pop('all of FRSKD') - mean['self-teacher']
+    return {**mean, 'memory':int(_peak(prof, before))+_lasting(learn)}
 
 def flops(
     learn:Learner, # From `bench_learner`
