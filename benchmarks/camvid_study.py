@@ -23,19 +23,25 @@ def small(pretrained=False):
     stages = [nn.Sequential(ConvLayer(i, o, stride=2), ResBlock(1, o, o)) for i,o in zip(c, c[1:])]
     return nn.Sequential(ConvLayer(3, c[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(c[-1], 2))
 
+def find_data(path, codes, images, valid, size):
+    "DataBlock and files: `images` of the training images, evenly over the film, and the first `valid` of the others"
+    from fastai.vision.all import DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files
+    files = get_image_files(path/'train/images').sorted()
+    files = files[:: max(1, len(files)//images)][:images] + get_image_files(path/'val/images').sorted()[:valid]
+    block = DataBlock((ImageBlock,MaskBlock(codes)), get_y=lambda f: f.parent.parent/'labels'/f'{f.stem}.png',
+                      splitter=FuncSplitter(lambda f: 'val' in f.parts),
+                      item_tfms=Resize(tuple(size)), batch_tfms=Flip())
+    return block,files
+
 def run(path, arm, seed, a):
-    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataBlock, Flip, FuncSplitter,
-        ImageBlock, MaskBlock, Resize, get_image_files, models, set_seed, unet_learner)
+    from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, models, set_seed,
+                                   unet_learner)
     from frskd_fastai.callback import FRSKDCallback
     from frskd_fastai.task.metrics import MeanIoU, PixelAccuracy
     codes = (path/'codes.txt').read_text().split()
     void = len(codes)-1
-    files = get_image_files(path/'train/images').sorted()
-    files = files[:: max(1, len(files)//a.images)][:a.images] + get_image_files(path/'val/images').sorted()[:a.valid]
     set_seed(seed, reproducible=True)
-    block = DataBlock((ImageBlock,MaskBlock(codes)), get_y=lambda f: f.parent.parent/'labels'/f'{f.stem}.png',
-                      splitter=FuncSplitter(lambda f: 'val' in f.parts),
-                      item_tfms=Resize(tuple(a.size)), batch_tfms=Flip())
+    block,files = find_data(path, codes, a.images, a.valid, a.size)
     dls = block.dataloaders(files, bs=a.bs, num_workers=0)
     arch = small if a.arch=='small' else getattr(models, a.arch)
     cbs = None if ARMS[arm] is None else FRSKDCallback(**ARMS[arm])

@@ -175,8 +175,9 @@ class CropFlip(Callback):
     def before_batch(self):
         x,n = F.pad(self.x, (4,4,4,4)),len(self.x)
         i,j = (torch.randint(0, 9, (n,1,1)) + torch.arange(32).view(s) for s in ((1,32,1),(1,1,32)))
-        x = x[torch.arange(n)[:,None,None],:,i,j].permute(0,3,1,2)
-        self.learn.xb = (torch.where(torch.rand(n,1,1,1)<0.5, x, x.flip(3)),)
+        i,j,flip = (o.to(x.device) for o in (i, j, torch.rand(n,1,1,1)<0.5))
+        x = x[torch.arange(n, device=x.device)[:,None,None],:,i,j].permute(0,3,1,2)
+        self.learn.xb = (torch.where(flip, x, x.flip(3)),)
 
 class Block(nn.Module):
     def __init__(self, ni, nf, stride):

@@ -1,0 +1,298 @@
+"""What FRSKD is worth: plain training, more epochs, label smoothing, MixUp and CutMix, each without and with FRSKD.
+
+    python benchmarks/worth.py few --epochs 20 60        # trains what is missing; a row per network goes to --out
+    python benchmarks/worth.py few --times               # measures a step of each method; on a machine with no other load
+    python benchmarks/worth.py --table
+    python benchmarks/worth.py --figure benchmarks/results/worth.png
+
+The settings:
+
+- `few`, `many`: 33 classes of CIFAR-100, 50 or 500 training images of each, a thin ResNet-10
+- `wide`: as `many`, with the paper's ResNet-18, in batches of 256; bfloat16 where there is a GPU
+- `groceries`: 81 classes, 10 photographs of each at 128 px, a pretrained EfficientNet-Lite0 by `fine_tune`
+- `digits`: the digits of the package, 1,437 images, ResNet-18
+- `camvid`: 160 images at half size, made 72×96, a small U-Net from scratch
+
+An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or with a method (`frskd`, `paper`, `no features`,
+`no soft labels`, `label loss`: the self-teacher's label loss alone), as in `mixup frskd`. `plain longer` trains for as
+many more epochs as take FRSKD's time, by the ratio that `--times` has measured. The arms of one seed share the
+student's first weights and the order of the data. One CPU thread, or a GPU if there is one.
+
+A run with a method is judged as `student`, as `refined` model (the self-teacher's logits) and as `average` of their
+probabilities; on the validation set, and for `few` also on the training images that it didn't get. `accuracy` is of
+images, or of pixels; `miou` the mean IoU; `ece` the expected calibration error; all in percent.
+"""
+import argparse, time
+from fastai.vision.all import *
+from frskd_fastai.all import *
+from schedule_study import CropFlip, NoValid, cifar, small_resnet
+import camvid_study, finetune
+
+RECIPES = 'plain','smoothing','mixup','cutmix'
+METHODS = {
+    'frskd':          FRSKDCallback,
+    'paper':          FRSKDCallback.paper,
+    'no features':    partial(FRSKDCallback, beta=0.),
+    'no soft labels': partial(FRSKDCallback, alpha=0.),
+    'label loss':     partial(FRSKDCallback, alpha=0., beta=0.)}
+ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
+
+def parse_arm(arm):
+    "Recipe, method or None, and whether it trains for longer"
+    recipe,_,method = arm.partition(' ')
+    return recipe,METHODS.get(method),method=='longer'
+
+class TensorLoader(DataLoader):
+    "Batches of images and labels that are in memory, on the GPU if there is one"
+    def __init__(self, x, y, device, **kwargs):
+        self.x,self.y = x.to(device),y.to(device)
+        super().__init__(range(len(x)), device=device, **kwargs)
+    def create_batches(self, samples):
+        idx = tensor(list(samples)).to(self.x.device)
+        for i in idx.split(self.bs):
+            if len(i)==self.bs or not self.drop_last: yield self.x[i],self.y[i]
+
+class Setting:
+    "Data, student and way of training; `more_dls` are further data to judge on, by name"
+    segmentation,lr,loss_kw,more_dls = False,5e-3,{},{}
+    def __init__(self, args): self.args = args
+    def loss_func(self, recipe):
+        return CrossEntropyLossFlat(label_smoothing=.1 if recipe=='smoothing' else 0., **self.loss_kw)
+    def callbacks(self, recipe, method):
+        cbs = [{'mixup':MixUp, 'cutmix':CutMix}[recipe]()] if recipe in ('mixup','cutmix') else []
+        return cbs if method is None else [*cbs,method()]
+    def fit(self, learn, epochs): learn.fit_one_cycle(epochs, self.lr)
+    def keep(self, y): return y>=0 # the labels that count
+
+class Cifar(Setting):
+    def __init__(self, args, per_class, student=small_resnet, bs=64, amp=False):
+        super().__init__(args)
+        self.bs,self.student,self.amp = bs,student,amp
+        (self.x,self.y),(self.xv,self.yv),(x,y),self.c = cifar(per_class, args.cifar)
+        if len(x): self.more_dls = {'unused':TensorLoader(x, y, bs=500, device=args.device)}
+    def learner(self, seed, recipe, method):
+        device = self.args.device
+        train = TensorLoader(self.x, self.y, device, bs=self.bs, shuffle=True, drop_last=True)
+        dls = DataLoaders(train, TensorLoader(self.xv, self.yv, device, bs=500), device=device)
+        cbs = [CropFlip(), *self.callbacks(recipe, method)]
+        fused = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)) # fastai's takes longer than the rest
+        opt_func = fused if device.type=='cuda' else Adam
+        learn = Learner(dls, self.student(self.c), loss_func=self.loss_func(recipe), opt_func=opt_func, cbs=cbs)
+        learn.to_channelslast(use_amp=False)
+        return learn.to_bf16() if self.amp and device.type=='cuda' else learn
+
+class Digits(Setting):
+    def learner(self, seed, recipe, method):
+        dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
+        set_seed(seed)
+        kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
+        return vision_learner(dls, resnet18, pretrained=False, **kw)
+
+class Groceries(Setting):
+    lr = 2e-3
+    def __init__(self, args):
+        super().__init__(args)
+        data = argparse.Namespace(data=args.groceries, only=None, per_class=10, size=128, bs=32)
+        self.data,self.items,self.weights = data,finetune.find_items(data),finetune.weights_file()
+    def learner(self, seed, recipe, method):
+        dls = finetune.loaders(self.data, self.items)
+        dls.train.rng = random.Random(seed)
+        set_seed(seed)
+        kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
+        return vision_learner(dls, 'tf_efficientnet_lite0', pretrained_cfg_overlay=dict(file=str(self.weights)), **kw)
+    def fit(self, learn, epochs): learn.fine_tune(epochs, self.lr)
+
+class CamVid(Setting):
+    segmentation,lr = True,1e-3
+    def __init__(self, args):
+        super().__init__(args)
+        path = finetune.images_folder(args.camvid)
+        codes = (path/'codes.txt').read_text().split()
+        self.void = len(codes)-1
+        self.loss_kw = dict(axis=1, ignore_index=self.void)
+        self.block,self.files = camvid_study.find_data(path, codes, images=160, valid=101, size=(72,96))
+    def learner(self, seed, recipe, method):
+        dls = self.block.dataloaders(self.files, bs=8, num_workers=0)
+        dls.train.rng = random.Random(seed)
+        set_seed(seed)
+        kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
+        return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
+    def callbacks(self, recipe, method):
+        if recipe in ('mixup','cutmix'): raise SystemExit("worth.py: fastai's MixUp and CutMix are for labels of images")
+        return super().callbacks(recipe, method)
+    def keep(self, y): return y!=self.void
+
+SETTINGS = { # and the numbers of epochs
+    'few':       (partial(Cifar, per_class=50), [20,60]),
+    'many':      (partial(Cifar, per_class=500), [20]),
+    'wide':      (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [60]),
+    'groceries': (Groceries, [5,15]),
+    'digits':    (Digits, [2,5,20]),
+    'camvid':    (CamVid, [20,60])}
+
+def make_learner(setting, seed, recipe, method):
+    set_seed(seed)
+    learn = setting.learner(seed, recipe, method)
+    set_seed(seed)
+    return learn
+
+def scores(p, y, segmentation):
+    "Accuracy, mean IoU, loss and calibration error of probabilities N×C"
+    res = finetune.scores(p, y)
+    if not segmentation: return dict(res, miou=math.nan)
+    c = p.shape[1]
+    table = torch.bincount(y*c+p.argmax(1), minlength=c*c).view(c, c)
+    union = table.sum(0)+table.sum(1)-table.diag()
+    return dict(res, miou=round(100*(table.diag()/union)[table.sum(1)>0].mean().item(), 2))
+
+def judge(setting, learn, dl):
+    "Scores of each network that a training has given"
+    ps,ys = defaultdict(list),[]
+    for x,y in dl:
+        y = y.as_subclass(Tensor).cpu()
+        keep = setting.keep(y)
+        logits = dict(zip(('student','refined'), networks(learn, x)))
+        probs = {k:v.float().softmax(1).as_subclass(Tensor).movedim(1, -1).cpu()[keep] for k,v in logits.items()}
+        if len(probs)>1: probs['average'] = (probs['student']+probs['refined'])/2
+        for k,p in probs.items(): ps[k].append(p)
+        ys.append(y[keep])
+    return {k:scores(torch.cat(p), torch.cat(ys), setting.segmentation) for k,p in ps.items()}
+
+def networks(learn, x):
+    if hasattr(learn, 'frskd'): return [o for i,o in enumerate(learn.frskd.run_both(x)) if i%2]
+    with torch.no_grad(): return [learn.model.eval()(x)]
+
+def train(args, setting, epochs, seed, arm):
+    "Rows of one training"
+    recipe,method,longer = parse_arm(arm)
+    n = round(epochs*times(args, 'frskd')) if longer else epochs
+    learn = make_learner(setting, seed, recipe, method)
+    start = time.time()
+    learn.add_cb(NoValid(math.inf))
+    with learn.no_bar(), learn.no_logging(): setting.fit(learn, n)
+    about = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, trained_epochs=n)
+    about.update(seconds=round(time.time()-start, 1), device=args.device_name)
+    parts = {'valid':learn.dls.valid, **setting.more_dls}
+    return [dict(about, part=part, network=k, **o) for part,dl in parts.items() for k,o in judge(setting, learn, dl).items()]
+
+def run(args):
+    make,budgets = SETTINGS[args.setting]
+    setting = make(args)
+    if args.times: return measure(args, setting)
+    for seed,epochs,arm in itertools.product(args.seeds, args.epochs or budgets, args.arms):
+        key = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed)
+        if args.out.exists() and (pd.read_csv(args.out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
+        rows = pd.DataFrame(train(args, setting, epochs, seed, arm))
+        rows.to_csv(args.out, mode='a', header=not args.out.exists(), index=False)
+        print(rows[['arm','epochs','seed','part','network','accuracy','loss','seconds']].to_string(index=False, header=False),
+              flush=True)
+
+# -- Times of a step --------------------------------------------------------------------------------------------
+def measure(args, setting, rounds=7, steps=6):
+    "Training steps by turns: the median ratio to plain ones, with its quartiles; rows go to `--times-out`"
+    class Timer(Callback):
+        order,run_valid = 99,False
+        def before_fit(self): self.times = []
+        def before_batch(self): self.start = self.now()
+        def now(self):
+            if args.device.type=='cuda': torch.cuda.synchronize()
+            return time.perf_counter()
+        def after_batch(self):
+            self.times.append(self.now()-self.start)
+            if len(self.times)>steps: raise CancelFitException
+    learners = {k:make_learner(setting, 0, 'plain', m) for k,m in dict(plain=None, **METHODS).items()}
+    times = defaultdict(list)
+    for i in range(rounds+1):
+        for k,learn in learners.items():
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[timer := Timer()])
+            if i: times[k].append(np.median(timer.times[1:]))
+    rows = []
+    for k,t in times.items():
+        low,mid,high = np.quantile(np.array(t)/times['plain'], [.25,.5,.75])
+        rows.append(dict(setting=args.setting, method=k, seconds=round(np.median(t), 4), ratio=round(mid, 3),
+                         low=round(low, 3), high=round(high, 3), device=args.device_name))
+    rows = pd.DataFrame(rows)
+    rows.to_csv(args.times_out, mode='a', header=not args.times_out.exists(), index=False)
+    print(rows.to_string(index=False))
+
+def times(args, method):
+    "The ratio that was measured"
+    d = pd.read_csv(args.times_out) if args.times_out.exists() else pd.DataFrame(columns=['setting','method','device','ratio'])
+    d = d[(d.setting==args.setting) & (d.method==method) & (d.device==args.device_name)]
+    if not len(d): raise SystemExit(f'worth.py: no time of a step is known; run `worth.py {args.setting} --times` first')
+    return d.ratio.iloc[-1]
+
+# -- Results ----------------------------------------------------------------------------------------------------
+def mean_se(o, n=2, sign=''): return f'{o.mean():{sign}.{n}f}' + (f' ± {o.std()/len(o)**.5:.{n}f}' if len(o)>1 else '')
+
+def results(args):
+    "Per setting, budget, arm and network: the rows, and their paired differences from plain training"
+    d = pd.read_csv(args.out)
+    part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
+    d = d[d.part==part].assign(metric=d.miou.fillna(d.accuracy)) # the larger set, where there are two
+    for (setting,epochs),g in d.groupby(['setting','epochs'], sort=False):
+        plain = g[g.arm=='plain'].set_index('seed')
+        for (arm,network),o in g.groupby(['arm','network'], sort=False):
+            o = o.set_index('seed')
+            yield setting,epochs,arm,network,o,{k:(o[k]-plain[k]).dropna() for k in ('metric','loss','ece')}
+
+def relative_time(args, setting, epochs, arm, o):
+    "Of the training, in units of a plain one"
+    method = arm.partition(' ')[2]
+    if method=='longer': return (o.trained_epochs/epochs).mean()
+    d = pd.read_csv(args.times_out) if args.times_out.exists() else pd.DataFrame(columns=['setting','method','ratio'])
+    d = d[(d.setting==setting) & (d.method==(method or 'plain'))]
+    return d.ratio.iloc[-1] if len(d) else math.nan
+
+def table(args):
+    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','seeds'
+    print('| '+' | '.join(heads)+' |\n'+'|---'*len(heads)+'|')
+    for setting,epochs,arm,network,o,diff in results(args):
+        t = relative_time(args, setting, epochs, arm, o)
+        cells = [setting, epochs, arm, network, f'{t:.2f}', mean_se(o.metric), mean_se(diff['metric'], sign='+'),
+                 mean_se(diff['loss'], 3, '+'), f'{o.ece.mean():.1f}', len(o)]
+        print('| '+' | '.join(map(str, cells))+' |')
+
+def figure(args):
+    "Gain over plain training against the time it takes, one panel a setting and budget"
+    rows = list(results(args))
+    panels = list(dict.fromkeys((s,e) for s,e,*_ in rows))
+    fig,axs = subplots((len(panels)+2)//3, min(3, len(panels)), figsize=(13,4*((len(panels)+2)//3)), layout='constrained')
+    marks = dict(student='o', refined='s', average='^')
+    for ax in list(axs.flat)[len(panels):]: ax.axis('off')
+    for ax,panel in zip(axs.flat, panels):
+        ax.axhline(0, color='k', lw=.8, ls=':')
+        for setting,epochs,arm,network,o,diff in rows:
+            gain = diff['metric']
+            if (setting,epochs)!=panel or arm=='plain' or not len(gain): continue
+            t = relative_time(args, setting, epochs, arm, o)
+            c = dict(zip(ARMS, plt.cm.tab20.colors))[arm]
+            ax.errorbar(t, gain.mean(), gain.std()/len(gain)**.5 if len(gain)>1 else 0, fmt=marks[network], color=c,
+                        label=arm if network=='student' else None)
+        ax.set(title=f'{panel[0]}, {panel[1]} epochs', xlabel='time, × plain', ylabel='gain over plain, points')
+    axs.flat[0].legend(fontsize=7)
+    fig.savefig(args.figure, dpi=110)
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('setting', nargs='?', choices=SETTINGS)
+    p.add_argument('--arms', nargs='+', default=ARMS, choices=ARMS)
+    p.add_argument('--epochs', nargs='+', type=int, help="default: the setting's")
+    p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
+    p.add_argument('--cifar', default='../shared/data/cifar100-1.zip')
+    p.add_argument('--groceries', default='../shared/data/groceries.zip')
+    p.add_argument('--camvid', default='../shared/data/camvid-half.zip')
+    here = Path(__file__).parent/'results'
+    p.add_argument('--out', type=Path, default=here/'worth.csv')
+    p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
+    p.add_argument('--times', action='store_true', help='measure the times of a step and stop')
+    p.add_argument('--table', action='store_true', help='print the results and stop')
+    p.add_argument('--figure', type=Path, help='draw the results and stop')
+    args = p.parse_args()
+    args.device = default_device()
+    args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
+    torch.set_num_threads(1)
+    if args.table: table(args)
+    elif args.figure: figure(args)
+    elif args.setting: run(args)
+    else: p.error('name a setting')
