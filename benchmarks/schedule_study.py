@@ -167,7 +167,7 @@ def cifar(per_class, zip_path):
         parts[part][0].append(np.asarray(Image.open(io.BytesIO(zf.read(n))).convert('RGB')))
         parts[part][1].append(classes.setdefault(label, len(classes)))
     to_x = lambda o: (torch.from_numpy(np.stack(o)).permute(0,3,1,2).float()/255 - 0.48)/0.27
-    return *[(to_x(x),tensor(y)) for x,y in parts.values()],len(classes)
+    return *[(to_x(x),tensor(y)) if x else ([],[]) for x,y in parts.values()],len(classes)
 
 class CropFlip(Callback):
     "Random 32×32 crops of the image padded by 4, and flips, on the batch"

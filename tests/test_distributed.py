@@ -167,6 +167,7 @@ def test_data_parallel_is_refused(by_hand, make, monkeypatch):
     if by_hand: learn.model,learn.splitter = TwoDevices(model),trainable_params
     else: learn.to_parallel()
     learn.create_opt()
+    model.cpu()
     before = weights(model)
     with pytest.raises(ValueError, match='(?s)DataParallel.*distrib_ctx'): learn.fit(1)
     assert same(weights(model.cpu()), before) and n_hooks(model)==0 and '_do_epoch' not in learn.__dict__
