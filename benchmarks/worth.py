@@ -119,6 +119,7 @@ class CamVid(Setting):
         return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
     def callbacks(self, recipe, method):
         if recipe in ('mixup','cutmix'): raise SystemExit("worth.py: fastai's MixUp and CutMix are for labels of images")
+        if method==FRSKDCallback.paper: method = partial(method, segmentation=True)
         return super().callbacks(recipe, method)
     def keep(self, y): return y!=self.void
 
