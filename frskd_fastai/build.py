@@ -54,8 +54,8 @@ class FRSKDOptions:
         _check(is_index, "finest must be the index of a level, 0 or more", finest)
         enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels)
         _check(enough, "levels must be a number, 2 or more, or a list of module names", levels)
-        known = loss in default_beta if isinstance(loss, str) else callable(loss)
-        _check(known, f"feature_loss must be one of {', '.join(map(repr, default_beta))}, or a function", loss)
+        known = loss in feature_losses if isinstance(loss, str) else callable(loss)
+        _check(known, f"feature_loss must be one of {', '.join(map(repr, feature_losses))}, or a function", loss)
         makes = teacher is None or callable(teacher)
         _check(makes, "teacher must be a module, or a function that makes one", teacher)
 
@@ -96,15 +96,17 @@ class Seen(NamedTuple):
 
     def state(self)->dict:
         "Plain numbers and strings, for a checkpoint"
-        return dict(self._asdict(), levels=[tuple(o) for o in self.levels], task=type(self.task).__name__)
+        task = type(self.task).__name__,sorted(self.task.ignored)
+        return dict(self._asdict(), levels=[tuple(o) for o in self.levels], task=task)
 
     @classmethod
     def from_state(cls,
         state:dict, # Of `state`
     )->'Seen':
         "What was seen, from a checkpoint"
-        tasks = {o.__name__:o for o in (SingleLabel,MultiLabel,Segmentation)}
-        return cls(**{**state, 'levels':L(Level(*o) for o in state['levels']), 'task':tasks[state['task']]()})
+        name,ignored = state['task']
+        task = first(o for o in tasks if o.__name__==name)(ignored)
+        return cls(**{**state, 'levels':L(Level(*o) for o in state['levels']), 'task':task})
 
 # %% ../nbs/build.ipynb #5547a03b
 widths = (2.,1.5,1.,.75,.5,.25)
@@ -142,7 +144,7 @@ def build_frskd(
     options:FRSKDOptions,
     seen:Seen, # What a training batch has shown
     device, # Of the student
-    assemble:Callable=lambda seen,refined,*args: FRSKD(*args), # Makes the module from what `FRSKD` takes
+    assemble:Callable|None=None, # From `seen`, the refined maps' channels and `FRSKD`'s arguments to another module
 )->FRSKD: # In its attributes `seen`, `width` and `refined_channels` (of the refined maps), too
     "Build the module that trains beside the student; `ValueError` where its parts don't go together"
     o,task = options.for_task(seen.task),seen.task
@@ -153,7 +155,7 @@ def build_frskd(
         make = o.teacher or task.self_teacher(width, o.depth)
         teacher,loss,refined = build_parts(levels, seen.n_out, device, make, o.feature_loss, task.ndim)
         args = teacher,task,loss,o.alpha,o.beta,o.temperature,finest,isinstance(o.feature_loss, str)
-        module = assemble(seen, refined, *args).to(device)
+        module = (assemble(seen, refined, *args) if assemble else FRSKD(*args)).to(device)
     module.seen,module.width,module.refined_channels = seen,width,refined
     return module
 
@@ -178,10 +180,8 @@ def build_parts(
     channels = [o.channels for o in levels]
     teacher = _make_teacher(make, channels, n_out).to(device)
     refined = check_teacher(teacher, levels, n_out, device, takes_preact(feature_loss), ndim)
-    loss = feature_loss
-    if   loss=='attention': loss = attention_loss
-    elif loss=='hint':      loss = HintLoss(channels, refined)
-    elif loss=='overhaul':  loss = OverhaulLoss(channels, teacher.norms)
+    named = isinstance(feature_loss, str)
+    loss = feature_losses[feature_loss].make(channels, refined, teacher) if named else feature_loss
     modules = [o.to(device) for o in (teacher,loss) if isinstance(o, nn.Module)]
     maps = [[torch.rand(2, c, *lv.size, device=device) for c,lv in zip(cs, levels)] for cs in (channels,refined)]
     with probing(*modules): check_feature_loss(loss, *maps)
@@ -200,7 +200,7 @@ def takes_preact(
     feature_loss:str|Callable, # As for `FRSKDCallback`
 )->bool:
     "Does it take feature maps before the ReLU?"
-    return feature_loss=='overhaul' or getattr(feature_loss, 'preact', False)
+    return getattr(feature_losses.get(feature_loss) if isinstance(feature_loss, str) else feature_loss, 'preact', False)
 
 def check_preact(
     levels:list, # `Level`s of the student

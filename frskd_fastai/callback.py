@@ -8,8 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 __all__ = ['option', 'FRSKDCallback']
 
 # %% ../nbs/callback.ipynb #b5efd384
-from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from fastai.basics import *
 from .method.frskd import *
 from .method.schedule import *
@@ -26,7 +25,8 @@ from .step import *
 
 # %% ../nbs/callback.ipynb #88fbe8cd
 class option:
-    "An option of the callback; once the `FRSKD` module is built, the module's attribute of this name, if it has one"
+    "An option of the callback. The weights can be set at any time, the others when it is made"
+    settable = 'alpha','beta','temperature'
     def __set_name__(self, owner, name): self.name = name
 
     def __get__(self, cb, owner=None):
@@ -36,8 +36,11 @@ class option:
         return SingleLabel.defaults(cb.options.feature_loss).get(self.name) if given is None else given
 
     def __set__(self, cb, value):
-        setattr(cb.options, self.name, value)
-        if hasattr(cb.trained, self.name): setattr(cb.trained, self.name, value)
+        if self.name not in self.settable:
+            raise AttributeError(f"FRSKD: {self.name} can't be changed in a callback. Make a new one with it: "
+                                 f"`FRSKDCallback({self.name}=...)`.")
+        cb.options = replace(cb.options, **{self.name:value}) # which checks it
+        if cb.trained is not None: setattr(cb.trained, self.name, value)
 
 class FRSKDCallback(StudentReader):
     """Train a self-teacher on the student's feature maps, and the student with it: FRSKD ([arXiv
@@ -90,7 +93,7 @@ class FRSKDCallback(StudentReader):
         width 2 and depth 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the head"""
         settings = dict(alpha=2., temperature=4., width=2., depth=2, levels=4, finest=0, schedule='constant')
         teacher = partial(DenseSelfTeacher, n_channels=64, head_channels=256)
-        if segmentation: settings = dict(alpha=1., beta=50., temperature=1., schedule='ramp', teacher=teacher)
+        if segmentation: settings = dict(alpha=1., temperature=1., schedule='ramp', teacher=teacher)
         cb = cls(**{**settings, **kwargs})
         cb.options.per = 'pixel' if segmentation else 'image'
         return cb
@@ -101,7 +104,6 @@ class FRSKDCallback(StudentReader):
     steps   = property(lambda self: self.log.steps) # Losses of each step of the last fit, see `LossLog.steps`
     factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # Of the schedule, now
     multi_label = property(lambda self: isinstance(self.task, MultiLabel))
-    refined_channels = property(lambda self: self.trained.refined_channels)
 
     def attach(self):
         if any(isinstance(o, FRSKDCallback) for o in self.learn.cbs):
@@ -116,10 +118,10 @@ class FRSKDCallback(StudentReader):
         self.skipping.also_keep(module)
         if self.in_fit: plan_schedule(self.learn, self.trust)
 
+    assemble = None # See `build_frskd`
     def module_of(self, seen):
-        return build_frskd(self.options, seen, one_param(self.student).device, self._assemble)
+        return build_frskd(self.options, seen, one_param(self.student).device, self.assemble)
 
-    def _assemble(self, seen, refined_channels, *args): return FRSKD(*args)
     def enter_fit(self):
         super().enter_fit()
         check_fit(self.learn)
@@ -140,7 +142,9 @@ class FRSKDCallback(StudentReader):
         if self.hooks is None or not len(self.learn.yb): return
         self.step_maps,pre = self.read()
         factor = self.factor
-        with self._teaching(): self.step_out = self._step(pre, factor)
+        self.prepare()
+        with model_autocast(self.learn), single_position(self.trained, self.step_maps, self.distributed):
+            self.step_out = self._step(pre, factor)
         losses = dict(student=self.learn.loss_grad, **self.step_out.losses)
         self.learn.loss_grad = weighted_sum(losses, self.trained.weights(factor))
         self.learn.loss = self.learn.loss_grad.clone()
@@ -151,16 +155,6 @@ class FRSKDCallback(StudentReader):
     def _step(self, pre, factor):
         learn = self.learn
         return self.prepared(self.step_maps, learn.pred, learn.yb, kept_state(learn.loss_func), factor, pre)
-
-    @contextmanager
-    def _teaching(self):
-        "The launcher's autocast; for one image of one position, which has no variance, BatchNorm's running statistics"
-        self.prepare()
-        single = len(self.step_maps[0])==1 and any(o.shape[-2:].numel()==1 for o in self.step_maps)
-        synced = self.distributed and any(isinstance(o, nn.SyncBatchNorm) for o in self.trained.modules())
-        if single and not synced: self.trained.eval()
-        with model_autocast(self.learn): yield
-        if single: self.trained.train()
 
     def leave_train(self):
         super().leave_train()

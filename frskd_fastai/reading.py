@@ -47,7 +47,8 @@ class StudentReader(SideModuleCallback):
 
     def build(self):
         "Build the module before the training, from one batch that is run without a trace"
-        if self.trained is not None: self.trained.to(one_param(self.student).device) # a fit without a step moves the model
+        # A fit without a step (a resumed one that is done) has moved the model alone
+        if self.trained is not None: self.trained.to(one_param(self.student).device)
         b = None if self._serves else sample_batch(self.learn)
         if b is None: return self
         check_loss(self.learn.loss_func)

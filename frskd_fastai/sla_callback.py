@@ -49,7 +49,7 @@ class FRSKDSLACallback(FRSKDCallback):
                              "number a sample. Use `FRSKDCallback` for other tasks.")
         super().build_for(seen, inputs, targets)
 
-    def _assemble(self, seen, refined_channels, *args):
+    def assemble(self, seen, refined_channels, *args):
         student,teacher = (nn.Linear(c, 4*seen.n_out) for c in (seen.levels[-1].channels,refined_channels[-1]))
         return FRSKDSLA(*args, joint_student=student, joint_teacher=teacher, sla_weight=self.sla_weight)
 

@@ -4,10 +4,14 @@ from copy import deepcopy
 from functools import partial
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from fastai.vision.all import Callback, L
+from frskd_fastai.build import Seen
+from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 from frskd_fastai.method.frskd import FRSKD, FRSKDOutput, pool_to, scale_grad, weighted_sum
 from frskd_fastai.method.losses import HintLoss, OverhaulLoss, attention_loss, attention_map
 from frskd_fastai.method.sla import FRSKDSLA, aggregate_rotations, joint_labels
+from frskd_fastai.student.features import Level
 from frskd_fastai.task.task import MultiLabel, Segmentation, SingleLabel
 from frskd_fastai.method.teacher import SelfTeacher
 from conftest import same, weights
@@ -218,3 +222,44 @@ def test_it_trains_in_a_plain_loop(task):
         opt.step()
         history.append({k:v.item() for k,v in losses.items()})
     assert all(history[-1][k]<.97*history[0][k] for k in ('student','teacher','feature'))
+
+# -- Options of the callback -------------------------------------------------------------------------------
+def test_weights_can_be_set_at_any_time_the_rest_when_made(make):
+    learn = make(cbs=FRSKDCallback())
+    cb = learn.frskd
+    cb.alpha = 1. # before the self-teacher is there
+    cb.build()
+    cb.beta = 0.
+    assert (cb.alpha,cb.beta)==(1.,0.)==(cb.trained.alpha,cb.trained.beta)
+    with pytest.raises(ValueError, match='alpha must be'): cb.alpha = -1
+    with pytest.raises(ValueError, match='temperature must be'): cb.temperature = 'warm'
+    assert cb.alpha==1. and cb.temperature==4.
+    for name,value in dict(feature_loss='hint', width=1., schedule='ramp', levels=2, finest=0, depth=2, budget=1.).items():
+        with pytest.raises(AttributeError, match=rf'`FRSKDCallback\({name}=...\)`'): setattr(cb, name, value)
+    learn.fit(1, 1e-3)
+    assert cb.trained.feature_loss is attention_loss
+
+@pytest.mark.parametrize('loss,beta', [('attention',50.),('hint',.5),('overhaul',5e-4)])
+def test_the_papers_settings_take_the_weight_of_the_feature_loss(loss, beta):
+    assert FRSKDCallback.paper(True, feature_loss=loss).options.for_task(Segmentation()).beta==beta
+    assert FRSKDCallback.paper(feature_loss=loss).options.for_task(SingleLabel()).beta==2*beta
+
+def test_a_checkpoint_knows_the_ignored_labels():
+    levels = [Level('a', 4, (8,8), 'BCHW'),Level('b', 8, (4,4), 'BCHW')]
+    for task in SingleLabel(),MultiLabel(),Segmentation([255,0]):
+        seen = Seen(L(levels), (16,16), 3, task, 1e6)
+        again = Seen.from_state(seen.state())
+        assert type(again.task)==type(task) and again.task.ignored==task.ignored and again.levels==seen.levels
+
+def test_what_fails_to_attach_leaves_nothing(make):
+    class Refuses(Callback):
+        def __setattr__(self, name, value):
+            if name=='learn' and value is not None: raise ValueError('not here')
+            super().__setattr__(name, value)
+    learn = make()
+    n,own = len(learn.cbs),set(learn.__dict__)
+    cb = FRSKDCallback()
+    cb.siblings.append(Refuses())
+    with pytest.raises(ValueError, match='not here'): learn.add_cb(cb)
+    assert len(learn.cbs)==n and set(learn.__dict__)==own and cb.learn is None
+    learn.fit(1, 1e-3)

@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from ..callback import *
 from .command import UsageError
 from .launch import batch_size_per_process
-from .options import TrainOptions, own_archs, tasks
+from .options import TrainOptions, method_options, own_archs, tasks
 from ..data.embedded import *
 from ..data.images import *
 from ..data.masks import *
@@ -93,7 +93,7 @@ class ImageJob:
             num_workers=0 if digits else None) # decoding an 8×8 image costs less than handing it over
 
     def make_callback(self):
-        given = {k:getattr(self.opts, k) for k in ('alpha','beta','temperature','width')}
+        given = {k:getattr(self.opts, k) for k in method_options}
         return self.frskd(columns=True, **{k:v for k,v in given.items() if v is not None})
 
     def frskd(self, **kwargs): return FRSKDCallback(**kwargs)

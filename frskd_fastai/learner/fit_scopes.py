@@ -68,7 +68,7 @@ class FitScopes(TrainingOnly):
     def __init__(self): self.fit_ctx,self.train_ctx,self.in_fit = ExitStack(),ExitStack(),False
 
     def attach(self): "The callback has come to `self.learn`"
-    def detach(self): "It leaves `self.learn`"
+    def detach(self): "It leaves `self.learn`, perhaps in the middle of `attach`"
     def enter_fit(self): "A fit begins: put into `fit_ctx` what ends with it"
     def enter_train(self): "An epoch's training begins: put into `train_ctx` what ends with it"
     def leave_train(self): "It has ended, or the callback leaves: end what isn't in `train_ctx`"
@@ -88,6 +88,7 @@ class FitScopes(TrainingOnly):
         if learn is None: return
         try: self.attach()
         except BaseException:
+            self.detach()
             self.__dict__['_learn'] = None
             raise
 

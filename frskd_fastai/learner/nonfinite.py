@@ -33,7 +33,7 @@ def not_finite(
 )->list: # Names
     "The names of what has NaN or infinity in it, or has more of them than `before`"
     counts = count_not_finite(tensors)
-    return [k for k,n in counts.items() if n>(0 if before is None else before.get(k, n))]
+    return [k for k,n in counts.items() if n>(before or {}).get(k, 0)]
 
 # %% ../../nbs/learner/nonfinite.ipynb #nonf0001
 def plural(n:int, word:str)->str:
@@ -124,7 +124,7 @@ class SkipNonFinite(TrainingOnly):
         "Read the counts; after skipped steps, set back what these have changed"
         skipped,self.in_a_row = torch.stack([self.total,self.row]).tolist()
         if end or skipped!=self.skipped:
-            lost = not_finite(self.params, {**dict.fromkeys(self.params, 0), **self.before})
+            lost = not_finite(self.params, self.before)
             if lost: raise FloatingPointError(
                 f"FRSKD: {len(lost)} of {len(self.params)} parameters aren't finite any more, for instance {lost[0]}: "
                 "a gradient wasn't, though the loss was. Start from a checkpoint, with a lower learning rate or with "

@@ -38,7 +38,8 @@ class SideModuleCallback(FitScopes):
         self.join()
 
     def detach(self):
-        for cb in self.siblings: self.learn.remove_cb(cb)
+        for cb in self.siblings:
+            if any(o is cb for o in self.learn.cbs): self.learn.remove_cb(cb)
         self.attach_ctx.close()
         if self.trained is not None: leave_opt(self.learn, self.trained)
 
