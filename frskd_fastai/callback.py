@@ -33,7 +33,9 @@ class option:
         if cb is None: return self
         if hasattr(cb.trained, self.name): return getattr(cb.trained, self.name)
         given = getattr(cb.options, self.name)
-        return SingleLabel.defaults(cb.options.feature_loss).get(self.name) if given is None else given
+        if given is not None: return given
+        task = Segmentation if cb.options.per==Segmentation.per else SingleLabel
+        return task.defaults(cb.options.feature_loss).get(self.name)
 
     def __set__(self, cb, value):
         if self.name not in self.settable:
