@@ -14,7 +14,8 @@ The settings:
 - `camvid`: 160 images at half size, made 72×96, a small U-Net from scratch
 
 An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or with a method (`frskd`, `paper`, `no features`,
-`no soft labels`, `label loss`: the self-teacher's label loss alone), as in `mixup frskd`. `plain longer` trains for as
+`no soft labels`, `label loss`: the self-teacher's label loss alone; and cheaper self-teachers, see `cheap.py`), as in
+`mixup frskd`. `plain longer` trains for as
 many more epochs as take FRSKD's time, by the ratio that `--times` has measured. The arms of one seed share the
 student's first weights and the order of the data. One CPU thread, or a GPU if there is one.
 
@@ -25,6 +26,7 @@ images, or of pixels; `miou` the mean IoU; `ece` the expected calibration error;
 import argparse, time
 from fastai.vision.all import *
 from frskd_fastai.all import *
+from cheap import PooledSelfTeacher
 from schedule_study import CropFlip, NoValid, cifar, small_resnet
 import camvid_study, finetune
 
@@ -35,6 +37,12 @@ METHODS = {
     'no features':    partial(FRSKDCallback, beta=0.),
     'no soft labels': partial(FRSKDCallback, alpha=0.),
     'label loss':     partial(FRSKDCallback, alpha=0., beta=0.)}
+CHEAP = { # self-teachers that might cost less; see `cheap.py`
+    'pooled':          partial(FRSKDCallback, teacher=PooledSelfTeacher, beta=0.),
+    'pooled 3 layers': partial(FRSKDCallback, teacher=partial(PooledSelfTeacher, depth=3), beta=0.),
+    'pooled 2048':     partial(FRSKDCallback, teacher=partial(PooledSelfTeacher, hidden=2048), beta=0.),
+    'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to that of the last level
+METHODS.update(CHEAP)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
 
 def parse_arm(arm):
@@ -277,7 +285,7 @@ def figure(args):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('setting', nargs='?', choices=SETTINGS)
-    p.add_argument('--arms', nargs='+', default=ARMS, choices=ARMS)
+    p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in CHEAP], choices=ARMS)
     p.add_argument('--epochs', nargs='+', type=int, help="default: the setting's")
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--cifar', default='../shared/data/cifar100-1.zip')
