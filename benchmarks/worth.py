@@ -15,13 +15,20 @@ The settings:
 
 An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or with a method (`frskd`, `paper`, `no features`,
 `no soft labels`, `label loss`: the self-teacher's label loss alone; and cheaper self-teachers, see `cheap.py`), as in
-`mixup frskd`. `plain longer` trains for as
-many more epochs as take FRSKD's time, by the ratio that `--times` has measured. The arms of one seed share the
-student's first weights and the order of the data. One CPU thread, or a GPU if there is one.
+`mixup frskd`. `plain longer` trains for as many more epochs as take FRSKD's time, by the ratio that `--times` has
+measured. The arms of one seed share the student's first weights and the order of the data. One CPU thread, or a GPU if
+there is one.
 
 A run with a method is judged as `student`, as `refined` model (the self-teacher's logits) and as `average` of their
 probabilities; on the validation set, and for `few` also on the training images that it didn't get. `accuracy` is of
 images, or of pixels; `miou` the mean IoU; `ece` the expected calibration error; all in percent.
+
+The rule for `FRSKDCallback`'s default, written before the first row of a method was there (2026-11-26): the methods are
+the candidates, judged by their student's accuracy (mean IoU in `camvid`; the unused images in `few`) over plain training
+with the recipe `plain`, three seeds or more. One that is worse than plain by more than the standard error of the paired
+difference, in any setting and budget, is out. Of the others, the one with the highest mean over all settings and budgets
+of gain over relative time is the default; if all are out, the one that is worse in the fewest, and of these, that with
+the highest mean.
 """
 import argparse, time
 from fastai.vision.all import *
