@@ -1,7 +1,7 @@
 """What FRSKD is worth: plain training, more epochs, label smoothing, MixUp and CutMix, each without and with FRSKD.
 
     python benchmarks/worth.py few --epochs 20 60        # trains what is missing; a row per network goes to --out
-    python benchmarks/worth.py few --times               # measures a step of each method; on a machine with no other load
+    python benchmarks/worth.py few --times      # measures a step of each method; on a machine without other load
     python benchmarks/worth.py --table
     python benchmarks/worth.py --figure benchmarks/results/worth.png
 
@@ -24,11 +24,11 @@ probabilities; on the validation set, and for `few` also on the training images 
 images, or of pixels; `miou` the mean IoU; `ece` the expected calibration error; all in percent.
 
 The rule for `FRSKDCallback`'s default, written before the first row of a method was there (2026-11-26): the methods are
-the candidates, judged by their student's accuracy (mean IoU in `camvid`; the unused images in `few`) over plain training
-with the recipe `plain`, three seeds or more. One that is worse than plain by more than the standard error of the paired
-difference, in any setting and budget, is out. Of the others, the one with the highest mean over all settings and budgets
-of gain over relative time is the default; if all are out, the one that is worse in the fewest, and of these, that with
-the highest mean.
+the candidates, judged by their student's accuracy (mean IoU in `camvid`; the unused images in `few`) over plain
+training with the recipe `plain`, three seeds or more. One that is worse than plain by more than the standard error of
+the paired difference, in any setting and budget, is out. Of the others, the one with the highest mean over all settings
+and budgets of gain over relative time is the default; if all are out, the one that is worse in the fewest, and of
+these, that with the highest mean.
 """
 import argparse, time
 from fastai.vision.all import *
@@ -133,7 +133,7 @@ class CamVid(Setting):
         kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
         return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
     def callbacks(self, recipe, method):
-        if recipe in ('mixup','cutmix'): raise SystemExit("worth.py: fastai's MixUp and CutMix are for labels of images")
+        if recipe in ('mixup','cutmix'): raise SystemExit("worth.py: fastai's MixUp and CutMix label whole images")
         if method==FRSKDCallback.paper: method = partial(method, segmentation=True)
         return super().callbacks(recipe, method)
     def keep(self, y): return y!=self.void
@@ -181,7 +181,9 @@ def networks(learn, x):
 def train(args, setting, epochs, seed, arm):
     "Rows of one training"
     recipe,method,longer = parse_arm(arm)
-    n = round(epochs*times(args, 'frskd')) if longer else epochs
+    if longer and math.isnan(times(args, args.setting, 'frskd')):
+        raise SystemExit(f'worth.py: no time of a step is known. Run `worth.py {args.setting} --times` first')
+    n = round(epochs*times(args, args.setting, 'frskd')) if longer else epochs
     learn = make_learner(setting, seed, recipe, method)
     start = time.time()
     learn.add_cb(NoValid(math.inf))
@@ -189,7 +191,8 @@ def train(args, setting, epochs, seed, arm):
     about = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, trained_epochs=n)
     about.update(seconds=round(time.time()-start, 1), device=args.device_name)
     parts = {'valid':learn.dls.valid, **setting.more_dls}
-    return [dict(about, part=part, network=k, **o) for part,dl in parts.items() for k,o in judge(setting, learn, dl).items()]
+    judged = {part:judge(setting, learn, dl) for part,dl in parts.items()}
+    return [dict(about, part=part, network=k, **o) for part,networks in judged.items() for k,o in networks.items()]
 
 def run(args):
     make,budgets = SETTINGS[args.setting]
@@ -200,8 +203,8 @@ def run(args):
         if args.out.exists() and (pd.read_csv(args.out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
         rows = pd.DataFrame(train(args, setting, epochs, seed, arm))
         rows.to_csv(args.out, mode='a', header=not args.out.exists(), index=False)
-        print(rows[['arm','epochs','seed','part','network','accuracy','loss','seconds']].to_string(index=False, header=False),
-              flush=True)
+        shown = rows[['arm','epochs','seed','part','network','accuracy','loss','seconds']]
+        print(shown.to_string(index=False, header=False), flush=True)
 
 # -- Times of a step --------------------------------------------------------------------------------------------
 def measure(args, setting, rounds=7, steps=6):
@@ -231,12 +234,12 @@ def measure(args, setting, rounds=7, steps=6):
     rows.to_csv(args.times_out, mode='a', header=not args.times_out.exists(), index=False)
     print(rows.to_string(index=False))
 
-def times(args, method):
-    "The ratio that was measured"
-    d = pd.read_csv(args.times_out) if args.times_out.exists() else pd.DataFrame(columns=['setting','method','device','ratio'])
-    d = d[(d.setting==args.setting) & (d.method==method) & (d.device==args.device_name)]
-    if not len(d): raise SystemExit(f'worth.py: no time of a step is known; run `worth.py {args.setting} --times` first')
-    return d.ratio.iloc[-1]
+def times(args, setting, method):
+    "The ratio that was measured last; NaN where none was"
+    if not args.times_out.exists(): return math.nan
+    d = pd.read_csv(args.times_out)
+    d = d[(d.setting==setting) & (d.method==method) & (d.device==args.device_name)]
+    return d.ratio.iloc[-1] if len(d) else math.nan
 
 # -- Results ----------------------------------------------------------------------------------------------------
 def mean_se(o, n=2, sign=''): return f'{o.mean():{sign}.{n}f}' + (f' ± {o.std()/len(o)**.5:.{n}f}' if len(o)>1 else '')
@@ -256,9 +259,7 @@ def relative_time(args, setting, epochs, arm, o):
     "Of the training, in units of a plain one"
     method = arm.partition(' ')[2]
     if method=='longer': return (o.trained_epochs/epochs).mean()
-    d = pd.read_csv(args.times_out) if args.times_out.exists() else pd.DataFrame(columns=['setting','method','ratio'])
-    d = d[(d.setting==setting) & (d.method==(method or 'plain'))]
-    return d.ratio.iloc[-1] if len(d) else math.nan
+    return times(args, setting, method or 'plain')
 
 def table(args):
     heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','seeds'
@@ -273,7 +274,8 @@ def figure(args):
     "Gain over plain training against the time it takes, one panel a setting and budget"
     rows = list(results(args))
     panels = list(dict.fromkeys((s,e) for s,e,*_ in rows))
-    fig,axs = subplots((len(panels)+2)//3, min(3, len(panels)), figsize=(13,4*((len(panels)+2)//3)), layout='constrained')
+    n = (len(panels)+2)//3
+    fig,axs = subplots(n, min(3, len(panels)), figsize=(13,4*n), layout='constrained')
     marks = dict(student='o', refined='s', average='^')
     for ax in list(axs.flat)[len(panels):]: ax.axis('off')
     for ax,panel in zip(axs.flat, panels):
