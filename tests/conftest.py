@@ -26,7 +26,7 @@ def masks(x, y):
     return torch.where(ink>.6, 1+y[:,None,None]%3, torch.where(ink<.2, 0, VOID)).long()
 
 def small_unet(n_out=4, size=(32,32)):
-    encoder = nn.Sequential(ConvLayer(3, 8, stride=2), ConvLayer(8, 8, stride=2), ConvLayer(8, 16, stride=2), ConvLayer(16, 32, stride=2))
+    encoder = nn.Sequential(*(ConvLayer(i, o, stride=2) for i,o in ((3,8),(8,8),(8,16),(16,32))))
     return DynamicUnet(encoder, n_out, size)
 
 @pytest.fixture(scope='session')
@@ -50,7 +50,8 @@ def make(dls, tmp_path):
         if model is None: model = SmallNet()
         set_seed(seed)
         for dl in dls: dl.rng = random.Random(seed)
-        learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), **{'metrics':accuracy, 'splitter':split, 'path':tmp_path, **kw})
+        kw = {'metrics':accuracy, 'splitter':split, 'path':tmp_path, **kw}
+        learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), **kw)
         learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
         learn.logger = noop
         return learn

@@ -1,6 +1,7 @@
-"""Trainings that are killed: `python killed.py KIND KILLS FOLDER` trains undisturbed, then again and again with SIGKILL at random moments and `--resume`, until it has killed KILLS times, and prints what came of it as JSON.
+"""Trainings that are killed: `python killed.py KIND KILLS FOLDER` trains undisturbed, then again and again
+with SIGKILL at random moments and `--resume`, until it has killed KILLS times, and prints what came of it as JSON
 
-It imports fastai once and forks a process for each start, which takes a second in place of ten. Used by tests/test_resume.py"""
+It forks a process for each start: fastai is imported once. For tests/test_resume.py"""
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import pandas as pd, torch, torchvision
@@ -13,7 +14,7 @@ progress.ProgressCallback.run = False
 FAST = '--bs','16','--lr','1e-3','--seed','1'
 KINDS = dict(
     compare = ('--arch','wrn16_2','--size','16','--epochs','3','--compare',*FAST),
-    fine_tune = ('--arch','resnet18','--size','32','--epochs','2',*FAST)) # one epoch with a frozen body comes before
+    fine_tune = ('--arch','resnet18','--size','32','--epochs','2',*FAST)) # an epoch with a frozen body comes before
 
 def folder(root):
     for c in '0123':
@@ -80,6 +81,9 @@ if __name__=='__main__':
             elif code: print(log.read_text(), file=sys.stderr); sys.exit(1)
             else: break
             again = (out/'checkpoints/training.json').exists() or (out/'student.pkl').exists()
-        equal.append(same(outcome(out), expected) and sorted(o.name for o in out.iterdir())==sorted(o.name for o in (root/'whole').iterdir()))
+        names = [sorted(o.name for o in d.iterdir()) for d in (out,root/'whole')]
+        equal.append(same(outcome(out), expected) and names[0]==names[1])
         n += 1
-    print(json.dumps(dict(equal=equal, killed=killed, first_starts=before, rows=len(expected[1]), seconds=time.time()-t0, whole=whole, log=log.read_text())))
+    said = dict(equal=equal, killed=killed, first_starts=before, rows=len(expected[1]),
+                seconds=time.time()-t0, whole=whole, log=log.read_text())
+    print(json.dumps(said))

@@ -1,24 +1,29 @@
-"""One of several processes that train together on the CPU: `python ranks.py RANK WORLD PORT FOLDER` runs the scenarios that it is told on its input, one a line, and keeps what they return in FOLDER.
+"""Processes that train together on the CPU: `python ranks.py RANK WORLD PORT FOLDER` is one of them; it runs
+the scenarios that it is told on its input, one a line, and keeps what they return in FOLDER
 
-`Ranks` starts and tells them. It is used by tests/test_distributed.py, which also calls some of the scenarios in its own process"""
+`Ranks` starts and tells them, for tests/test_distributed.py, which also calls some of the scenarios itself"""
 import faulthandler, json, os, queue, signal, socket, subprocess, sys, threading, traceback
 from contextlib import nullcontext
 from pathlib import Path
 
 # -- The side of the tests --------------------------------------------------------------------------------
 class Ranks:
-    "`n` processes; a context manager. `run` has a scenario run on all of them, and kills them when that takes too long"
-    def __init__(self, folder, n=2, env=None): self.folder,self.n,self.env,self.procs = Path(folder),n,env or {},[]
+    "`n` processes; a context manager. `run` runs a scenario on all, and kills them when that takes too long"
+    def __init__(self, folder, n=2, env=None):
+        self.folder,self.n,self.env,self.procs = Path(folder),n,env or {},[]
 
     def start(self):
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
         here = Path(__file__).parent
-        env = {**os.environ, 'PYTHONPATH':f'{here.parent}:{here}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'GLOO_SOCKET_IFNAME':'lo', **self.env}
+        env = {**os.environ, 'PYTHONPATH':f'{here.parent}:{here}', 'OMP_NUM_THREADS':'1',
+               'PYTHONWARNINGS':'ignore', 'GLOO_SOCKET_IFNAME':'lo', **self.env}
         self.folder.mkdir(exist_ok=True)
         self.logs = [open(self.folder/f'log-{r}', 'w') for r in range(self.n)]
-        self.procs = [subprocess.Popen([sys.executable, __file__, str(r), str(self.n), str(port), str(self.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
+        kw = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        args = str(self.n),str(port),str(self.folder)
+        self.procs = [subprocess.Popen([sys.executable, __file__, str(r), *args], stderr=log, **kw)
                       for r,log in enumerate(self.logs)]
         self.said = queue.Queue()
         for r,p in enumerate(self.procs): threading.Thread(target=self._listen, args=(r,p), daemon=True).start()
@@ -50,7 +55,8 @@ class Ranks:
         for p in self.procs:
             if p.poll() is None: p.send_signal(signal.SIGABRT) # faulthandler writes where it is
         self.stop()
-        raise AssertionError(why+'\n'+'\n'.join(f'-- rank {r}: {(self.folder/f"log-{r}").read_text()[:3000]}' for r in range(self.n)))
+        logs = [f'-- rank {r}: {(self.folder/f"log-{r}").read_text()[:3000]}' for r in range(self.n)]
+        raise AssertionError('\n'.join([why,*logs]))
 
     def stop(self):
         for p in self.procs:
@@ -70,7 +76,8 @@ class Ranks:
 # -- The side of the processes ----------------------------------------------------------------------------
 if __name__=='__main__' and sys.argv[1]!='script':
     rank,world,port,folder = sys.argv[1:]
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     os.environ.setdefault('ACCELERATE_USE_CPU', '1')
     faulthandler.enable()
 
@@ -93,7 +100,8 @@ def on_cpu():
 
 def data(n=64, bs=8, n_valid=20, shuffle=False, drop_last=False, dense=False):
     d = load_digits()
-    x = F.interpolate(torch.from_numpy(d.images[:n+n_valid]).float()[:,None]/16, size=32).expand(-1,3,-1,-1).contiguous()
+    x = torch.from_numpy(d.images[:n+n_valid]).float()[:,None]/16
+    x = F.interpolate(x, size=32).expand(-1,3,-1,-1).contiguous()
     y = torch.from_numpy(d.target[:n+n_valid])
     items = list(zip(x, masks(x, y) if dense else y))
     return DataLoaders(DataLoader(items[:n], bs=bs, shuffle=shuffle, drop_last=drop_last), DataLoader(items[n:], bs=bs))
@@ -101,9 +109,10 @@ def data(n=64, bs=8, n_valid=20, shuffle=False, drop_last=False, dense=False):
 def learner(dls=None, path='.', frskd=None, sla=False, seed=None, cbs=None, **kw):
     "A Learner; each rank has other initial weights, unless there is a `seed`"
     set_seed(rank_distrib() if seed is None else seed)
-    learn = Learner(dls or data(), kw.pop('model', None) or SmallNet(), path=path, cbs=[(FRSKDSLACallback if sla else FRSKDCallback)(**(frskd or {})), *L(cbs)],
-                    **{'loss_func':CrossEntropyLossFlat(), 'metrics':accuracy, 'splitter':split, **kw})
-    return learn
+    dls,model = dls or data(),kw.pop('model', None) or SmallNet()
+    cb = (FRSKDSLACallback if sla else FRSKDCallback)(**(frskd or {}))
+    kw = {'loss_func':CrossEntropyLossFlat(), 'metrics':accuracy, 'splitter':split, **kw}
+    return Learner(dls, model, path=path, cbs=[cb, *L(cbs)], **kw)
 
 class Together(Callback):
     "At each step: are gradients and parameters of both networks the same on all ranks?"
@@ -120,7 +129,9 @@ class Together(Callback):
 
 class BF16(MixedPrecision):
     "fastai's `MixedPrecision` autocasts CUDA only; this does the CPU, at the same events and order"
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False),L()
+    def before_fit(self):
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', enabled=False),L()
 
 class CutOnRank1(Callback):
     "Fewer samples on rank 1"
@@ -139,8 +150,11 @@ class Stop(Callback):
 def end(learn, together=None):
     "How things are after a fit"
     cb = learn.frskd
-    return dict(model=weights(learn.model), trained=weights(cb.trained), trust=getattr(cb.trust, 'loss', None), hooks=n_hooks(learn.model), kind=type(learn.model).__name__, loaders=[type(o).__name__ for o in learn.dls],
-                left=[k for k in ('hooks','prepared','step_out') if getattr(cb, k) is not None]+[k for k in ('_do_epoch','_call_one','parameters') if k in learn.__dict__], same=together and together.same)
+    left = [k for k in ('hooks','prepared','step_out') if getattr(cb, k) is not None]
+    left += [k for k in ('_do_epoch','_call_one','parameters') if k in learn.__dict__]
+    kind,loaders = type(learn.model).__name__,[type(o).__name__ for o in learn.dls]
+    return dict(model=weights(learn.model), trained=weights(cb.trained), trust=getattr(cb.trust, 'loss', None),
+                hooks=n_hooks(learn.model), kind=kind, loaders=loaders, left=left, same=together and together.same)
 
 SCENARIOS = {}
 def scenario(f):
@@ -153,7 +167,8 @@ def ctx(learn, **kw):
 
 @scenario
 def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
-    "A training, by `how`; `look` at the type of what the self-teacher's `look` returns; its wrapper left away, if `unwrapped`"
+    """A training, by `how`; `look` at the type of what the self-teacher's `look` returns; its wrapper left away,
+    if `unwrapped`"""
     together,dtypes = Together(),set()
     learn = learner(data(n, bs, shuffle=True), **kw)
     learn.frskd.build()
@@ -182,7 +197,7 @@ def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
 
 @scenario
 def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
-    "A few steps on batches of `world_bs`, BatchNorm in evaluation mode: what several processes do must be what one does"
+    "Steps on batches of `world_bs`, BatchNorm in evaluation mode: several processes must do what one does"
     class NoStatistics(Callback):
         order,run_valid = 99,False
         def before_train(self):
@@ -200,7 +215,9 @@ def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
         def after_loss(self): parts.append({k:v.clone() for k,v in self.frskd.losses.items()})
     learn = learner(dls, seed=0, opt_func=SGD, **kw)
     learn.frskd.build()
-    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(epochs, lr, cbs=[NoStatistics(),Parts(),*([GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else [])])
+    more = [GradientAccumulation(world_bs//n_proc*3)] if cbs=='accumulate' else []
+    with ctx(learn), learn.no_bar(), learn.no_logging():
+        learn.fit(epochs, lr, cbs=[NoStatistics(),Parts(),*more])
     return {**end(learn), 'losses':parts}
 
 @scenario
@@ -213,8 +230,10 @@ def resumes(path):
             set_seed(0)
             learn = learner(data(shuffle=True), seed=0)
             set_seed(rank_distrib()) # each has random states of its own
+            stops_it = [] if stop is None else [Stop(stop, KeyboardInterrupt)]
             try:
-                with ctx(learn): learn.fit_one_cycle(3, 1e-2, cbs=[Resumable(f'{path}/{name}'), *([] if stop is None else [Stop(stop, KeyboardInterrupt)]), MixUp(.4)])
+                with ctx(learn):
+                    learn.fit_one_cycle(3, 1e-2, cbs=[Resumable(f'{path}/{name}'),*stops_it,MixUp(.4)])
             except KeyboardInterrupt: assert stop is not None
         res[name] = {**end(learn), 'random':torch.rand(3)}
     return res
@@ -236,7 +255,9 @@ def poisoned():
 @scenario
 def segments():
     "A U-Net: mean IoU over both ranks' images, and what one process measures"
-    learn = learner(data(n=32, dense=True), model=small_unet(), splitter=trainable_params, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), metrics=[MeanIoU(VOID),PixelAccuracy(VOID)])
+    loss,metrics = CrossEntropyLossFlat(axis=1, ignore_index=VOID),[MeanIoU(VOID),PixelAccuracy(VOID)]
+    dls,model = data(n=32, dense=True),small_unet()
+    learn = learner(dls, model=model, splitter=trainable_params, loss_func=loss, metrics=metrics)
     hooks,together = n_hooks(learn.model),Together()
     with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=together)
     values = [float(o) for o in learn.recorder.values[-1][-2:]]
@@ -246,7 +267,9 @@ def segments():
     for c in range(4):
         p,t = preds[keep]==c,y[keep]==c
         if t.any(): iou.append(((p&t).sum()/(p|t).sum()).item())
-    return {**end(learn, together), 'own_hooks':hooks, 'per':learn.frskd.task.per, 'values':values, 'wanted':[np.mean(iou), (preds==y)[keep].float().mean().item()]}
+    wanted = [np.mean(iou), (preds==y)[keep].float().mean().item()]
+    return {**end(learn, together), 'own_hooks':hooks, 'per':learn.frskd.task.per, 'values':values,
+            'wanted':wanted}
 
 @scenario
 def prints(path):
@@ -256,8 +279,9 @@ def prints(path):
     with ctx(learn):
         learn.fit(1, 1e-2)
         learn.save('mid')
-    rows = learn.recorder.values
-    return dict(files=sorted(str(o.relative_to(path)) for o in path.rglob('*') if o.is_file()), names=list(learn.recorder.metric_names), values=[float(o) for o in rows[-1]])
+    files = sorted(str(o.relative_to(path)) for o in path.rglob('*') if o.is_file())
+    values = [float(o) for o in learn.recorder.values[-1]]
+    return dict(files=files, names=list(learn.recorder.metric_names), values=values)
 
 @scenario
 def saves(path, file):
@@ -293,7 +317,8 @@ def best():
     "SaveModelCallback, which loads at the end what rank 0 has saved"
     learn = learner(path=sys.argv[4])
     together = Together()
-    with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(3, 3e-2, cbs=[SaveModelCallback(fname='best', with_opt=True),together])
+    with ctx(learn), learn.no_bar(), learn.no_logging():
+        learn.fit(3, 3e-2, cbs=[SaveModelCallback(fname='best', with_opt=True),together])
     return end(learn, together)
 
 @scenario
@@ -340,9 +365,12 @@ def one_fails(how, seconds=8):
     class Fail(Callback):
         order,run_valid = 99,False
         def after_loss(self):
-            if self.train_iter>=2 and rank_distrib(): raise ArithmeticError('on rank 1') if how=='exception' else (time.sleep(99) or KeyError)
-    learn = learner()
-    with learn.no_bar(), learn.no_logging(), ctx(learn, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))]):
+            if self.train_iter<2 or not rank_distrib(): return
+            if how=='exception': raise ArithmeticError('on rank 1')
+            time.sleep(99)
+            raise KeyError
+    learn,limit = learner(),InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+    with learn.no_bar(), learn.no_logging(), ctx(learn, kwargs_handlers=[limit]):
         t0 = time.time()
         try: learn.fit(1, 1e-2, cbs=Fail())
         except ArithmeticError:

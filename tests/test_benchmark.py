@@ -1,4 +1,4 @@
-"""What FRSKD costs: the command frskd-bench, nothing that waits for the device in a step, compiling, the import"""
+"What FRSKD costs: the command frskd-bench, no step that waits for the device, compiling, the import"
 from contextlib import nullcontext
 import os, shlex, subprocess, sys
 from pathlib import Path
@@ -12,23 +12,35 @@ from frskd_fastai.build import Compiled
 from conftest import SmallNet, n_hooks, same, weights
 
 SMALL = '--arch cifar_resnet18 --size 32 --bs 4 --rounds 1 --steps 1'
+MINE = '''
+from functools import partial
+from frskd_fastai.method.teacher import SelfTeacher
+Narrow = partial(SelfTeacher, width=.25, depth=1)
+'''
 
 def test_command(tmp_path, capsys, monkeypatch):
     "Every file it writes; a self-teacher of the user's, from the working directory"
-    (tmp_path/'mine.py').write_text('from functools import partial\nfrom frskd_fastai.method.teacher import SelfTeacher\nNarrow = partial(SelfTeacher, width=.25, depth=1)\n')
+    (tmp_path/'mine.py').write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     assert main(shlex.split(f'{SMALL} --teacher mine:Narrow --channels-last --out out'))==0
     assert sorted(o.name for o in (tmp_path/'out').iterdir())==sorted(results)
     d = pd.read_csv(tmp_path/'out/bench.csv')
-    assert d.variant.tolist()==['plain','paper','default','mine:Narrow'] and d.ratio[0]==1 and (d.ratio_low<=d.ratio).all() and (d.ratio<=d.ratio_high).all()
-    assert d.teacher_params.is_monotonic_increasing==False and d.teacher_params[3]<d.teacher_params[2]<d.teacher_params[1]
-    assert d.memory_ratio[0]==1 and (d.memory_ratio[1:]>1).all() and (d[list(parts)]>=0).all().all() and d.channels_last.all()
+    assert d.variant.tolist()==['plain','paper','default','mine:Narrow'] and d.ratio[0]==1
+    assert (d.ratio_low<=d.ratio).all() and (d.ratio<=d.ratio_high).all()
+    assert d.teacher_params.is_monotonic_increasing==False
+    assert d.teacher_params[3]<d.teacher_params[2]<d.teacher_params[1]
+    assert d.memory_ratio[0]==1 and (d.memory_ratio[1:]>1).all()
+    assert (d[list(parts)]>=0).all().all() and d.channels_last.all()
     text = (tmp_path/'out/bench.md').read_text()
-    assert text in capsys.readouterr().out and 'frskd-bench --arch cifar_resnet18' in text and f'| mine:Narrow | ' in text and torch.__version__ in text
+    assert text in capsys.readouterr().out
+    for o in 'frskd-bench --arch cifar_resnet18','| mine:Narrow | ',torch.__version__: assert o in text
 
-@pytest.mark.parametrize('args,msg', [('--arch resnet19','resnet19'),('--device cuda','no GPU'),('--amp fp16','needs a GPU'),('--teacher nothing:Here','nothing'),('--teacher json:Here','Here'),('--teacher json','MODULE:NAME'),
-    ('--arch alexnet --size 16',"can't measure alexnet at 16 px"),(f'{SMALL} --teacher json:loads',"can't measure")])
+BAD = [('--arch resnet19','resnet19'), ('--device cuda','no GPU'), ('--amp fp16','needs a GPU'),
+       ('--teacher nothing:Here','nothing'), ('--teacher json:Here','Here'), ('--teacher json','MODULE:NAME'),
+       ('--arch alexnet --size 16',"can't measure alexnet at 16 px"),
+       (f'{SMALL} --teacher json:loads',"can't measure")]
+@pytest.mark.parametrize('args,msg', BAD)
 def test_bad_input_is_told_in_one_line(args, msg, tmp_path, capsys):
     if 'GPU' in msg and torch.cuda.is_available(): pytest.skip('for machines without a GPU')
     assert main([*shlex.split(args), '--out', str(tmp_path/'r')])==2
@@ -42,17 +54,19 @@ def test_bad_options(args, capsys):
 
 # -- No hidden costs --------------------------------------------------------------------------------------
 class Waits(TorchDispatchMode):
-    "Notes the operations that make a GPU wait: `.item()`, `float()` and boolean tests of tensors, indices by a mask, copies to the CPU"
+    "Notes what makes a GPU wait: `.item()`, `float()`, `bool()` of a tensor, indices by a mask, copies to the CPU"
+    waiting = '_local_scalar_dense','nonzero','masked_select','equal.default'
     def __init__(self): super().__init__(); self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(o in str(func) for o in ('_local_scalar_dense','nonzero','masked_select','equal.default')): self.seen.append(str(func))
+        if any(o in str(func) for o in self.waiting): self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 def sees_subclasses():
     try:
         with Waits(): return (torch.ones(2)+1).as_subclass(TensorBase).shape==(2,)
     except RuntimeError: return False
-watches = pytest.mark.skipif(not sees_subclasses(), reason='in a mode this torch (2.5) can\'t make a tensor another type, as fastai does')
+OLD = "in a mode this torch (2.5) can't make a tensor another type, as fastai does"
+watches = pytest.mark.skipif(not sees_subclasses(), reason=OLD)
 
 def watch_after_loss(learn, mode):
     "Train under `mode`, but for the fit's first step, in which targets are checked; how many steps there were"
@@ -65,8 +79,10 @@ def watch_after_loss(learn, mode):
     learn.fit(1, 1e-3)
     return len(events)
 
+OPTIONS = [dict(), dict(columns=True), dict(schedule='constant'), dict(feature_loss='hint'),
+           dict(feature_loss='overhaul'), dict(width=1, depth=2)]
 @watches
-@pytest.mark.parametrize('kw', [dict(),dict(columns=True),dict(schedule='constant'),dict(feature_loss='hint'),dict(feature_loss='overhaul'),dict(width=1, depth=2)], ids=str)
+@pytest.mark.parametrize('kw', OPTIONS, ids=str)
 def test_no_step_waits_for_the_device(kw, make):
     learn,waits = make(cbs=FRSKDCallback(**kw)),Waits()
     assert watch_after_loss(learn, waits)==6 and waits.seen==[]
@@ -95,7 +111,10 @@ def test_maps_are_released_after_the_step(make):
     class Look(Callback):
         order,run_valid = FRSKDCallback.order-1,False
         def after_loss(self): refs.extend(weakref.ref(o) for o in self.frskd.hooks._maps.values())
-        def after_batch(self): self.learn.pred = self.learn.loss_grad = None; gc.collect(); self.alive = sum(r() is not None for r in refs)
+        def after_batch(self):
+            self.learn.pred = self.learn.loss_grad = None
+            gc.collect()
+            self.alive = sum(r() is not None for r in refs)
     look = Look()
     learn = make(cbs=[FRSKDCallback(),look])
     learn.frskd.build()
@@ -104,10 +123,13 @@ def test_maps_are_released_after_the_step(make):
 
 # -- Compiling --------------------------------------------------------------------------------------------
 def test_compiled_is_the_same(make, monkeypatch):
-    "`compile=True` compiles the self-teacher and its losses, each whole and once; values and weights are those without (here with the compiler's own front end, which needs no C++)"
+    """`compile=True` compiles self-teacher and losses, each whole and once; values and weights stay the same
+
+    Here with the compiler's own front end, which needs no C++"""
     compiled = torch.compile
     seen = []
-    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset(); counters.clear()
     monkeypatch.setattr(torch, 'compile', lambda f: (seen.append(f), compiled(f, backend='aot_eager'))[1])
     ends = []
     for c in False,True:
@@ -116,7 +138,7 @@ def test_compiled_is_the_same(make, monkeypatch):
         ends.append((weights(learn.model),weights(learn.frskd.teacher)))
         assert learn.frskd.trained.compiled=={}
     assert len(seen)==3 and seen[0] is learn.frskd.teacher
-    assert torch._dynamo.utils.counters['stats']['unique_graphs']==3 and not torch._dynamo.utils.counters['graph_break']
+    assert counters['stats']['unique_graphs']==3 and not counters['graph_break']
     for a,b in zip(*ends):
         for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-5)
 
@@ -134,10 +156,13 @@ def test_a_model_that_the_user_compiled(how, make):
     model = SmallNet()
     plain = make(model=deepcopy(model), splitter=trainable_params, cbs=FRSKDCallback()); plain.fit(1, 1e-3)
     if how=='model.compile()': model.compile(backend='aot_eager')
-    learn = make(model=model if how=='model.compile()' else torch.compile(model, backend='aot_eager'), splitter=trainable_params, cbs=FRSKDCallback())
+    else: model = torch.compile(model, backend='aot_eager')
+    learn = make(model=model, splitter=trainable_params, cbs=FRSKDCallback())
     learn.fit(1, 1e-3)
-    assert [o.split('.', 1)[1] if o.startswith('_orig_mod') else o for o in learn.frskd.level_names]==['stages.0','stages.1','stages.2'] and n_hooks(learn.model)==0
-    for a,b in zip(learn.model.state_dict().values(), plain.model.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    names = [o.split('.', 1)[1] if o.startswith('_orig_mod') else o for o in learn.frskd.level_names]
+    assert names==['stages.0','stages.1','stages.2'] and n_hooks(learn.model)==0
+    ends = [o.model.state_dict().values() for o in (learn,plain)]
+    for a,b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 # -- The optimizer, the import ----------------------------------------------------------------------------
 def test_torchs_fused_optimizer(make):
@@ -146,13 +171,20 @@ def test_torchs_fused_optimizer(make):
     learn.create_opt()
     before = weights(learn.model),weights(learn.frskd.build().teacher)
     learn.fit(1, 1e-3)
-    assert sum(len(g['params']) for g in learn.opt.opt.param_groups)==len(list(learn.model.parameters()))+len(list(learn.frskd.teacher.parameters()))
-    for m,b in zip((learn.model,learn.frskd.teacher), before): assert all(not torch.equal(p, b[k]) for k,p in m.named_parameters() if 'fusion' not in k)
+    both = learn.model,learn.frskd.teacher
+    n = sum(len(g['params']) for g in learn.opt.opt.param_groups)
+    assert n==sum(len(list(m.parameters())) for m in both)
+    for m,b in zip(both, before):
+        assert all(not torch.equal(p, b[k]) for k,p in m.named_parameters() if 'fusion' not in k)
 
 def test_import_costs_little():
     "`frskd_fastai.all` over fastai, in one process: the modules of this package alone"
-    code = "import time; from fastai.vision.all import *; t = time.perf_counter(); from frskd_fastai.all import *; print(time.perf_counter()-t)"
-    base = "import time; t = time.perf_counter(); from fastai.vision.all import *; print(time.perf_counter()-t)"
+    fastai,ours = 'from fastai.vision.all import *','from frskd_fastai.all import *'
+    code = f'import time; {fastai}; t = time.perf_counter(); {ours}; print(time.perf_counter()-t)'
+    base = f'import time; t = time.perf_counter(); {fastai}; print(time.perf_counter()-t)'
     env = {**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}
-    took = lambda c: min(float(subprocess.run([sys.executable, '-W', 'ignore', '-c', c], capture_output=True, text=True, env=env, check=True).stdout) for _ in range(2))
+    def took(code):
+        command = [sys.executable, '-W', 'ignore', '-c', code]
+        kw = dict(capture_output=True, text=True, env=env, check=True)
+        return min(float(subprocess.run(command, **kw).stdout) for _ in range(2))
     assert took(code) <= .05*took(base)

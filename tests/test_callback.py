@@ -1,4 +1,4 @@
-"FRSKDCallback on a Learner: ways of adding it, its place in the optimizer, what it does in training, what it leaves behind"
+"FRSKDCallback on a Learner: ways of adding it, its place in the optimizer, what it does and leaves behind"
 import subprocess, sys
 import pytest, torch
 from fastai.vision.all import *
@@ -11,7 +11,8 @@ def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]
 def left(learn):
     "What FRSKD could have left on a Learner after a fit"
     frskd = getattr(learn, 'frskd', None)
-    return dict(hooks=n_hooks(learn.model), watch=bool({'_do_epoch','_call_one'} & set(learn.__dict__)), taps=getattr(frskd, '_taps', None),
+    watch = bool({'_do_epoch','_call_one'} & set(learn.__dict__))
+    return dict(hooks=n_hooks(learn.model), watch=watch, taps=getattr(frskd, '_taps', None),
                 columns=[m.name for m in learn.metrics][1:], loss=learn.loss_func)
 def clean(learn): return dict(hooks=0, watch=False, taps=None, columns=[], loss=learn.loss_func)
 
@@ -164,7 +165,8 @@ def test_torch_dataloader_order_is_kept(digits, make):
     x,y = digits
     def order(frskd):
         set_seed(0)
-        dl = torch.utils.data.DataLoader(list(zip(x[:64],y[:64])), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(1))
+        items,rng = list(zip(x[:64],y[:64])),torch.Generator().manual_seed(1)
+        dl = torch.utils.data.DataLoader(items, batch_size=16, shuffle=True, generator=rng)
         learn = make(cbs=FRSKDCallback() if frskd else None)
         learn.dls = DataLoaders(dl, dl)
         if frskd: learn.frskd.build()
@@ -174,8 +176,8 @@ def test_torch_dataloader_order_is_kept(digits, make):
 def test_errors_leave_the_learner_as_it_was(make):
     learn = make(); learn.create_opt()
     before = groups(learn.opt)
-    for kw,msg in ((dict(levels=['stage.1','head']),"no module named 'stage.1'"), (dict(levels=['stages.1','stages.1']),'named twice')):
-        with pytest.raises(ValueError, match=msg): learn.add_cb(FRSKDCallback(**kw))
+    for levels,msg in (['stage.1','head'],"no module named 'stage.1'"),(['stages.1','stages.1'],'named twice'):
+        with pytest.raises(ValueError, match=msg): learn.add_cb(FRSKDCallback(levels=levels))
         assert groups(learn.opt)==before and not hasattr(learn, 'frskd') and 'create_opt' not in learn.__dict__
         assert all(not isinstance(o, FRSKDCallback) for o in learn.cbs) and n_hooks(learn.model)==0
     learn.fit(1)
@@ -193,12 +195,15 @@ def test_errors_of_a_first_step_leave_the_learner_as_it_was(make):
         learn.remove_cb(FRSKDCallback)
         learn.fit(1)
 
-@pytest.mark.parametrize('kw', [dict(alpha=-1), dict(alpha=float('nan')), dict(beta='x'), dict(temperature=0), dict(width=float('inf')), dict(depth=0),
-                                dict(levels=1), dict(levels='layer1'), dict(schedule='slow')], ids=str)
+BAD = [dict(alpha=-1), dict(alpha=float('nan')), dict(beta='x'), dict(temperature=0), dict(width=float('inf')),
+       dict(depth=0), dict(levels=1), dict(levels='layer1'), dict(schedule='slow')]
+@pytest.mark.parametrize('kw', BAD, ids=str)
 def test_bad_options(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): FRSKDCallback(**kw)
 
-@pytest.mark.parametrize('loss_func,msg', [(MSELossFlat(), 'regression'), (nn.L1Loss(), 'regression'), (BCELossFlat(), 'takes probabilities'), (nn.NLLLoss(), 'takes log-probabilities')], ids=str)
+UNFIT = [(MSELossFlat(), 'regression'), (nn.L1Loss(), 'regression'), (BCELossFlat(), 'takes probabilities'),
+         (nn.NLLLoss(), 'takes log-probabilities')]
+@pytest.mark.parametrize('loss_func,msg', UNFIT, ids=str)
 def test_targets_it_cannot_serve_are_refused(make, loss_func, msg):
     learn = make(cbs=FRSKDCallback())
     learn.loss_func = loss_func
@@ -207,7 +212,8 @@ def test_targets_it_cannot_serve_are_refused(make, loss_func, msg):
 
 def test_models_it_cannot_serve_are_refused(make):
     for model,msg in ((SmallNet(1), r'\(16, 1\)'), (SmallNet().stages, r'logits, of shape \(16, 32, 4, 4\)')):
-        learn = make(model=nn.Sequential(ConvLayer(3,8), model) if 'logits' in msg else model, splitter=trainable_params, cbs=FRSKDCallback())
+        if 'logits' in msg: model = nn.Sequential(ConvLayer(3,8), model)
+        learn = make(model=model, splitter=trainable_params, cbs=FRSKDCallback())
         learn.loss_func = lambda pred,y: pred.mean() # it takes anything
         with pytest.raises(ValueError, match=msg): learn.fit(1)
 
@@ -229,16 +235,18 @@ def test_loss_is_the_papers_sum(make):
     def look(l):
         p = l.frskd.losses
         expected = p['student'] + p['teacher'] + 3*p['soft_label'] + 7*p['feature']
-        assert torch.allclose(l.loss, expected) and torch.allclose(l.loss_grad, expected) and l.loss.dtype==torch.float32
+        assert torch.allclose(l.loss, expected) and torch.allclose(l.loss_grad, expected)
+        assert l.loss.dtype==torch.float32
         with torch.no_grad():
             assert torch.allclose(p['student'], F.cross_entropy(l.pred, l.y))
     one_batch(learn, look)
 
 def test_teachers_gradient_reaches_the_body(make):
-    grads = {}
-    for name,kw in dict(with_teacher=dict(alpha=0, beta=0, schedule='constant'), detached=dict(alpha=0, beta=0, schedule='constant'), plain=None).items():
+    grads,constant = {},dict(alpha=0, beta=0, schedule='constant')
+    def detach(m, args): return ([f.detach() for f in args[0]],)
+    for name,kw in dict(with_teacher=constant, detached=constant, plain=None).items():
         learn = make(cbs=None if kw is None else FRSKDCallback(**kw))
-        if name=='detached': learn.frskd.build().teacher.register_forward_pre_hook(lambda m,args: ([f.detach() for f in args[0]],))
+        if name=='detached': learn.frskd.build().teacher.register_forward_pre_hook(detach)
         one_batch(learn, lambda l: grads.__setitem__(name, l.model.stages[0][0].weight.grad.clone()))
     assert torch.equal(grads['plain'], grads['detached'])
     assert (grads['with_teacher']-grads['plain']).abs().max()>1e-4
@@ -315,7 +323,8 @@ def test_fine_tune_counts_the_steps_of_both_phases(make, capsys):
         def after_fit(self): shares.append(self.seen)
     learn.logger = print
     learn.fine_tune(3, 1e-3, cbs=Look())
-    assert [sorted({o for o,_ in s}) for s in shares]==[[6/1000],[24/1000]] and [n for s in shares for _,n in s]==list(range(24))
+    assert [sorted({o for o,_ in s}) for s in shares]==[[6/1000],[24/1000]]
+    assert [n for s in shares for _,n in s]==list(range(24))
     assert capsys.readouterr().out.count('FRSKD: only 24 training steps')==1
 
 @pytest.mark.parametrize('schedule', ['constant','ramp',lambda pct: 1.])
@@ -344,7 +353,8 @@ def test_the_line_about_short_trainings(make, capsys):
     with learn.no_logging(): learn.fit(1, 1e-3)
     assert 'FRSKD' not in capsys.readouterr().out
     learn.fit(4, 1e-3, start_epoch=2)
-    assert 'FRSKD: only 24 training steps' in capsys.readouterr().out and learn.frskd.trust.steps==24==learn.frskd.trust.last
+    assert 'FRSKD: only 24 training steps' in capsys.readouterr().out
+    assert learn.frskd.trust.steps==24==learn.frskd.trust.last
 
 def test_the_steps_are_in_the_checkpoint(make, tmp_path):
     learn = make(cbs=FRSKDCallback(), path=tmp_path)
@@ -388,7 +398,8 @@ def test_mixup_mixes_the_teachers_loss_too(make):
                 feats = pool_to(taps.pop(), l.frskd.finest)
             logits = l.frskd.teacher(feats)[1]
         lam,y,y1 = l.mix_up.lam,l.y,l.mix_up.yb1[0]
-        expected = (lam*F.cross_entropy(logits, y, reduction='none') + (1-lam)*F.cross_entropy(logits, y1, reduction='none')).mean()
+        losses = [F.cross_entropy(logits, o, reduction='none') for o in (y,y1)]
+        expected = (lam*losses[0] + (1-lam)*losses[1]).mean()
         assert torch.allclose(l.frskd.losses['teacher'], expected, atol=1e-5)
     one_batch(learn, look)
 
@@ -409,7 +420,8 @@ def test_validation_and_prediction_are_the_plain_students(make, monkeypatch):
     assert hooks and not any(hooks)
 
 def test_predict_tta_show_results(digits):
-    dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), batch_tfms=aug_transforms(do_flip=False), bs=64, num_workers=0)
+    kw = dict(item_tfms=Resize(32), batch_tfms=aug_transforms(do_flip=False), bs=64, num_workers=0)
+    dls = ImageDataLoaders.from_folder(digits_data(), valid='valid', **kw)
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=FRSKDCallback())
     file = dls.valid_ds.items[0]
     with learn.no_bar():
@@ -430,7 +442,9 @@ class Stop(Callback):
     def __call__(self, event):
         if event==self.event and self.learn.training and self.learn.train_iter==2: raise self.ex
 
-@pytest.mark.parametrize('ex', [ValueError('x'), KeyboardInterrupt(), CancelFitException(), CancelTrainException(), CancelEpochException(), CancelBatchException()], ids=lambda e: type(e).__name__)
+ENDS = [ValueError('x'), KeyboardInterrupt(), CancelFitException(), CancelTrainException(),
+        CancelEpochException(), CancelBatchException()]
+@pytest.mark.parametrize('ex', ENDS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','after_backward','after_step'])
 @pytest.mark.parametrize('way', ['init','fit'])
 def test_nothing_left_behind(make, ex, event, way):
@@ -487,7 +501,9 @@ def test_columns(make):
     names = []
     learn.logger = lambda row: names.append(list(row))
     learn.fit(1, 1e-3)
-    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy','time']
+    plain = ['epoch','train_loss','valid_loss','accuracy']
+    ours = ['student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy']
+    assert list(learn.recorder.metric_names)==[*plain,*ours,'time']
     row = dict(zip(learn.recorder.metric_names, names[-1]))
     assert 0<=row['teacher_accuracy']<=1 and row['student_loss']>0 and row['feature_loss']>0
     assert len(learn.validate())==2 and [m.name for m in learn.metrics]==['accuracy']
@@ -525,12 +541,15 @@ def test_a_copied_learner_trains_like_the_original(make):
         if l is learn: l.fit(1, 1e-2)
     assert same(before, weights(other.model))
     other.fit(1, 1e-2)
-    assert same(weights(learn.model), weights(other.model)) and same(weights(learn.frskd.teacher), weights(other.frskd.teacher))
+    assert same(weights(learn.model), weights(other.model))
+    assert same(weights(learn.frskd.teacher), weights(other.frskd.teacher))
     other.fit(1, 1e-2, reset_opt=True)
     assert {id(p) for p in other.frskd.teacher.parameters()} <= set(groups(other.opt)[-1])
 
 # -- Saving --------------------------------------------------------------------------------------
-def image_dls(): return ImageDataLoaders.from_folder(digits_data(), valid='valid', item_tfms=Resize(32), bs=64, num_workers=0)
+def image_dls():
+    kw = dict(item_tfms=Resize(32), bs=64, num_workers=0)
+    return ImageDataLoaders.from_folder(digits_data(), valid='valid', **kw)
 
 def test_saved_and_exported_files_are_plain(tmp_path):
     dls = image_dls()
@@ -566,7 +585,8 @@ learn = load_learner({str(tmp_path/'x.pkl')!r})
 with learn.no_bar(): print('probabilities:', len(learn.predict({str(learn.dls.valid_ds.items[0])!r})[2]))
 learn.create_opt()
 """
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    argv = [sys.executable, '-W', 'ignore', '-c', code]
+    out = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert 'probabilities: 10' in out.stdout, out.stderr
 
 def test_export_of_an_untrained_learner(digits, tmp_path):

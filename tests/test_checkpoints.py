@@ -15,7 +15,8 @@ BLOCK = "import sys; sys.modules['frskd_fastai'] = None\n"
 def process(code, *args, cwd):
     "Run `code` in a process of its own, with the tests' helpers importable"
     env = {**os.environ, 'PYTHONPATH':f'{ROOT}:{ROOT/"tests"}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
-    done = subprocess.run([sys.executable,'-c',textwrap.dedent(code).replace('BLOCK\n', BLOCK),*map(str,args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    argv = [sys.executable,'-c',textwrap.dedent(code).replace('BLOCK\n', BLOCK),*map(str, args)]
+    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode==0, done.stderr[-3000:]
     return done.stdout
 
@@ -47,15 +48,21 @@ RESUME = '''
     from fastai.vision.all import *
     from conftest import *
     from frskd_fastai.all import *
-    x = F.interpolate(torch.from_numpy(load_digits().images).float()[:96,None]/16, size=32).expand(-1,3,-1,-1).contiguous()
+    x = torch.from_numpy(load_digits().images).float()[:96,None]/16
+    x = F.interpolate(x, size=32).expand(-1,3,-1,-1).contiguous()
     dl = DataLoader(list(zip(x, torch.from_numpy(load_digits().target)[:96])), bs=16)
     def learner(seed):
         set_seed(seed)
-        learn = Learner(DataLoaders(dl, dl), SmallNet(), loss_func=CrossEntropyLossFlat(), splitter=split, opt_func=opts[opt], cbs=cbs[cb](), path='.')
+        kw = dict(splitter=split, opt_func=opts[opt], cbs=cbs[cb](), path='.')
+        learn = Learner(DataLoaders(dl, dl), SmallNet(), loss_func=CrossEntropyLossFlat(), **kw)
         learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress')); learn.logger = noop
         return learn
-    def keep(learn, name): torch.save({**learn.model.state_dict(), **{f't.{k}':v for k,v in learn.frskd.trained.state_dict().items()}, 'trust':learn.frskd.trust.loss}, f'{opt}-{cb}-{name}.pth')
-    opts = dict(Adam=Adam, SGD=partial(SGD, mom=.9), ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+    def keep(learn, name):
+        trained = {f't.{k}':v for k,v in learn.frskd.trained.state_dict().items()}
+        state = {**learn.model.state_dict(), **trained, 'trust':learn.frskd.trust.loss}
+        torch.save(state, f'{opt}-{cb}-{name}.pth')
+    opts = dict(Adam=Adam, SGD=partial(SGD, mom=.9), ranger=ranger,
+                torch=partial(OptimWrapper, opt=torch.optim.AdamW))
     cbs = dict(frskd=FRSKDCallback, sla=partial(FRSKDSLACallback, feature_loss='hint'))
     for opt,cb in [o.split('-') for o in sys.argv[2:]]:
         if sys.argv[1]=='first':
@@ -73,7 +80,9 @@ def test_resuming_in_a_new_process_is_training_on(tmp_path):
         assert a.keys()==b.keys() and not [k for k in a if not torch.equal(a[k], b[k])], run
 
 def test_two_fits_are_one_longer_one_without_a_break(make):
-    "What the file of the test above goes on with is a fit of four epochs; trust, too, where both are long enough for all of it"
+    """What the file of the test above goes on with is a fit of four epochs
+
+    Trust, too, where both are long enough for all of it"""
     ends = []
     for fits in [4],[2,2]:
         learn = make(cbs=FRSKDCallback(), opt_func=partial(SGD, mom=.9))
@@ -85,22 +94,31 @@ def test_two_fits_are_one_longer_one_without_a_break(make):
         ends.append({**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}})
     assert same(*ends)
 
+OTHERS = [
+    (dict(width=2), r'laterals.*\(8, 8, 1, 1\) in the file, \(16, 8, 1, 1\) here'),
+    (dict(levels=2), r"\['stages.0', 'stages.1', 'stages.2'\] in the file, \['stages.1', 'stages.2'\] here"),
+    (dict(feature_loss='hint'), 'feature_loss'),
+    (dict(teacher=partial(SelfTeacher, width=1, depth=1, repeat=2)), 'layers.1')]
 def test_a_checkpoint_of_another_self_teacher_is_refused(make, tmp_path):
     learn = make(cbs=FRSKDCallback(width=1))
     learn.fit(1, 1e-2); learn.save('a')
-    for kw,msg in ((dict(width=2), r'laterals.*\(8, 8, 1, 1\) in the file, \(16, 8, 1, 1\) here'), (dict(levels=2), r"\['stages.0', 'stages.1', 'stages.2'\] in the file, \['stages.1', 'stages.2'\] here"), (dict(feature_loss='hint'), 'feature_loss'),
-                   (dict(teacher=partial(SelfTeacher, width=1, depth=1, repeat=2)), 'layers.1')):
+    for kw,msg in OTHERS:
         other = make(seed=1, cbs=FRSKDCallback(**{'width':1, **kw}))
         other.fit(1, 1e-3)
-        before = weights(other.model),weights(other.frskd.trained),[deepcopy(dict(s)) for *_,s,_ in other.opt.all_params()]
+        before = weights(other.model),weights(other.frskd.trained)
+        states = [deepcopy(dict(s)) for *_,s,_ in other.opt.all_params()]
         with pytest.raises(ValueError, match=msg): other.load('a')
         assert same(weights(other.model), before[0]) and same(weights(other.frskd.trained), before[1])
-        for s,(*_,t,_) in zip(before[2], other.opt.all_params()): assert s.keys()==t.keys() and all(torch.equal(tensor(s[k]), tensor(t[k])) for k in s)
+        for s,(*_,t,_) in zip(states, other.opt.all_params()):
+            assert s.keys()==t.keys() and all(torch.equal(tensor(s[k]), tensor(t[k])) for k in s)
         other.load('a', with_opt=False) # the student alone
-        assert same(weights(other.model), weights(learn.model)) and same(weights(other.frskd.trained), before[1])
+        assert same(weights(other.model), weights(learn.model))
+        assert same(weights(other.frskd.trained), before[1])
 
 def test_checkpoints_and_learners_without_frskd(make):
-    "A checkpoint with a self-teacher gives a plain Learner its model, as fastai loads it; a plain one gives an FRSKD Learner its student"
+    """A checkpoint with a self-teacher gives a plain Learner its model, as fastai loads it
+
+    A plain one gives an FRSKD Learner its student"""
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-2); learn.save('frskd')
     plain = make(seed=1)
@@ -126,7 +144,8 @@ def exported(tmp_path, digits):
     "A plain and an FRSKD Learner on image files, trained and exported"
     from frskd_fastai.data.embedded import digits_data
     files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:16])
-    dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, item_tfms=Resize(32), bs=16, num_workers=0, seed=0)
+    kw = dict(item_tfms=Resize(32), bs=16, num_workers=0, seed=0)
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, **kw)
     learns = {}
     for k,cbs in ('plain',[]),('frskd',[FRSKDCallback()]):
         set_seed(0)
@@ -136,7 +155,7 @@ def exported(tmp_path, digits):
     return learns,files[0]
 
 def test_exported_file(exported, tmp_path):
-    "Within 1% of a plain Learner's size, without a module of this package; it loads and predicts where this is not installed"
+    "A plain Learner's size, within 1%, no module of this package; it predicts where this isn't installed"
     learns,file = exported
     sizes = {k:(tmp_path/f'{k}.pkl').stat().st_size for k in learns}
     assert abs(sizes['frskd']/sizes['plain']-1)<.01
@@ -176,7 +195,8 @@ def test_other_formats(how, exported):
     else:
         pytest.importorskip('onnx'); ort = pytest.importorskip('onnxruntime')
         f = io.BytesIO(); torch.onnx.export(model, (x,), f, dynamo=False)
-        text,z = f.getvalue(),tensor(ort.InferenceSession(f.getvalue()).run(None, {ort.InferenceSession(f.getvalue()).get_inputs()[0].name:x.numpy()})[0])
+        session,text = ort.InferenceSession(f.getvalue()),f.getvalue()
+        z = tensor(session.run(None, {session.get_inputs()[0].name:x.numpy()})[0])
     torch.testing.assert_close(z, y, rtol=1e-3, atol=1e-4)
     assert not any(w in text for w in (b'teacher',b'fusion',b'laterals'))
     assert n_hooks(learn.model)==0

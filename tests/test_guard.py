@@ -24,8 +24,11 @@ class Poison(Callback):
 def sound(learn):
     "Is all finite that a later step reads?"
     f = learn.frskd
+    nets = [v for m in (learn.model,f.trained) for v in m.state_dict().values()]
     state = [v for *_,s,_ in learn.opt.all_params() for v in s.values() if v is not None]
-    return all(torch.as_tensor(o).isfinite().all() for o in [*learn.model.state_dict().values(), *f.trained.state_dict().values(), f.trust.factor(), learn.recorder.smooth_loss.val, *state, *(p.grad for p in learn.model.parameters() if p.grad is not None)])
+    grads = [p.grad for p in learn.model.parameters() if p.grad is not None]
+    values = [*nets, *state, *grads, f.trust.factor(), learn.recorder.smooth_loss.val]
+    return all(torch.as_tensor(o).isfinite().all() for o in values)
 
 def test_plain_fastai_loses_the_training(make):
     "What this is for; without the callback nothing is changed"
@@ -33,11 +36,16 @@ def test_plain_fastai_loses_the_training(make):
     learn.fit(1, 1e-3, cbs=Poison(2))
     assert all(p.isnan().all() for p in learn.model.parameters())
 
-@pytest.mark.parametrize('kw', [dict(),dict(opt_func=partial(SGD, mom=.9)),dict(opt_func=ranger),dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),dict(cbs=[GradientAccumulation(32)]),dict(cbs=[GradientClip(.1)]),dict(cbs=[MixUp(.4)])], ids=['Adam','SGD','ranger','torch','accumulation','clip','MixUp'])
+WAYS = {'Adam':dict(), 'SGD':dict(opt_func=partial(SGD, mom=.9)), 'ranger':dict(opt_func=ranger),
+        'torch':dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)),
+        'accumulation':dict(cbs=[GradientAccumulation(32)]), 'clip':dict(cbs=[GradientClip(.1)]),
+        'MixUp':dict(cbs=[MixUp(.4)])}
+@pytest.mark.parametrize('kw', WAYS.values(), ids=list(WAYS))
 @pytest.mark.parametrize('value', [math.nan,math.inf])
 def test_a_step_that_is_not_finite_does_no_harm(kw, value, make):
     learn = make(**{**kw, 'cbs':[FRSKDCallback(), *kw.get('cbs', [])]})
-    with pytest.warns(UserWarning, match="skipped 3 steps with a non-finite loss"): learn.fit(2, 1e-3, cbs=Poison(0, 2, 5, value=value))
+    with pytest.warns(UserWarning, match='skipped 3 steps with a non-finite loss'):
+        learn.fit(2, 1e-3, cbs=Poison(0, 2, 5, value=value))
     assert sound(learn) and learn.frskd.skipped==3 and n_hooks(learn.model)==0
     assert all(math.isfinite(v) for row in learn.recorder.values for v in row)
     assert learn.validate()[1]>=0
@@ -48,7 +56,9 @@ def test_label_augmentation_too(make):
     assert sound(learn) and learn.frskd.skipped==1
 
 def test_it_is_left_out(make):
-    "With plain SGD, the fit is the one without that step; BatchNorm's statistics are those of at most `every` steps before"
+    """With plain SGD, the fit is the one without that step
+
+    BatchNorm's statistics are those of at most `every` steps before"""
     ends = []
     class Skip(Callback):
         order = 100
@@ -62,7 +72,8 @@ def test_it_is_left_out(make):
         ends.append(skip.at)
     params = [k for k,_ in learn.model.named_parameters()]
     eq = lambda a,b: [k for k in params if not torch.equal(a[k], b[k])]
-    assert not eq(ends[0][3], ends[0][4]) and not eq(ends[0][3], ends[1][3]) and eq(ends[1][3], ends[1][4]) and eq(ends[0][4], ends[0][5])
+    a,b = ends
+    assert not eq(a[3], a[4]) and not eq(a[3], b[3]) and eq(b[3], b[4]) and eq(a[4], a[5])
 
 def test_a_sound_fit_is_what_it_was(make, monkeypatch):
     "Bit for bit, with looks in the middle of it"
@@ -73,23 +84,30 @@ def test_a_sound_fit_is_what_it_was(make, monkeypatch):
             for o in 'after_loss','after_backward','_look': monkeypatch.setattr(SkipNonFinite, o, noop)
         learn = make(cbs=FRSKDCallback(columns=True))
         learn.fit_one_cycle(2, 1e-2)
-        ends.append({**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'values':tensor([list(o) for o in learn.recorder.values])})
+        teacher = {f't.{k}':v for k,v in weights(learn.frskd.trained).items()}
+        values = tensor([list(o) for o in learn.recorder.values])
+        ends.append({**weights(learn.model), **teacher, 'values':values})
     assert same(*ends)
 
 class CPUScaler(MixedPrecision):
     "fp16's loss scaler, without a GPU"
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', enabled=False),GradScaler('cpu', init_scale=1024.),L()
+    def before_fit(self):
+        self.autocast,self.scales = autocast('cpu', enabled=False),L()
+        self.learn.scaler = GradScaler('cpu', init_scale=1024.)
 
 def test_fp16s_scaler_skips_it(make):
     "The whole step, as in plain fastai; and the statistics are set back here, too"
     learn = make(cbs=[FRSKDCallback(),CPUScaler()])
     class Look(Callback):
         def before_fit(self): self.at,self.scale = [],[]
-        def after_step(self): self.at.append([deepcopy({k:v for k,v in s.items()}) for *_,s,_ in self.opt.all_params()]); self.scale.append(self.learn.scaler.get_scale())
+        def after_step(self):
+            self.at.append([deepcopy(dict(s)) for *_,s,_ in self.opt.all_params()])
+            self.scale.append(self.learn.scaler.get_scale())
     look = Look()
     with pytest.warns(UserWarning, match='skipped'): learn.fit(1, 1e-3, cbs=[look,Poison(3)])
     assert sound(learn) and look.scale[2]==1024 and look.scale[-1]==512
-    for a,b in zip(look.at[2], look.at[3]): assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    for a,b in zip(look.at[2], look.at[3]):
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 # -- The end of a fit ---------------------------------------------------------------------------------------
 @pytest.fixture
@@ -155,13 +173,14 @@ def test_a_gradient_behind_a_finite_loss(epoch, make):
         def after_epoch(self): ends.append(self.epoch)
         def after_backward(self):
             if self.epoch==epoch and self.iter==4: self.model.head[2].weight.grad[0,0] = math.nan
-    with pytest.raises(FloatingPointError, match="1 of [0-9]+ parameters aren't finite any more, for instance head.2.weight"), warnings.catch_warnings():
+    said = "1 of [0-9]+ parameters aren't finite any more, for instance head.2.weight"
+    with pytest.raises(FloatingPointError, match=said), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.fit(3, 1e-3, cbs=End())
     assert ends==list(range(epoch)) and n_hooks(learn.model)==0
 
 class Fixed(SmallNet):
-    "Causal attention over 4×4 places, its mask of -inf a parameter that isn't trained or a buffer; an unused layer of NaN"
+    "Causal attention over 4×4 places, its mask of -inf a fixed parameter or a buffer; an unused layer of NaN"
     def __init__(self, buffer=False):
         super().__init__()
         mask = torch.full((16,16), -math.inf).triu(1)
@@ -182,7 +201,8 @@ def test_what_was_not_finite_before_is_no_fault(buffer, short, make, tmp_path):
     with pytest.warns(UserWarning, match='skipped'): learn.fit(2, 1e-3, cbs=Poison(3))
     learn.fit(1, 1e-3)
     assert [o.name for o in Resumable(tmp_path/'kept').files]==['1-0001.pth','1-0000.pth']
-    assert learn.frskd.teacher is not None and all(p.isfinite().all() for p in learn.frskd.trained.parameters())
+    assert learn.frskd.teacher is not None
+    assert all(p.isfinite().all() for p in learn.frskd.trained.parameters())
 
 @pytest.mark.parametrize('name,at', [('mask',(0,0)),('head.2.weight',(0,0)),('frskd.trained.teacher',None)])
 def test_what_becomes_so_beside_it_is_told(name, at, make):
@@ -193,10 +213,10 @@ def test_what_becomes_so_beside_it_is_told(name, at, make):
             if self.iter!=3: return
             p = first(self.frskd.teacher.parameters()) if at is None else self.model.get_parameter(name)
             p.data[at or 0] = math.nan
-    with pytest.raises(FloatingPointError, match=f"1 of [0-9]+ parameters aren't finite any more, for instance {name}"):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            learn.fit(1, 1e-3, cbs=Spoil())
+    said = f"1 of [0-9]+ parameters aren't finite any more, for instance {name}"
+    with pytest.raises(FloatingPointError, match=said), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(1, 1e-3, cbs=Spoil())
 
 def test_lr_find_goes_to_its_end(short, make):
     "It is meant to find where losses aren't finite"
@@ -208,7 +228,8 @@ def test_weights_of_the_losses(short, make):
     "Each part is finite, their sum isn't"
     stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the loss')
 
-@pytest.mark.parametrize('option,msg', [('--alpha',"the soft-label loss isn't"),('--lr',"parameters aren't finite any more")])
+TOLD = [('--alpha',"the soft-label loss isn't"), ('--lr',"parameters aren't finite any more")]
+@pytest.mark.parametrize('option,msg', TOLD)
 def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     "One line, exit code 1, no results, and the checkpoint from before is there"
     monkeypatch.setattr(ProgressCallback, 'run', False)
@@ -217,13 +238,16 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
         (tmp_path/'data'/c).mkdir(parents=True)
         for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c/f.name)
     if option=='--alpha': monkeypatch.setattr(SingleLabel, 'soft_labels', lambda self,s,t,*a: (s-t).sum()*math.nan)
+    args = '--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3'
     value = {'--alpha':'1','--lr':'1e30'}[option]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        code = command.main([str(tmp_path/'data'),'--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3',option,value,'--out',str(tmp_path/'r')])
+        code = command.main([str(tmp_path/'data'), *args, option, value, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
-    assert code==1 and err.count('\n')==1 and msg in err and 'start anew' in err and f'the last good state is in {tmp_path}/r/checkpoints' in err
-    assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints'] and (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
+    assert code==1 and err.count('\n')==1 and msg in err and 'start anew' in err
+    assert f'the last good state is in {tmp_path}/r/checkpoints' in err
+    assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints']
+    assert (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
 
 @pytest.mark.parametrize('spoiled', [False,True])
 def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
@@ -236,10 +260,10 @@ def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
         fit(job, learn, lr)
         if spoiled: learn.model.mask.data[0,0] = -math.inf
     monkeypatch.setattr(jobs.ImageJob, 'fit', spoil)
-    args = ['--arch','wrn16_2','--size','32','--bs','256','--epochs','1','--lr','1e-3','--compare','--out',str(tmp_path/'r')]
+    args = '--arch','wrn16_2','--size','32','--bs','256','--epochs','1','--lr','1e-3','--compare'
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        code = command.main(args)
+        code = command.main([*args, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==spoiled and (tmp_path/'r/student.pkl').exists()==(not spoiled)
     if spoiled: assert "the plain training has diverged: 1 weights or buffers aren't finite" in err

@@ -19,8 +19,10 @@ from conftest import SmallNet, same, split, weights
 def test_killed_at_random_moments(kind, kills, rows, tmp_path):
     "SIGKILL at 25 moments, in all: weights and history are those of an undisturbed run, bit for bit"
     here = Path(__file__).parent
-    env = {**os.environ, 'PYTHONPATH':str(here.parent), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'MPLBACKEND':'agg'}
-    done = subprocess.run([sys.executable, here/'killed.py', kind, str(kills), tmp_path], capture_output=True, text=True, env=env, timeout=400)
+    env = {**os.environ, 'PYTHONPATH':str(here.parent), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore',
+           'MPLBACKEND':'agg'}
+    argv = [sys.executable,here/'killed.py',kind,str(kills),tmp_path]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode==0, done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert said['equal'] and all(said['equal']) and said['killed']==kills and said['rows']==rows
@@ -36,20 +38,27 @@ class Stop(Callback):
 
 def learner(make, cbs=(), **kw): return make(cbs=[FRSKDCallback(columns=True),*cbs], **kw)
 def everything(learn):
-    r = learn.recorder
-    return {**weights(learn.model), **{f't.{k}':v for k,v in weights(learn.frskd.trained).items()}, 'trust':learn.frskd.trust.loss, 'losses':torch.stack(list(r.losses)).as_subclass(Tensor), 'values':tensor([list(v) for v in r.values]), 'iters':tensor(r.iters), 'lrs':tensor(r.lrs), 'steps':tensor(learn.frskd.steps.values)}
+    r,f = learn.recorder,learn.frskd
+    return {**weights(learn.model), **{f't.{k}':v for k,v in weights(f.trained).items()}, 'trust':f.trust.loss,
+            'losses':torch.stack(list(r.losses)).as_subclass(Tensor), 'values':tensor([list(v) for v in r.values]),
+            'iters':tensor(r.iters), 'lrs':tensor(r.lrs), 'steps':tensor(f.steps.values)}
 
 def accumulation(): return [GradientAccumulation(40)] # 2½ batches: gradients pass from one epoch to the next
 def tracking(): return [SaveModelCallback(fname='best'), ReduceLROnPlateau(min_delta=10, patience=2)]
 def clipped(): return [GradientClip(.1), MixUp(.4)]
 
-@pytest.mark.parametrize('more,kw', [(list,{}),(list,dict(opt_func=ranger)),(list,dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))),(accumulation,{}),(tracking,{}),(clipped,dict(opt_func=partial(SGD, mom=.9)))], ids=['Adam','ranger','torch','accumulation','trackers','clip and MixUp'])
+WAYS = {'Adam':(list,{}), 'ranger':(list,dict(opt_func=ranger)),
+        'torch':(list,dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))),
+        'accumulation':(accumulation,{}), 'trackers':(tracking,{}),
+        'clip and MixUp':(clipped,dict(opt_func=partial(SGD, mom=.9)))}
+@pytest.mark.parametrize('more,kw', WAYS.values(), ids=list(WAYS))
 def test_interrupted_fit_ends_as_an_undisturbed_one(more, kw, make, tmp_path):
     ends,best = [],[]
     for d,stops in ('whole',[]),('parts',[1,3]):
         shutil.rmtree(tmp_path/'models', ignore_errors=True)
         for s in stops:
-            with pytest.raises(KeyboardInterrupt): learner(make, **kw).fit_one_cycle(4, 1e-2, cbs=[Resumable(tmp_path/d),*more(),Stop(s)])
+            with pytest.raises(KeyboardInterrupt):
+                learner(make, **kw).fit_one_cycle(4, 1e-2, cbs=[Resumable(tmp_path/d),*more(),Stop(s)])
         learn = learner(make, **kw)
         learn.fit_one_cycle(4, 1e-2, cbs=[Resumable(tmp_path/d),*more()])
         ends.append(everything(learn)); best.append([f.name for f in (tmp_path/'models').glob('*.pth')])
@@ -62,7 +71,8 @@ def test_stopping_early(make, tmp_path):
     rows = []
     for d,stops in ('whole',[]),('parts',[2]):
         for s in stops:
-            with pytest.raises(KeyboardInterrupt): learner(make).fit(6, 1e-2, cbs=[Resumable(tmp_path/d),early(),Stop(s)])
+            with pytest.raises(KeyboardInterrupt):
+                learner(make).fit(6, 1e-2, cbs=[Resumable(tmp_path/d),early(),Stop(s)])
         learn = learner(make)
         learn.fit(6, 1e-2, cbs=[Resumable(tmp_path/d),early()])
         rows.append([list(o) for o in learn.recorder.values])
@@ -137,7 +147,8 @@ def test_a_damaged_checkpoint_is_skipped(how, done, make, capsys):
     if how=='folder':
         new.rmdir()
         new.mkdir() # can't be written over either: told, and the older one stays
-        with pytest.raises(CheckpointError, match='is the checkpoint|can.t write the checkpoint'): learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
+        with pytest.raises(CheckpointError, match='is the checkpoint|can.t write the checkpoint'):
+            learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
         assert old.is_file()
         return
     learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
@@ -145,7 +156,11 @@ def test_a_damaged_checkpoint_is_skipped(how, done, make, capsys):
     assert len(said)==1 and 'damaged' in said[0] and said[0].endswith(f'trying {old}')
     assert same(everything(learn), end)
 
-@pytest.mark.parametrize('how,msg', [('levels','of another training: the self-teacher is another one: levels'),('model','head.2.weight is .10, 32. in it, .4, 32. here'),('about','epochs is 3 in it, 5 here'),('length','epochs is 3 in it, 4 here'),('batches','batches is 6 in it, 12 here'),('plain','optimizer'),('damaged','damaged')])
+REFUSED = [('levels','of another training: the self-teacher is another one: levels'),
+           ('model','head.2.weight is .10, 32. in it, .4, 32. here'), ('about','epochs is 3 in it, 5 here'),
+           ('length','epochs is 3 in it, 4 here'), ('batches','batches is 6 in it, 12 here'),
+           ('plain','optimizer'), ('damaged','damaged')]
+@pytest.mark.parametrize('how,msg', REFUSED)
 def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
     folder,_ = done
     for f in Resumable(folder).files: spoil(f, 'truncated' if how=='damaged' else '')
@@ -154,9 +169,9 @@ def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
     if how!='plain': learn.add_cb(FRSKDCallback(columns=True, levels=2 if how=='levels' else 4))
     if how=='model': learn.loss_func = lambda p,y: F.cross_entropy(p, y%4)
     if how=='batches': learn.dls = DataLoaders(learn.dls.train.new(bs=8), learn.dls.valid)
-    about = dict(epochs=5 if how=='about' else 3)
+    about,n = dict(epochs=5 if how=='about' else 3),4 if how=='length' else 3
     weights_before = weights(learn.model)
-    with pytest.raises(CheckpointError, match=msg) as e: learn.fit_one_cycle(4 if how=='length' else 3, 1e-2, cbs=Resumable(folder, about))
+    with pytest.raises(CheckpointError, match=msg) as e: learn.fit_one_cycle(n, 1e-2, cbs=Resumable(folder, about))
     assert str(folder) in str(e.value) and 'remove' in str(e.value)
     assert {f:f.read_bytes() for f in folder.iterdir()}==before
     if how!='plain': assert same(weights(learn.model), weights_before)
@@ -182,7 +197,7 @@ def test_an_epoch_without_a_use_is_not_kept(what, frskd, make, tmp_path):
     assert same(trained('parts'), trained('whole'))
 
 def test_what_counts_is_the_start_of_the_training(make, tmp_path):
-    "A fit that has ruined the model doesn't make that the next one's start; nor does a program that loads a ruined one"
+    "A fit that has ruined the model isn't the next one's start; nor is a ruined one that a program loads"
     learn = make()
     learn.model.register_buffer('mask', tensor([0,-math.inf]))
     learn.fit(1, 1e-2, cbs=Resumable(tmp_path/'a'))
@@ -203,17 +218,20 @@ def test_a_useless_file_takes_no_place(done, make):
     (folder/'0-0003.pth').write_bytes(b'x')
     learn = learner(make)
     learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
-    assert same(everything(learn), end) and [o.name for o in Resumable(folder).files]==['0-0009.pth','0-0003.pth','0-0002.pth']
+    assert same(everything(learn), end)
+    assert [o.name for o in Resumable(folder).files]==['0-0009.pth','0-0003.pth','0-0002.pth']
 
 def test_a_file_in_place_of_the_folder(make, tmp_path):
     (tmp_path/'f').write_text('')
-    with pytest.raises(CheckpointError, match='is a file; name a folder'): make().fit(1, cbs=Resumable(tmp_path/'f'))
+    with pytest.raises(CheckpointError, match='is a file; name a folder'):
+        make().fit(1, cbs=Resumable(tmp_path/'f'))
 
 def test_other_files_in_the_folder_stay(make, tmp_path):
     (tmp_path/'a').mkdir()
     for n in 'notes.txt','model.pth','.0-0000.pth.tmp': (tmp_path/'a'/n).write_text('x')
     learner(make).fit(1, cbs=Resumable(tmp_path/'a'))
-    assert sorted(o.name for o in (tmp_path/'a').iterdir())==['0-0000.pth','0-0001.pth','model.pth','notes.txt'] # what a killed process left is gone
+    # what a killed process left is gone
+    assert sorted(o.name for o in (tmp_path/'a').iterdir())==['0-0000.pth','0-0001.pth','model.pth','notes.txt']
 
 @pytest.mark.parametrize('where', ['os.fsync','os.replace'])
 def test_killed_while_writing(where, done, monkeypatch):
@@ -227,14 +245,14 @@ def test_killed_while_writing(where, done, monkeypatch):
 
 def test_a_full_disk(make, tmp_path):
     "The last good checkpoint stays, and nothing of the other"
-    r = Resumable(tmp_path/'a')
+    r,limits = Resumable(tmp_path/'a'),resource.getrlimit(resource.RLIMIT_FSIZE)
     class Full(Callback):
         order = 60
         def after_epoch(self):
-            if self.epoch==1: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if self.epoch==1: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,limits[1]))
+    said = "can't write the checkpoint .*0-0002.pth: File too large; the last good one is .*0-0001.pth"
     try:
-        with pytest.raises(CheckpointError, match="can't write the checkpoint .*0-0002.pth: File too large; the last good one is .*0-0001.pth"): learner(make).fit(3, 1e-2, cbs=[r,Full()])
+        with pytest.raises(CheckpointError, match=said): learner(make).fit(3, 1e-2, cbs=[r,Full()])
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(o.name for o in (tmp_path/'a').iterdir())==['0-0000.pth','0-0001.pth']
     ends = []
@@ -255,8 +273,12 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, 'cpus', 0)
     return tmp_path/'data'
 
-def options(out, epochs=3): return ['--arch','wrn16_2','--size','16','--bs','8','--epochs',str(epochs),'--lr','1e-3','--out',str(out)]
-def outcome(out): return torch.load(out/'student.pkl', weights_only=False).model.state_dict(),pd.read_csv(out/'history.csv').drop(columns='time')
+def options(out, epochs=3):
+    return ['--arch','wrn16_2','--size','16','--bs','8','--epochs',str(epochs),'--lr','1e-3','--out',str(out)]
+
+def outcome(out):
+    learn = torch.load(out/'student.pkl', weights_only=False)
+    return learn.model.state_dict(),pd.read_csv(out/'history.csv').drop(columns='time')
 
 @pytest.fixture
 def stopped(folder, tmp_path, monkeypatch, capsys):
@@ -284,17 +306,21 @@ def hangup():
 def test_signals(signum, expected, hangup, stopped, folder, tmp_path, capsys):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]
     code,err,out = stopped(signum)
-    assert code==expected and err.strip().count('\n')==0 and err.strip().endswith(f'frskd-train --resume {out}') and 'interrupted' in err
+    assert code==expected and err.strip().count('\n')==0 and 'interrupted' in err
+    assert err.strip().endswith(f'frskd-train --resume {out}')
     assert [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]==handlers
-    assert sorted(o.name for o in out.iterdir())==['checkpoints'] and (out/'checkpoints/frskd/0-0001.pth').exists()
+    assert sorted(o.name for o in out.iterdir())==['checkpoints']
+    assert (out/'checkpoints/frskd/0-0001.pth').exists()
     assert command.main([str(folder), *options(out)])==2
     assert f'--resume {out}' in capsys.readouterr().err # nothing is lost by mistake
-    assert command.main(['--resume', str(out)])==0 and command.main([str(folder), *options(tmp_path/'whole')])==0
+    assert command.main(['--resume', str(out)])==0
+    assert command.main([str(folder), *options(tmp_path/'whole')])==0
     (a,h),(b,g) = outcome(out),outcome(tmp_path/'whole')
     assert same(a, b) and h.equals(g) and len(h)==3
     assert not (out/'checkpoints').exists()
     assert command.main(['--resume', str(out)])==0 and 'finished' in capsys.readouterr().out
-    assert command.main(['--resume', str(out), '--epochs', '9'])==2 and 'Drop --epochs' in capsys.readouterr().err
+    assert command.main(['--resume', str(out), '--epochs', '9'])==2
+    assert 'Drop --epochs' in capsys.readouterr().err
 
 def test_nohup_is_respected(make, hangup):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -318,7 +344,8 @@ def test_two_at_once_are_refused(stopped, folder, tmp_path, capsys):
         before = {p:p.stat().st_mtime_ns for p in out.rglob('*')}
         assert command.main(args)==2
         err = capsys.readouterr().err
-        assert err.count('\n')==1 and 'another process is training' in err and {p:p.stat().st_mtime_ns for p in out.rglob('*')}==before
+        assert err.count('\n')==1 and 'another process is training' in err
+        assert {p:p.stat().st_mtime_ns for p in out.rglob('*')}==before
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     assert command.main(['--resume', str(out)])==0 and not list(out.glob('*.lock'))
@@ -356,7 +383,8 @@ def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, ca
         bad('are not those it was trained on', str(moved))
         f.write_bytes(data)
     shutil.copytree(out, tmp_path/'copy')
-    for text in b'', b'{}', os.urandom(50), b'[1]', json.dumps(dict(argv=['--epochs','-1'], path=None, lr=.1, data='x')).encode(), json.dumps(dict(argv=[], path=None, lr='x', data='x')).encode():
+    notes = dict(argv=['--epochs','-1'], path=None, lr=.1, data='x'),dict(argv=[], path=None, lr='x', data='x')
+    for text in b'', b'{}', os.urandom(50), b'[1]', *(json.dumps(o).encode() for o in notes):
         note = (out/'checkpoints/training.json').read_bytes()
         (out/'checkpoints/training.json').write_bytes(text)
         bad('training.json is damaged')
@@ -394,7 +422,8 @@ def test_the_command_on_a_full_disk(folder, tmp_path, capsys, monkeypatch):
     calls = []
     def full(fd):
         calls.append(fd)
-        if len(calls)>5: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) # a note and the first state, with their folders' names, and half of the next
+        # a note and the first state, with their folders' names, and half of the next
+        if len(calls)>5: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(fd)
     with monkeypatch.context() as m:
         m.setattr(os, 'fsync', full)
