@@ -234,7 +234,8 @@ def test_weights_can_be_set_at_any_time_the_rest_when_made(make):
     with pytest.raises(ValueError, match='alpha must be'): cb.alpha = -1
     with pytest.raises(ValueError, match='temperature must be'): cb.temperature = 'warm'
     assert cb.alpha==1. and cb.temperature==4.
-    for name,value in dict(feature_loss='hint', width=1., schedule='ramp', levels=2, finest=0, depth=2, budget=1.).items():
+    others = dict(feature_loss='hint', width=1., schedule='ramp', levels=2, finest=0, depth=2, budget=1.)
+    for name,value in others.items():
         with pytest.raises(AttributeError, match=rf'`FRSKDCallback\({name}=...\)`'): setattr(cb, name, value)
     learn.fit(1, 1e-3)
     assert cb.trained.feature_loss is attention_loss
