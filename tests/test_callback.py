@@ -53,7 +53,7 @@ def _opt(make, model, opt_func):
 def test_vision_learner_one_line(digits):
     dls = image_dls()
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=FRSKDCallback())
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-2)
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-2, cbs=ShortEpochCallback(.2))
     assert learn.frskd.level_names==['0.4','0.5','0.6','0.7']
     assert set(learn.frskd.losses)=={'student','teacher','soft_label','feature'}
     assert len(learn.opt.param_lists)==3
@@ -427,7 +427,7 @@ def test_predict_tta_show_results(digits):
     with learn.no_bar():
         learn.predict(file), learn.tta(n=1)
         assert learn.frskd.teacher is None # nothing was built for them
-        with learn.no_logging(): learn.fit(1, 1e-3)
+        with learn.no_logging(): learn.fit(1, 1e-3, cbs=ShortEpochCallback(.1))
         learn.frskd.teacher.forward = lambda *a: pytest.fail('the self-teacher ran')
         assert learn.predict(file)[2].shape==(10,)
         assert len(learn.tta(n=1)[0])==360

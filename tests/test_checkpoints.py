@@ -20,15 +20,12 @@ def process(code, *args, cwd):
     assert done.returncode==0, done.stderr[-3000:]
     return done.stdout
 
-@pytest.mark.parametrize('how', ['save','SaveModelCallback','state_dict'])
-def test_model_files_are_plain(how, make, tmp_path):
-    "It loads strictly into a Learner without FRSKD, on a machine without this package, and the reverse"
+def test_model_files_are_plain(make, tmp_path):
+    "They load strictly into a Learner without FRSKD, on a machine without this package, and the reverse"
     learn = make(cbs=FRSKDCallback())
-    learn.fit(1, 1e-2, cbs=SaveModelCallback(fname='m') if how=='SaveModelCallback' else None)
-    if how=='save': learn.save('m', with_opt=False)
-    if how=='state_dict':
-        (tmp_path/'models').mkdir()
-        torch.save(learn.model.state_dict(), tmp_path/'models/m.pth')
+    learn.fit(1, 1e-2, cbs=SaveModelCallback(fname='callback'))
+    learn.save('save', with_opt=False)
+    torch.save(learn.model.state_dict(), tmp_path/'models/state_dict.pth')
     process('''
         BLOCK
         import torch
@@ -36,12 +33,15 @@ def test_model_files_are_plain(how, make, tmp_path):
         from conftest import SmallNet
         dl = DataLoader([(torch.zeros(3,32,32),tensor(0))]*4, bs=2)
         learn = Learner(DataLoaders(dl, dl), SmallNet(), loss_func=CrossEntropyLossFlat(), path='.')
-        learn.load('m', with_opt=False, strict=True)
-        learn.save('plain', with_opt=False)
+        for name in 'callback','save','state_dict':
+            for p in learn.model.parameters(): p.data.zero_()
+            learn.load(name, with_opt=False, strict=True)
+            learn.save(f'plain-{name}', with_opt=False)
     ''', cwd=tmp_path)
-    fresh = make(seed=1, cbs=FRSKDCallback())
-    fresh.load('plain', with_opt=False, strict=True)
-    assert same(weights(fresh.model), weights(learn.model))
+    for name in 'callback','save','state_dict':
+        fresh = make(seed=1, cbs=FRSKDCallback())
+        fresh.load(f'plain-{name}', with_opt=False, strict=True)
+        assert same(weights(fresh.model), weights(learn.model))
 
 RESUME = '''
     import sys, torch
@@ -61,8 +61,7 @@ RESUME = '''
         trained = {f't.{k}':v for k,v in learn.frskd.trained.state_dict().items()}
         state = {**learn.model.state_dict(), **trained, 'trust':learn.frskd.trust.loss}
         torch.save(state, f'{opt}-{cb}-{name}.pth')
-    opts = dict(Adam=Adam, SGD=partial(SGD, mom=.9), ranger=ranger,
-                torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+    opts = dict(Adam=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
     cbs = dict(frskd=FRSKDCallback, sla=partial(FRSKDSLACallback, feature_loss='hint'))
     for opt,cb in [o.split('-') for o in sys.argv[2:]]:
         if sys.argv[1]=='first':
@@ -73,7 +72,7 @@ RESUME = '''
 '''
 def test_resuming_in_a_new_process_is_training_on(tmp_path):
     "Bit for bit: student, self-teacher with its BatchNorm statistics, trust; with several optimizers"
-    runs = 'Adam-frskd','SGD-frskd','torch-frskd','ranger-frskd','Adam-sla'
+    runs = 'Adam-frskd','torch-frskd','ranger-frskd','Adam-sla'
     for part in 'first','second': process(RESUME, part, *runs, cwd=tmp_path)
     for run in runs:
         a,b = (torch.load(tmp_path/f'{run}-{o}.pth', weights_only=False) for o in ('whole','resumed'))

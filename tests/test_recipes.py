@@ -110,6 +110,7 @@ def test_recipe_on_a_few_images(name, tmp_path, capsys):
     assert (len(train),len(valid))==(24,8)
     assert sorted(train.itemgot(1).unique())==sorted(valid.itemgot(1).unique())==classes
     assert not set(train.itemgot(0))&set(valid.itemgot(0)) and all(f.is_file() for f,_ in train+valid)
+    if name not in ('cifar100','cub200'): return # what follows is the same for all
     options = *SMALL,'--lr',.01,'--width',.5
     code,out,err = run(tmp_path/'data', '--recipe', name, *options, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
@@ -289,10 +290,10 @@ def test_options_that_do_not_fit(args, word, tmp_path, capsys):
     code,out,err = run(tmp_path/'data', '--recipe', 'imagenet', *args, '--out', tmp_path/'r', capsys=capsys)
     assert code==2 and word in err and err.count('\n')==1 and not (tmp_path/'r').exists()
 
-@pytest.mark.parametrize('arch', ['wrn16_2','xresnet18','mobilenet_v3_small','googlenet'])
+@pytest.mark.parametrize('arch', ['wrn16_2','googlenet'])
 def test_other_networks(arch, tmp_path, capsys):
     imagenet(tmp_path/'data')
-    size = 64 if arch in ('mobilenet_v3_small','googlenet') else 32
+    size = 64 if arch=='googlenet' else 32
     options = '--recipe','imagenet','--arch',arch,'--size',size,'--bs',8,'--epochs',1,'--width',.25
     code,out,err = run(tmp_path/'data', *options, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
