@@ -5,7 +5,7 @@ from .data.images import find_images, image_dls
 from .data.masks import find_masks, mask_dls
 from .learner.resume import Resumable
 from .method.dense_teacher import DenseSelfTeacher
-from .method.frskd import FRSKD
+from .method.frskd import FRSKD, weighted_sum
 from .method.losses import HintLoss, OverhaulLoss, attention_loss, soft_label_loss
 from .method.schedule import Trust, late_ramp
 from .method.teacher import SelfTeacher
@@ -18,6 +18,7 @@ from .sla_callback import FRSKDSLACallback
 from .student.features import FeatureHooks, Level
 from .student.levels import find_levels, list_levels
 from .task.metrics import MeanIoU, PixelAccuracy
+from .task.task import MultiLabel, Segmentation, SingleLabel
 
 # These give `learn.frskd` its `refined`, `show_attention`, `plot_losses`, `agreement` and `plot_agreement`
 from . import refined as _

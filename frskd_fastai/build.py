@@ -52,8 +52,8 @@ class FRSKDOptions:
         finest,levels,loss,teacher = self.finest,self.levels,self.feature_loss,self.teacher
         is_index = finest is None or isinstance(finest, Integral) and finest>=0
         _check(is_index, "finest must be the index of a level, 0 or more", finest)
-        enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels)
-        _check(enough, "levels must be a number, 2 or more, or a list of module names", levels)
+        enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels) and len(levels)>=2
+        _check(enough, "levels must be a number, 2 or more, or a list of two module names or more", levels)
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
         _check(known, f"feature_loss must be one of {', '.join(map(repr, feature_losses))}, or a function", loss)
         makes = teacher is None or callable(teacher)

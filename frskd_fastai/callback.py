@@ -39,7 +39,7 @@ class option:
 
     def __set__(self, cb, value):
         if self.name not in self.settable:
-            raise AttributeError(f"FRSKD: {self.name} can't be changed in a callback. Make a new one with it: "
+            raise AttributeError(f"FRSKD: {self.name} can't be changed in a callback. Remove it, and add a new one: "
                                  f"`FRSKDCallback({self.name}=...)`.")
         cb.options = replace(cb.options, **{self.name:value}) # which checks it
         if cb.trained is not None: setattr(cb.trained, self.name, value)
@@ -49,6 +49,7 @@ class FRSKDCallback(StudentReader):
     2103.08273](https://arxiv.org/abs/2103.08273)). Validation and what is saved are the plain student's"""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (option() for _ in range(10))
+    compile,columns = option(),option()
     def __init__(self,
         alpha:float|None=None, # α, weight of the soft-label loss (paper section 3.2). Default: 2; for segmentation 1
         # β, weight of the feature loss (paper section 3.2), 0 or more. Default: 100 (the paper's) for attention, see
@@ -188,6 +189,18 @@ class FRSKDCallback(StudentReader):
 
 
 # %% ../nbs/callback.ipynb #call0002
+@patch
+def check_trained(self:FRSKDCallback,
+    what:str, # Is asked for
+):
+    "`ValueError` where there is no self-teacher that has trained"
+    if self.learn is None:
+        raise ValueError(f"FRSKD: this callback isn't in a Learner any more, so there is no {what}. Give it to the "
+                         "Learner, `vision_learner(..., cbs=FRSKDCallback())`, not to a single fit.")
+    if self.teacher is None or not self.trust.steps:
+        raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "
+                         "`learn.fit_one_cycle(5)`, or load a checkpoint that was saved with the optimizer.")
+
 @patch
 def run_both(self:FRSKDCallback,
     *xb, # Inputs, as the model gets them

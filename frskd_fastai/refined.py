@@ -76,11 +76,8 @@ def refined(self:FRSKDCallback,
     average:bool=False, # The mean of both networks' probabilities, not the self-teacher's alone?
 )->Learner: # Plain: without FRSKD, with the same data, transforms, loss function and metrics
     "A Learner whose model is a copy of the student and the self-teacher as they are now"
+    self.check_trained('refined model')
     learn = self.learn
-    if self.teacher is None or not self.trust.steps:
-        raise ValueError("FRSKD: this Learner has no trained self-teacher, so there is no refined model. "
-                         "Train it first, `learn.fit_one_cycle(5)`, or load a checkpoint that was saved with "
-                         "the optimizer.")
     if self.student_alone:
         warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left "
              "it; they may not go together. Save both, by `learn.save` with the optimizer or "

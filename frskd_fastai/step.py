@@ -45,8 +45,8 @@ def say_if_short(
     quiet = not learn.n_epoch or learn.logger is noop or hasattr(learn, 'lr_finder') or rank_distrib()
     frozen = learn.opt.frozen_idx>0 # the first phase of `fine_tune`
     if quiet or frozen or schedule.share>=.25: return
-    print(f"FRSKD: only {schedule.last} training steps, so the student learns almost as it would without FRSKD (full "
-          f"effect from {schedule.full:,} steps). `learn.frskd.refined()` also keeps the self-teacher.")
+    print(f"FRSKD: only {schedule.last} training steps in all, so the student learns almost as without FRSKD (full "
+          f"effect from {schedule.full:,}). Student and self-teacher together: `learn.frskd.refined()`.")
 
 @contextmanager
 def single_position(

@@ -264,3 +264,21 @@ def test_what_fails_to_attach_leaves_nothing(make):
     with pytest.raises(ValueError, match='not here'): learn.add_cb(cb)
     assert len(learn.cbs)==n and set(learn.__dict__)==own and cb.learn is None
     learn.fit(1, 1e-3)
+
+def test_arguments_that_are_nothing_are_told():
+    for k,v in dict(alpha=-1., beta=float('nan'), temperature=0.).items():
+        with pytest.raises(ValueError, match=f'{k} must be'): module(**{k:v})
+    maps,logits,targets,loss = batch()
+    a,b = (module()(maps, logits, y, loss).losses['teacher'] for y in (targets,targets[0]))
+    assert a.isfinite() and b.isfinite()
+    assert Segmentation(ignored=255).ignored=={255}
+    with pytest.raises(ValueError, match='two module names or more'): FRSKDCallback(levels=['c3'])
+
+def test_nothing_is_shown_of_what_has_not_trained(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.frskd.build()
+    for show in learn.frskd.show_attention,learn.frskd.agreement,learn.frskd.refined:
+        with pytest.raises(ValueError, match='no trained self-teacher.*Train it first'): show()
+    cb,learn = FRSKDCallback(),make()
+    learn.fit(1, 1e-3, cbs=cb)
+    with pytest.raises(ValueError, match="isn't in a Learner any more"): cb.refined()

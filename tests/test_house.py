@@ -13,7 +13,7 @@ tests = {f'tests/{f.stem}':f.read_text(encoding='utf-8') for f in sorted((root/'
 # -- The public surface --------------------------------------------------------------------------
 NAMES = '''FRSKDCallback FRSKDSLACallback FRSKD SelfTeacher DenseSelfTeacher Resumable
     soft_label_loss attention_loss HintLoss OverhaulLoss Trust late_ramp Level FeatureHooks find_levels list_levels
-    StudentComparison plot_curves show_masks MeanIoU PixelAccuracy
+    StudentComparison plot_curves show_masks MeanIoU PixelAccuracy MultiLabel Segmentation SingleLabel weighted_sum
     cifar_resnet18 wrn16_2 efficientnet_bifpn bifpn_split
     digits_data find_images image_dls find_masks mask_dls'''.split()
 

@@ -176,6 +176,17 @@ def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
     assert {f:f.read_bytes() for f in folder.iterdir()}==before
     if how!='plain': assert same(weights(learn.model), weights_before)
 
+def test_other_options_after_one_epoch_do_not_begin_anew(make, tmp_path):
+    "The first state has no self-teacher, so it would do for any options"
+    folder = tmp_path/'parts'
+    cut = [Resumable(folder),Stop(1)]
+    with pytest.raises(KeyboardInterrupt): make(cbs=FRSKDCallback(width=1.)).fit(3, 1e-2, cbs=cut)
+    before = {f.name:f.read_bytes() for f in folder.iterdir()}
+    assert set(before)=={'0-0000.pth','0-0001.pth'}
+    with pytest.raises(NoCheckpoint, match='0-0001.pth is of another training: the self-teacher is another one') as e:
+        make(cbs=FRSKDCallback(width=2.)).fit(3, 1e-2, cbs=Resumable(folder))
+    assert 'learn.load' not in str(e.value) and {f.name:f.read_bytes() for f in folder.iterdir()}==before
+
 class Spoil(Callback):
     "From epoch `at` on, images that aren't finite, or weights"
     def __init__(self, at, what): self.at,self.what = at,what
@@ -396,9 +407,11 @@ def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, ca
     state['opt']['resume']['about']['width'] = 1.
     torch.save(state, foreign.with_name('0-0002.pth')) # of other options, and newer
     capsys.readouterr()
+    assert command.main(['--resume', str(tmp_path/'copy'), str(moved)])!=0 # to begin anew would write over it
+    err = capsys.readouterr().err
+    assert '0-0002.pth is of another training: width is 1.0 in it, None here' in err
+    foreign.with_name('0-0002.pth').unlink()
     assert command.main(['--resume', str(tmp_path/'copy'), str(moved)])==0
-    said = [o for o in capsys.readouterr().out.split('\n') if '0-0002.pth is of another training' in o]
-    assert len(said)==1 and 'width is 1.0 in it, None here' in said[0]
     assert pd.read_csv(a).drop(columns='time').equals(pd.read_csv(b).drop(columns='time'))
 
 def test_nothing_to_resume(tmp_path, capsys):

@@ -127,8 +127,8 @@ class Report:
     def _refined_note(self):
         if not self.refined.row: return
         where = '`refined.pkl`' if self.opts.keep_refined else '`--keep-refined` exports it'
-        return [f"`frskd` is the student, a plain {self.opts.arch}. The refined model is student and "
-                f"self-teacher as one network, for where a prediction may cost more: {where}."]
+        return [f"`frskd` is the student, a plain {self.job.kind} with {self.opts.arch}. The refined model is student "
+                f"and self-teacher as one network, for where a prediction may cost more: {where}."]
 
     def _compared(self):
         if not self.comparison: return

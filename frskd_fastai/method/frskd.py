@@ -10,6 +10,7 @@ __all__ = ['FRSKDOutput', 'scale_grad', 'weighted_sum', 'pool_to', 'FRSKD', 'poo
 # %% ../../nbs/method/frskd.ipynb #4dd2bafc
 from fastai.basics import *
 from .losses import *
+from .teacher import check_number
 
 # %% ../../nbs/method/frskd.ipynb #a59e8b55
 def scale_grad(
@@ -62,6 +63,8 @@ class FRSKD(nn.Module):
         takes_ratios:bool=True, # Does the feature loss take `pool_ratios`, too? Else it gets float32 maps
     ):
         super().__init__()
+        for name,weight in dict(alpha=alpha, beta=beta).items(): check_number(name, weight, zero=True)
+        check_number('temperature', temperature)
         self.teacher,self.task,self.feature_loss = teacher,task,feature_loss
         self.alpha,self.beta,self.temperature = alpha,beta,temperature
         self.finest,self.takes_ratios = finest,takes_ratios
@@ -70,12 +73,13 @@ class FRSKD(nn.Module):
     def forward(self,
         maps:list, # Student's feature maps F_i, B×c_i×H_i×W_i, largest first
         logits:Tensor, # Student's logits, B×C or B×C×H×W
-        targets:tuple, # A batch of targets
+        targets:Tensor|tuple, # A batch of targets
         label_loss:Callable, # From logits and `*targets` to a scalar
         factor:float|Tensor=1., # Of all that the student gets from the self-teacher, 0 to 1
         pre:list|None=None, # `maps` before their ReLU, for a feature loss that takes those
     )->FRSKDOutput:
         "The losses of one step, but for the student's own label loss"
+        if isinstance(targets, Tensor): targets = (targets,)
         small,read = self.pool(maps, pre)
         refined,soft = self.teach(small, factor)
         soft = self.task.fit_size(soft, logits)

@@ -20,6 +20,7 @@ def agreement(self:FRSKDCallback,
     dl=None, # Data loader with targets; default: the validation set's
 )->pd.DataFrame: # A row a class, columns 'both right', 'only student', 'only self-teacher', 'both wrong'
     "How many answers student and self-teacher get right, by class"
+    self.check_trained('agreement')
     dls,counts = self.learn.dls,0
     for b in ifnone(dl, dls.valid):
         xb,yb = b[:dls.n_inp],b[dls.n_inp:]

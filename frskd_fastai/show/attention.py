@@ -49,6 +49,7 @@ def show_attention(self:FRSKDCallback,
 
     The images are evenly spaced over the set; a column a level; 1 means uniform attention. Levels of four
     positions or fewer are left out."""
+    self.check_trained('attention to show')
     b,images = validation_samples(self.learn, n)
     both = [[o*o[0].numel()**.5 for o in maps] for maps in attention_maps(self.learn, b[0])]
     shown = [i for i,o in enumerate(both[0]) if o[0].numel()>4] or [0]

@@ -130,7 +130,7 @@ class FeatureHooks:
         maps,names = self._maps,[o.name for o in levels]
         twice = [n for n in names if n in self._twice]
         if twice:
-            raise RuntimeError(f"FRSKD: level(s) {twice} ran more than once in one forward pass, so they have no "
+            raise RuntimeError(f"FRSKD: {', '.join(twice)} ran more than once in one forward pass, so there is no "
                                "single feature map. Name other modules: `FRSKDCallback(levels=[...])`.")
         lost = [n for n in names if n not in maps]
         if lost:

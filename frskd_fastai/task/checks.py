@@ -86,7 +86,7 @@ def check_pred(
     "The task; `ValueError` where `pred` is no logits of classes, or doesn't go with the targets"
     if not (isinstance(pred, Tensor) and pred.ndim in (2,4)):
         what = f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'
-        _refuse(f"its models return logits of shape B×C, or B×C×H×W, this one {what}")
+        _refuse(f"its models return logits of shape B×C, or B×C×H×W, this one {what}. Let `forward` return them alone")
     task = task_of(pred, yb, loss_func)
     (_check_pixels if isinstance(task, Segmentation) else _check_images)(pred, yb, loss_func)
     return task

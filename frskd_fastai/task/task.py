@@ -38,8 +38,8 @@ class Task:
     width,finest,budgeted = 2.,1,True # Of the default self-teacher; is a smaller one taken if it is costly?
 
     def __init__(self,
-        ignored=(), # Labels that don't count, see `ignored_labels`
-    ): self.ignored = set(ignored)
+        ignored:int|list=(), # Labels that don't count, see `ignored_labels`
+    ): self.ignored = set(L(ignored))
 
     __repr__ = basic_repr('ignored')
 
