@@ -185,11 +185,11 @@ def train(args, setting, epochs, seed, arm):
         raise SystemExit(f'worth.py: no time of a step is known. Run `worth.py {args.setting} --times` first')
     n = round(epochs*times(args, args.setting, 'frskd')) if longer else epochs
     learn = make_learner(setting, seed, recipe, method)
-    start = time.time()
+    start = time.process_time() # other processes may run beside this one
     learn.add_cb(NoValid(math.inf))
     with learn.no_bar(), learn.no_logging(): setting.fit(learn, n)
     about = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, trained_epochs=n)
-    about.update(seconds=round(time.time()-start, 1), device=args.device_name)
+    about.update(cpu_seconds=round(time.process_time()-start, 1), device=args.device_name)
     parts = {'valid':learn.dls.valid, **setting.more_dls}
     judged = {part:judge(setting, learn, dl) for part,dl in parts.items()}
     return [dict(about, part=part, network=k, **o) for part,networks in judged.items() for k,o in networks.items()]
@@ -203,7 +203,7 @@ def run(args):
         if args.out.exists() and (pd.read_csv(args.out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
         rows = pd.DataFrame(train(args, setting, epochs, seed, arm))
         rows.to_csv(args.out, mode='a', header=not args.out.exists(), index=False)
-        shown = rows[['arm','epochs','seed','part','network','accuracy','loss','seconds']]
+        shown = rows[['arm','epochs','seed','part','network','accuracy','loss','cpu_seconds']]
         print(shown.to_string(index=False, header=False), flush=True)
 
 # -- Times of a step --------------------------------------------------------------------------------------------

@@ -318,12 +318,11 @@ def test_odd_modules_found(how, digits):
     assert {'wrap','twice'}.isdisjoint(found.attrgot('name')) and [o.size for o in found]==[(16,16),(8,8),(4,4)]
 
 CANNOT = [('tuple','wrap','returns a tuple'), ('dict','wrap','returns a dict'), ('twice','twice','more than once'),
-          ('tuple','head',r'shape \(4, 10\)'), ('tuple','act','not reached'), ('tuple','stage.1',"'stages.1'"),
-          ('tuple',None,'at least two')]
+          ('tuple','head',r'shape \(4, 10\)'), ('tuple','act','not reached'), ('tuple','stage.1',"'stages.1'")]
 @pytest.mark.parametrize('how,name,msg', CANNOT)
 def test_levels_that_cannot_be(how, name, msg, digits):
     torch.manual_seed(0)
-    cb = FRSKDCallback(levels=['stages.0',name] if name else ['stages.0'])
+    cb = FRSKDCallback(levels=['stages.0',name])
     learn = Learner(loaders(images(digits, 32)), Odd(how), loss_func=CrossEntropyLossFlat())
     before = weights(learn.model)
     with pytest.raises((ValueError,RuntimeError), match=msg): learn.fit(1, cbs=cb)
