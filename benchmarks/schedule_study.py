@@ -251,13 +251,16 @@ class NoValid(Callback):
     def before_validate(self):
         if self.epoch<self.n-1: raise CancelValidException
 
+def mean_se(o, n=2, sign=''):
+    "Mean and standard error, in words; `n` decimals"
+    return f'{o.mean():{sign}.{n}f}' + (f' ± {o.std()/len(o)**.5:.{n}f}' if len(o)>1 else '')
+
 def table(args):
     "Mean accuracy and its standard error over the seeds; for FRSKD also the paired difference from plain training"
     d = pd.read_csv(args.out)
     d = d[d.data==args.data].set_index(['arm','epochs','seed'])
     budgets = sorted(d.index.unique('epochs'))
     print('| arm | ' + ' | '.join(f'{e} epochs' for e in budgets) + ' |\n|---|' + '---|'*len(budgets))
-    mean_se = lambda o, sign='': f'{o.mean():{sign}.2f}' + (f' ± {o.std()/len(o)**.5:.2f}' if len(o)>1 else '')
     for arm in d.index.unique('arm'):
         cells = []
         for e in budgets:
@@ -266,7 +269,7 @@ def table(args):
             cell = []
             for col in [o for o in ('accuracy','unused_accuracy','valid_loss') if o in d and known[o]]:
                 o = d.loc[(arm,e), col]
-                better = '' if arm=='plain' else f" ({mean_se((o-d.loc[('plain',e), col]).dropna(), '+')})"
+                better = '' if arm=='plain' else f" ({mean_se((o-d.loc[('plain',e), col]).dropna(), sign='+')})"
                 cell.append(mean_se(o)+better)
             unused = [f'unused images {c}' for c in cell[1:-1]]
             cells.append('; '.join([cell[0], *unused, f'loss {cell[-1]}', f'{len(o)} seeds']))

@@ -34,7 +34,7 @@ import argparse, time
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import PooledSelfTeacher
-from schedule_study import CropFlip, NoValid, cifar, small_resnet
+from schedule_study import CropFlip, NoValid, cifar, mean_se, small_resnet
 import camvid_study, finetune
 
 RECIPES = 'plain','smoothing','mixup','cutmix'
@@ -147,6 +147,7 @@ SETTINGS = { # and the numbers of epochs
     'camvid':    (CamVid, [20,60])}
 
 def make_learner(setting, seed, recipe, method):
+    "A Learner of one seed; the second one is for the training, whatever its making has drawn"
     set_seed(seed)
     learn = setting.learner(seed, recipe, method)
     set_seed(seed)
@@ -175,8 +176,11 @@ def judge(setting, learn, dl):
     return {k:scores(torch.cat(p), torch.cat(ys), setting.segmentation) for k,p in ps.items()}
 
 def networks(learn, x):
-    if hasattr(learn, 'frskd'): return [o for i,o in enumerate(learn.frskd.run_both(x)) if i%2]
-    with torch.no_grad(): return [learn.model.eval()(x)]
+    "Logits of the student and, if there is one, of the self-teacher"
+    if not hasattr(learn, 'frskd'):
+        with torch.no_grad(): return [learn.model.eval()(x)]
+    _,student,_,teacher = learn.frskd.run_both(x)
+    return [student,teacher]
 
 def train(args, setting, epochs, seed, arm):
     "Rows of one training"
@@ -242,8 +246,6 @@ def times(args, setting, method):
     return d.ratio.iloc[-1] if len(d) else math.nan
 
 # -- Results ----------------------------------------------------------------------------------------------------
-def mean_se(o, n=2, sign=''): return f'{o.mean():{sign}.{n}f}' + (f' ± {o.std()/len(o)**.5:.{n}f}' if len(o)>1 else '')
-
 def results(args):
     "Per setting, budget, arm and network: the rows, and their paired differences from plain training"
     d = pd.read_csv(args.out)
