@@ -34,7 +34,7 @@ test: $(BIN)/.installed-dev ## all that CI runs: sync, README, notebooks, pytest
 	$(call stage,sync,$(BIN)/python tools/check_sync.py)
 	$(call stage,readme,$(BIN)/python tools/make_readme.py --check)
 	$(call stage,notebooks,$(ONE) $(BIN)/nbdev-test --n-workers 2 --timing)
-	$(call stage,pytest,$(ONE) $(BIN)/python -m pytest tests -n 2 --dist loadfile)
+	$(call stage,pytest,$(ONE) $(BIN)/python -m pytest tests -n 2 --dist loadfile -rs)
 
 test-oldest: $(OLD)/.installed ## the notebooks and pytest with the oldest fastai and torch that settings.ini allows, in .venv-oldest
 	$(call stage,notebooks,$(ONE) $(OLD)/nbdev-test --n-workers 2 --timing)

@@ -56,11 +56,11 @@ def test_pages(pages):
             assert trace not in ''.join(p.words), f'{name}: {trace!r}'
 
 def test_order(site, monkeypatch):
-    "First what users need, the command last; a page that the list doesn't name comes after those of its folder"
+    "What users need comes first, the commands last; a page that no group names comes after those of its folder"
     monkeypatch.syspath_prepend(root/'tools')
     from make_docs import place
-    want = """tutorials/images tutorials/reading tutorials/new callback sla_callback new method/losses method/a
-        method/new learner/new zoo/a zoo/new cli/train cli/new""".split()
+    want = """tutorials/images tutorials/method tutorials/new callback sla_callback method/losses method/a method/new
+        learner/new build new zoo/a zoo/new cli/train cli/new""".split()
     assert sorted(sorted(want), key=place)==want
     names = [f.with_suffix('').as_posix() for f in notebooks]
     reference = [o for o in names if o!='index' and not o.startswith('tutorials/')]
@@ -232,37 +232,54 @@ def shown(browser, width, scheme='light'):
     browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
     browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=features))
 
+# The first lines of blocks of code that can't be read in full: wider than their box, unless it can be scrolled
+CUT_OFF = """return [...document.querySelectorAll("pre > code")].filter(e => {
+    const scrolls = ["auto","scroll"].includes(getComputedStyle(e).overflowX)
+    const hidden = e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
+    return hidden || e.scrollWidth > e.clientWidth + 1 && (arguments[0] || !scrolls)
+}).map(e => e.textContent.trim().split("\\n")[0])"""
+
 @pytest.mark.parametrize('width', [1280, 390])
 def test_browser_pages(browser, url, pages, width):
-    "No page says anything in the console, none is wider than the window"
+    """No page is wider than the window, none logs an error. Code fits a wide window; in a narrow one it can be scrolled,
+    and nothing around it cuts it off"""
     shown(browser, width)
     bad = []
     for name in pages:
         browser.get(url+name)
         wide = browser.execute_script('return document.documentElement.scrollWidth')
         if wide > width: bad.append(f'{name}: {wide} pixels wide')
+        cut = browser.execute_script(CUT_OFF, width>1000)
+        bad += [f'{name}: code is cut off: {o}' for o in cut]
         bad += [f'{name}: {o["message"]}' for o in browser.get_log('browser')]
     assert not bad, '\n'.join(bad)
 
 def test_browser_sees_what_is_wrong(browser, url, site):
     "The test above isn't blind"
-    (site/'wrong.html').write_text('<img src="gone.png"><div style="width:500px">wide</div>')
+    code = '<pre style="width:300px"><code style="display:block;overflow-x:{}">{}</code></pre>'
+    code = code.format('hidden', 'x'*200) + code.format('auto', 'y'*200) + code.format('hidden', 'z')
+    (site/'wrong.html').write_text(f'<img src="gone.png"><div style="width:500px">wide</div>{code}')
     shown(browser, 390)
     browser.get(url+'wrong.html')
     wait(browser, lambda: any('gone.png' in o['message'] for o in browser.get_log('browser')))
     assert browser.execute_script('return document.documentElement.scrollWidth') > 390
+    cut = [browser.execute_script(CUT_OFF, wide) for wide in (False,True)]
+    assert cut==[['x'*200], ['x'*200,'y'*200]]
 
-def test_browser_search(browser, url):
+@pytest.mark.parametrize('words,page', [
+    ('FRSKDCallback','callback.html#frskdcallback'), ('refined','refined.html'), ('warm-up','method/schedule.html')])
+def test_browser_search(browser, url, words, page):
     shown(browser, 1280)
     browser.get(url)
     wait(browser, lambda: browser.find_element('css selector', '.md-search__button')).click()
     shadows = '''return [...document.querySelectorAll("body > div")].filter(e => e.shadowRoot)
         .flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])])'''
     field = wait(browser, lambda: browser.execute_script(shadows, 'input'))[0]
-    field.send_keys('FRSKDCallback')
+    field.send_keys(words)
     def links(): return [a.get_attribute('href') for a in browser.execute_script(shadows, 'a[role=option]')]
     found = wait(browser, links)
-    assert any(f.startswith(url+'callback.html') and f.endswith('#frskdcallback') for f in found[:3]), found
+    path,_,anchor = page.partition('#')
+    assert any(f.startswith(url+path) and f.endswith(anchor) for f in found[:3]), found
 
 def test_browser_scheme(browser, url):
     "The button switches to the dark scheme, which stays on the next page; who prefers the dark one gets it at once"

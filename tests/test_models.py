@@ -2,7 +2,7 @@
 would break.
 
 `FRSKD_WRITE_TABLES=1 pytest tests/test_models.py` writes the tables that the documentation shows
-(nbs/tutorials/*.csv)"""
+(nbs/*.csv)"""
 import csv, os
 from pathlib import Path
 import pytest, torch
@@ -13,7 +13,7 @@ from frskd_fastai.student.levels import Observer, find_levels, list_levels
 from frskd_fastai.student.search import _feature_info, _search
 from conftest import same, SmallNet, n_hooks, weights
 
-DOCS = Path(__file__).parents[1]/'nbs/tutorials'
+DOCS = Path(__file__).parents[1]/'nbs'
 
 def images(digits, size, n_in=3, n=10, n_inp=1):
     x,y = digits
@@ -81,7 +81,7 @@ def write_or_compare(name, rows):
     if os.environ.get('FRSKD_WRITE_TABLES'):
         with open(DOCS/name, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
     with open(DOCS/name) as f: on_file = [tuple(o) for o in csv.reader(f)]
-    assert on_file==rows, f'not what nbs/tutorials/{name} says; write it anew with FRSKD_WRITE_TABLES=1'
+    assert on_file==rows, f'not what nbs/{name} says; write it anew with FRSKD_WRITE_TABLES=1'
 
 def shown(levels):
     kinds = dict(BCHW='', BHWC=' channels last', BNC=' tokens')

@@ -2,7 +2,7 @@
 what would break; its docstring says what.
 
 `FRSKD_WRITE_TABLES=1 pytest tests/test_training.py` writes the table that the documentation shows
-(nbs/tutorials/training.csv)"""
+(nbs/training.csv)"""
 import csv, os
 from pathlib import Path
 import pytest, torch
@@ -14,7 +14,7 @@ from frskd_fastai.data.embedded import digits_data
 from conftest import SmallNet, n_hooks, same, weights
 from test_method import Own
 
-DOCS = Path(__file__).parents[1]/'nbs/tutorials'
+DOCS = Path(__file__).parents[1]/'nbs'
 CELLS = {}
 def cell(name):
     "Registers a check of one feature; it gets `make`, which gives a seeded Learner, and `tmp_path`"
@@ -43,7 +43,7 @@ def test_table():
     if os.environ.get('FRSKD_WRITE_TABLES'):
         with open(file, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
     with open(file) as f: on_file = [tuple(o) for o in csv.reader(f)]
-    assert on_file==rows, 'write nbs/tutorials/training.csv anew with FRSKD_WRITE_TABLES=1'
+    assert on_file==rows, 'write nbs/training.csv anew with FRSKD_WRITE_TABLES=1'
 
 class Start(Callback):
     "The self-teacher's weights before its first step"

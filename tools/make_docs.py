@@ -13,21 +13,32 @@ from fastcore.xtras import fenced
 from api_entries import Filter, Lookup, cfg, root
 from tidy_outputs import screen
 
-# The docs' order. A folder stands for its pages that aren't named, `.` for those in none, `*` for all others
-ORDER = '''
-    tutorials/images tutorials/method tutorials/choosing tutorials/cost tutorials/segmentation
-    tutorials/own tutorials/compatibility tutorials/distributed tutorials/deployment tutorials/overnight
-    tutorials/reading tutorials
-    callback sla_callback refined . show/attention show/losses show/masks show/agreement show data models
-    method/frskd method/losses method/schedule method/teacher method
-    task/task task student/levels student learner/resume learner * cli/train cli/bench cli
-'''.split()
+# The groups of pages, in the docs' order. A folder stands for its pages that no group names, `.` for the notebooks
+# beside the folders, `*` for all others
+GROUPS = {o:pages.split() for o,pages in {
+    'Tutorials': '''tutorials/images tutorials/method tutorials/worth tutorials/segmentation tutorials/own
+        tutorials/distributed tutorials/overnight tutorials/deployment tutorials''',
+    'The callback': 'callback sla_callback refined compatibility',
+    'Method: the algorithm in plain PyTorch': 'method/frskd method/losses method/schedule method/teacher method',
+    'Task: what a label means': 'task/task task',
+    'Student: finding and reading feature maps': 'student/levels student',
+    'Learner: callbacks that any fastai Learner can use': 'learner/resume learner',
+    'Data': 'data',
+    'Models': 'models',
+    'Figures': 'show/attention show/losses show/agreement show/masks show',
+    'Inside the callback': 'build step reading . *',
+    'Commands': 'cli/train cli/bench cli'}.items()}
+ORDER = [(group,o) for group,pages in GROUPS.items() for o in pages]
+
+def entry(page):
+    "The entry of `ORDER` that `page`, such as `method/teacher`, belongs to"
+    return max((o for o in ORDER if o[1] in (page, folder(page), '*')), key=lambda o: len(o[1]))
 
 def place(page):
-    "A key to sort pages, such as `method/teacher`, as `ORDER` has them"
-    match = [o for o in ORDER if o in (page, folder(page), '*')]
-    return ORDER.index(max(match, key=len)),page
+    "A key that sorts pages as `ORDER` has them"
+    return ORDER.index(entry(page)),page
 
+def group(page): return entry(page)[0]
 def folder(page): return Path(page).parent.as_posix()
 
 def notebooks():
@@ -114,23 +125,25 @@ class Page:
         return '' if re.fullmatch(r'<[\w.]+ object.*>|<Figure .*>', s.strip()) else printed(s)
 
 class Overview(Page):
-    "A list of `pages`, with a heading for each folder in it"
+    "A list of `pages`, with a heading for each group"
     def __init__(self, title, md, pages):
         self.src,self.md,self.title,self.description,self.files = Path(md),Path(md),title,'',{}
         self.pages,blocks = pages,[f'# {title}']
-        for d,ps in self.folders():
-            if d not in ('.', folder(md)): blocks.append(f'## {d}')
+        for d,ps in self.by_group():
+            if d!=title: blocks.append(f'## {d}')
             blocks += [f'**[{p.title}]({p.src})**\n:   {p.description}' for p in ps]
         self.text = '\n\n'.join(blocks) + '\n'
 
-    def folders(self): return [(d, list(ps)) for d,ps in groupby(self.pages, lambda p: folder(p.md))]
+    def by_group(self):
+        grouped = groupby(self.pages, lambda p: group(p.md.with_suffix('').as_posix()))
+        return [(o, list(ps)) for o,ps in grouped]
 
     def nav(self):
         "The list of its pages beside them"
         entries = [self.md.as_posix()]
-        for d,ps in self.folders():
+        for d,ps in self.by_group():
             links = [{p.title: p.md.as_posix()} for p in ps]
-            entries += links if d in ('.', folder(self.md)) else [{d: links}]
+            entries += links if d==self.title else [{d.partition(':')[0]: links}]
         return {self.title: entries}
 
 class Site:

@@ -1,4 +1,4 @@
-"""Where student and self-teacher look
+"""Show where student and self-teacher attend
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/attention.html.md"""
 
@@ -16,15 +16,15 @@ from .drawing import *
 # %% ../../nbs/show/attention.ipynb #ea0502f0
 def attention_maps(
     learn:Learner, # Learner with an `FRSKDCallback` that has trained
-    x:Tensor, # Inputs, B×C×H×W, as the model gets them
-)->tuple: # Student's and self-teacher's attention maps: two lists, a B×H_i×W_i tensor a level
-    "φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode"
+    x:Tensor, # Inputs B×C×H×W, as the model gets them
+)->tuple: # Two lists, the student's maps and the self-teacher's: a tensor B×H_i×W_i for each level
+    "Compute φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode"
     maps,_,refined,_ = learn.frskd.run_both(x.as_subclass(Tensor))
     return [[attention_map(o).view(len(o), *o.shape[-2:]).cpu() for o in os] for os in (maps,refined)]
 
 # %% ../../nbs/show/attention.ipynb #47372775
 def _gray(image):
-    "A decoded image in gray, H×W"
+    "Return a decoded image in gray, H×W"
     x = tensor(np.asarray(image)) if isinstance(image, Image.Image) else image.as_subclass(Tensor).cpu()
     x = x.float()
     if x.shape[0] in (1,3): return x.mean(0)
@@ -33,7 +33,7 @@ def _gray(image):
 def _limit(maps): return max(1., torch.cat([o.abs().flatten() for o in maps]).quantile(.99).item())
 
 def _overlay(ax, gray, attention, style):
-    "`attention` in colour over the image in gray, which is soft, so that the colours stay"
+    "Draw `attention` in colour over the gray image, at half its contrast so that the colours stay visible"
     middle,half = (gray.max()+gray.min())/2,(gray.max()-gray.min())/2+1e-6
     extent = 0,gray.shape[1],gray.shape[0],0
     ax.imshow(gray, cmap='gray', extent=extent, vmin=middle-2*half, vmax=middle+2*half)
@@ -42,13 +42,13 @@ def _overlay(ax, gray, attention, style):
 # %% ../../nbs/show/attention.ipynb #4ba1a233
 @patch
 def show_attention(self:FRSKDCallback,
-    n:int=3, # How many images
-    size:float=1.6, # Width and height of one picture, in inches
+    n:int=3, # Number of images
+    size:float=1.9, # Width and height of one picture, in inches
 )->plt.Figure:
-    """Images of the validation set under the attention maps of student and self-teacher and their difference.
+    """Show the attention of student and self-teacher, and their difference, over images of the validation set.
 
-    The images are evenly spaced over the set; a column a level; 1 means uniform attention. Levels of four
-    positions or fewer are left out."""
+    The images are taken at equal distances from the set. There is one column for each level; levels of four
+    positions or fewer are left out. 1 means uniform attention."""
     self.check_trained('attention to show')
     b,images = validation_samples(self.learn, n)
     both = [[o*o[0].numel()**.5 for o in maps] for maps in attention_maps(self.learn, b[0])]
@@ -74,5 +74,6 @@ def show_attention(self:FRSKDCallback,
     fig.colorbar(last[1], ax=axs[:2,-1], shrink=.7, label='attention, × uniform')
     fig.colorbar(last[2], ax=axs[2,-1], label='self-teacher\n− student')
     for ax,i,m in zip(axs[0,1:], shown, student):
-        ax.set_title(f"level {i} · {'×'.join(map(str, m.shape[1:]))}\n{self.level_names[i]}", fontsize=8)
+        name,shape = level_label(self.student, self.level_names[i]),'×'.join(map(str, m.shape[1:]))
+        ax.set_title(f'level {i} · {name} · {shape}', fontsize=8)
     return fig
