@@ -33,8 +33,8 @@ def weighted_sum(
 # %% ../../nbs/method/frskd.ipynb #9b54cd26
 def pool_to(
     maps:list, # Feature maps, B×c_i×H_i×W_i, largest first
-    finest:int, # Index of the map to whose size larger ones are pooled
-)->list: # As many maps
+    finest:int, # Index of the map whose size larger ones are pooled to
+)->list: # The same number of maps
     "Average-pool the maps that are larger than `maps[finest]` to its height and width"
     h,w = map(int, maps[finest].shape[-2:])
     def pool(o):

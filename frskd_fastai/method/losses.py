@@ -115,7 +115,7 @@ class HintLoss(nn.Module):
 def overhaul_margin(
     norm:nn.BatchNorm2d, # The BatchNorm before the ReLU, with d channels
 )->Tensor: # d margins, one per channel
-    "Compute each channel's margin: the mean of the negative values that `norm` puts out"
+    "Compute each channel's margin: the mean of the negative values that `norm` outputs"
     m,s = norm.bias.detach().float(),norm.weight.detach().float().abs().clamp(min=1e-12)
     negative = torch.special.ndtr(-m/s)
     mean = m - s*torch.exp(-(m/s)**2/2)/(math.sqrt(2*math.pi)*negative)
@@ -153,8 +153,8 @@ class OverhaulLoss(nn.Module):
 # %% ../../nbs/method/losses.ipynb #a029f89c
 NamedLoss = namedtuple('NamedLoss', 'make beta preact', defaults=[False])
 NamedLoss.__doc__ = """A built-in feature loss: `make` builds it from the channels of the student's maps, the
-channels of the refined maps, and the self-teacher; `beta` is its default weight; `preact` if it compares maps
-before the ReLU"""
+channels of the refined maps, and the self-teacher; `beta` is its default weight; `preact`: does it compare maps
+before the ReLU?"""
 
 # The paper's β for attention; the others give a gradient of the same size (benchmarks/feature_loss_scale.py)
 feature_losses = {

@@ -76,7 +76,7 @@ class FRSKDSLA(FRSKD):
 def _cat(maps, rotated): return [torch.cat(o) for o in zip(maps, rotated)]
 
 def _joint_loss(logits, labels):
-    "Compute cross-entropy on the joint labels; for mixed labels (MixUp, CutMix), a weighted sum"
+    "Compute cross-entropy on the joint labels; a weighted sum under MixUp or CutMix"
     each = partial(F.cross_entropy, logits, reduction='none') # one loss per rotated image
     losses = [each(joint_labels(y)).view(-1, 4).mean(1) for y,_ in labels]
     return sum(loss*w for loss,(_,w) in zip(losses, labels)).mean()

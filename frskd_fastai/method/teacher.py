@@ -29,7 +29,7 @@ def _project(ni, nf):
     return nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True))
 
 def _weighted(p, x, w):
-    "Compute P of `x` times the non-negative weights `w`, a single one or one per channel"
+    "Compute P of `x` times the non-negative weights `w`, one for all channels or one each"
     conv,norm,relu = p
     # `torch.jit.trace` doesn't support `functional_call`; this gives the same values
     if torch.jit.is_tracing(): return relu(norm(conv(x))*w.view(-1,1,1))
@@ -206,15 +206,15 @@ def check_teacher(
     for lv,t in zip(levels, refined):
         got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
         if len(got)!=4 or got[2:]!=tuple(lv.size):
-            _refuse(f"returns {got} for level {lv.name!r} instead of a map of {lv.size}")
+            _refuse(f"returns {got} for level {lv.name!r} instead of a map of size {lv.size}")
     if logits.shape[:2]!=(2,n_out) or logits.ndim!=ndim:
         want = ', '.join(['2',str(n_out),'height','width'][:ndim])
         _refuse(f"returns logits of shape {tuple(logits.shape)}, but the student's have shape ({want})")
     channels = [o.shape[1] for o in refined]
     norms = [o.num_features for o in getattr(teacher, 'norms', []) if isinstance(o, nn.BatchNorm2d)]
     if preact and norms!=channels:
-        _refuse("has no `norms`, a list of the BatchNorms that make its refined maps, one per level. "
-                "This feature loss needs them")
+        _refuse("has no `norms`, the list of BatchNorms that make its refined maps, one per level, "
+                "which this feature loss needs")
     return channels
 
 def _evaluate(module, *args, **kwargs):

@@ -13,7 +13,7 @@ from .task import *
 
 # %% ../../nbs/task/metrics.ipynb #b0cd2e61
 class _PixelMetric(Metric):
-    "Count each class's correctly predicted, predicted and labelled pixels"
+    "Count the hits, predictions and labels of each class, in pixels"
     counts = None
     def __init__(self,
         ignored:int|set|list=(), # Label or labels to skip, as in the loss function's `ignore_index`
@@ -40,7 +40,7 @@ class _PixelMetric(Metric):
         return new
 
 class PixelAccuracy(_PixelMetric):
-    "Compute the fraction of labelled pixels that are predicted right"
+    "Compute the fraction of labelled pixels that are predicted correctly"
     name = 'pixel_accuracy'
     @property
     def value(self): return None if self.counts is None else self.counts[0].sum()/self.counts[2].sum()

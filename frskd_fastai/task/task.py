@@ -78,7 +78,7 @@ class Task:
 
     def keep(self,
         targets:tuple, # A batch of targets
-    )->Tensor|None: # For `soft_labels`
+    )->Tensor|None: # bool, for `soft_labels`
         "Tell which pixels the soft-label loss counts; `None` for all"
 
     def soft_labels(self,
@@ -144,7 +144,7 @@ class SingleLabel(Task):
 class MultiLabel(Task):
     "Classify images with any number of classes per image, each by a sigmoid"
     def answers(self, logits, y):
-        if y.numel()!=logits.numel(): return super().answers(logits, y) # for your own loss function
+        if y.numel()!=logits.numel(): return super().answers(logits, y) # targets of your own loss function
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         y,c = y.view_as(logits),logits.shape[1]
         yes,keep = y>.5,y>=0 # NaN: neither of them
