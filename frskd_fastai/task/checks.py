@@ -1,4 +1,4 @@
-"""Checks that FRSKD supports the loss function, the targets and the model's predictions
+"""Check that FRSKD supports your loss function, your targets and your model
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/task/checks.html.md"""
 
