@@ -285,13 +285,13 @@ def test_the_papers_settings_are_of_one_task(seg):
 def test_what_is_refused(what, seg, items):
     "Before training, with the Learner as it was"
     kw,cb = {},FRSKDCallback()
-    if what=='one logit': kw['model'],match = small_unet(1),'two classes or more'
-    if what=='binary loss': kw['loss_func'],match = BCEWithLogitsLossFlat(axis=1),'two classes or more'
+    if what=='one logit': kw['model'],match = small_unet(1),'two or more classes'
+    if what=='binary loss': kw['loss_func'],match = BCEWithLogitsLossFlat(axis=1),'two or more classes'
     if what=='label augmentation': cb,match = FRSKDSLACallback(),'single-label classification'
     learn = seg(**kw)
     if what=='float masks':
         data,match = [(x,TensorMask(y.float()/10)) for x,y in items[:16]],'class number for each pixel'
-    if what=='other size': data,match = [(x,y[:16,:16]) for x,y in items[:16]],r'B×32×32.*\(8, 16, 16\)'
+    if what=='other size': data,match = [(x,y[:16,:16]) for x,y in items[:16]],r'\(8, 16, 16\).*B×32×32'
     if what=='classes': data,match = [(x,tensor(1)) for x,y in items[:16]],'class number for each pixel'
     if what in ('float masks','other size','classes'):
         learn.dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))

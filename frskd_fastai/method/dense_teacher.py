@@ -1,4 +1,4 @@
-"""The self-teacher for segmentation: a label for each pixel, from a feature pyramid of one width
+"""The self-teacher for segmentation: a feature pyramid that predicts a class for each pixel
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/dense_teacher.html.md"""
 
@@ -14,26 +14,26 @@ from .teacher import _project, _check_levels, check_number
 # %% ../../nbs/method/dense_teacher.ipynb #a9b297de
 def resize(
     x:Tensor, # B×C×H×W
-    size:tuple, # Height and width
+    size:tuple, # Height and width of the result
     mode:str='bilinear', # As for `F.interpolate`
 )->Tensor: # B×C×size
-    "`x` at another size"
+    "Resize `x` to `size`"
     if tuple(x.shape[-2:])==tuple(size): return x
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False if mode=='bilinear' else None)
 
 class DenseNode(nn.Sequential):
-    "N: per-channel 1×1 convolution → BatchNorm on the sum of its inputs; its readers take the ReLU after it"
+    "Compute N without its ReLU: sum of the inputs → per-channel 1×1 convolution → BatchNorm"
     def __init__(self,
         d:int, # Channels
     ): super().__init__(nn.Conv2d(d, d, 1, groups=d), nn.BatchNorm2d(d))
     def forward(self, *xs): return super().forward(sum(xs[1:], xs[0]))
 
 class DenseLayer(nn.Module):
-    "A top-down pass over maps of one width and, if `both`, a bottom-up one"
+    "Run a top-down pass over maps of `d` channels and, if `both`, a bottom-up one"
     def __init__(self,
-        n:int, # Levels
-        d:int, # Channels
-        both:bool=True, # Bottom-up, too?
+        n:int, # Number of levels
+        d:int, # Channels of each map
+        both:bool=True, # Also run the bottom-up pass?
     ):
         super().__init__()
         self.up = nn.ModuleList(DenseNode(d) for _ in range(n))
@@ -41,7 +41,7 @@ class DenseLayer(nn.Module):
 
     def forward(self,
         feats:list, # Maps, B×d×H_i×W_i, largest first
-    )->list: # The same, before the ReLU
+    )->list: # Maps of the same shapes, before their ReLU
         n = len(feats)
         u = [None]*(n-1) + [self.up[-1](feats[-1])]
         for i in reversed(range(n-1)):
@@ -57,19 +57,19 @@ class DenseLayer(nn.Module):
 def dense_head(
     d:int, # Channels of the map
     hidden:int, # Channels between the two convolutions
-    n_out:int, # Logits a position
+    n_out:int, # Logits per position
 )->nn.Sequential:
-    "3×3 convolution → BatchNorm → ReLU → 3×3 convolution"
+    "Build the head: 3×3 convolution → BatchNorm → ReLU → 3×3 convolution"
     return nn.Sequential(nn.Conv2d(d, hidden, 3, padding=1, bias=False), nn.BatchNorm2d(hidden),
                          nn.ReLU(inplace=True), nn.Conv2d(hidden, n_out, 3, padding=1))
 
 class DenseSelfTeacher(nn.Module):
-    "The self-teacher for segmentation: refines the student's maps and labels each position of the finest"
+    "Refine the student's maps and predict a class for each position of the finest"
     def __init__(self,
         channels:list, # Channels c_i of the student's levels, largest map first; at least two
-        n_out:int, # Number of logits a pixel, as the student's
+        n_out:int, # Number of logits per pixel, same as the student's
         n_channels:int=64, # Channels d of all refined maps
-        head_channels:int|None=None, # Between the head's convolutions, 256 in the paper. Default: `n_channels`
+        head_channels:int|None=None, # Channels inside the head, 256 in the paper. Default: `n_channels`
     ):
         super().__init__()
         check_number('n_channels', n_channels, whole=True)
@@ -83,12 +83,12 @@ class DenseSelfTeacher(nn.Module):
 
     @property
     def norms(self):
-        "The BatchNorm that ends the node of each refined map, largest map first"
+        "Return the BatchNorm that makes each refined map, largest map first"
         return [o[1] for o in self.layers[-1].up]
 
     def forward(self,
         feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first
-        preact:bool=False, # Refined maps before the ReLU?
+        preact:bool=False, # Return the refined maps before their ReLU?
     )->tuple: # Refined maps T_i, a list of B×d×H_i×W_i, and logits B×n_out×H_0×W_0
         _check_levels(feats, self.channels)
         feats = [lat(f) for lat,f in zip(self.laterals, feats)]

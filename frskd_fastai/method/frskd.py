@@ -1,4 +1,4 @@
-"""The algorithm: one step of feature refinement via self-knowledge distillation, in plain PyTorch
+"""The FRSKD algorithm in plain PyTorch: all losses of one training step
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/frskd.html.md"""
 
@@ -16,51 +16,51 @@ from .teacher import check_number
 def scale_grad(
     f:Tensor, # Any shape
     factor:float|Tensor, # Scalar
-)->Tensor: # Of the same shape
-    "`f` as it is, with `factor` times its gradient"
+)->Tensor: # Same shape and values
+    "Return `f` unchanged, with its gradient multiplied by `factor`"
     if isinstance(factor, float) and factor==1: return f
     g = f.view_as(f)
     if g.requires_grad: g.register_hook(lambda grad: grad*factor)
     return g
 
 def weighted_sum(
-    losses:dict, # Scalars by name
-    weights:dict, # Of those that have one
+    losses:dict, # Scalar losses by name
+    weights:dict, # Weights by name. Default: 1
 )->Tensor: # Scalar
-    "Sum of the losses, each times its weight"
+    "Add up the losses, each multiplied by its weight"
     return sum(weights.get(k, 1.)*v for k,v in losses.items())
 
 # %% ../../nbs/method/frskd.ipynb #9b54cd26
 def pool_to(
     maps:list, # Feature maps, B×c_i×H_i×W_i, largest first
-    finest:int, # Index of the map whose resolution is enough
+    finest:int, # Index of the map whose size larger ones are pooled to
 )->list: # The same number of maps
-    "Those of `maps` that are larger than `maps[finest]`, average-pooled to its height and width"
+    "Average-pool the maps that are larger than `maps[finest]` to its height and width"
     h,w = map(int, maps[finest].shape[-2:])
     def pool(o):
         H,W = map(int, o.shape[-2:])
         if H<=h and W<=w: return o
-        if H%h==W%w==0: return F.avg_pool2d(o, (H//h,W//w)) # the same, but faster
+        if H%h==W%w==0: return F.avg_pool2d(o, (H//h,W//w)) # same result, but faster
         return F.adaptive_avg_pool2d(o, (h,w))
     return [pool(o) for o in maps]
 
 # %% ../../nbs/method/frskd.ipynb #a21c74d9
 FRSKDOutput = namedtuple('FRSKDOutput', 'losses logits refined')
-FRSKDOutput.__doc__ = """What `FRSKD` says of a batch: the `losses` by name, unweighted; the self-teacher's
-`logits`, of the student's shape; the `refined` maps, largest first, detached"""
+FRSKDOutput.__doc__ = """What `FRSKD` returns: unweighted `losses` by name; `logits` of the self-teacher, in the
+shape of the student's; `refined` maps, largest first, detached"""
 
 class FRSKD(nn.Module):
-    "A self-teacher beside a student: what both learn in a training step"
+    "Compute the losses that train a self-teacher and its student together"
     loss_names = 'teacher','soft_label','feature'
     def __init__(self,
-        teacher:nn.Module, # The self-teacher: refined maps and logits from the list of the student's maps
-        task, # What a label means: `SingleLabel()`, `MultiLabel()` or `Segmentation()`
-        feature_loss:Callable=attention_loss, # From lists of student's and refined maps to a scalar
-        alpha:float=2., # α, weight of the soft-label loss; 0 leaves it out
-        beta:float=100., # β, weight of the feature loss; 0 leaves it out
-        temperature:float=4., # K, softens both distributions in the soft-label loss
-        finest:int=0, # Index of the level whose resolution is enough, see `pool_to`
-        takes_ratios:bool=True, # Does the feature loss take `pool_ratios`, too? Else it gets float32 maps
+        teacher:nn.Module, # The self-teacher, from the list of student's maps to refined maps and logits
+        task, # What the labels mean: `SingleLabel()`, `MultiLabel()` or `Segmentation()`
+        feature_loss:Callable=attention_loss, # Takes the lists of student's and refined maps, returns a scalar
+        alpha:float=2., # α, weight of the soft-label loss; 0 turns it off
+        beta:float=100., # β, weight of the feature loss; 0 turns it off
+        temperature:float=4., # K, divides both networks' logits in the soft-label loss
+        finest:int=0, # Index of the level to which larger maps are pooled, see `pool_to`
+        takes_ratios:bool=True, # Does `feature_loss` also take `pool_ratios`? If not, it gets float32 maps
     ):
         super().__init__()
         for name,weight in dict(alpha=alpha, beta=beta).items(): check_number(name, weight, zero=True)
@@ -68,47 +68,48 @@ class FRSKD(nn.Module):
         self.teacher,self.task,self.feature_loss = teacher,task,feature_loss
         self.alpha,self.beta,self.temperature = alpha,beta,temperature
         self.finest,self.takes_ratios = finest,takes_ratios
-        self.compiled = {} # Faster versions of the self-teacher and the losses, by what they are versions of
+        self.compiled = {} # Compiled versions of the self-teacher and the losses, keyed by the originals
 
     def forward(self,
         maps:list, # Student's feature maps F_i, B×c_i×H_i×W_i, largest first
         logits:Tensor, # Student's logits, B×C or B×C×H×W
         targets:Tensor|tuple, # A batch of targets
-        label_loss:Callable, # From logits and `*targets` to a scalar
-        factor:float|Tensor=1., # Of all that the student gets from the self-teacher, 0 to 1
-        pre:list|None=None, # `maps` before their ReLU, for a feature loss that takes those
+        label_loss:Callable, # Takes logits and `*targets`, returns a scalar
+        factor:float|Tensor=1., # How much the student follows the self-teacher, 0 to 1
+        pre:list|None=None, # `maps` before their ReLU, for a feature loss that compares those
     )->FRSKDOutput:
-        "The losses of one step, but for the student's own label loss"
+        "Compute all losses of one step except the student's own label loss"
         if isinstance(targets, Tensor): targets = (targets,)
         small,read = self.pool(maps, pre)
         refined,soft = self.teach(small, factor)
         soft = self.task.fit_size(soft, logits)
         losses = dict(teacher=label_loss(soft, *targets))
         refined = [o.detach() for o in refined]
-        if isinstance(factor, Tensor) or factor>0 or self.trains_features: # reading a tensor makes a GPU wait
+        # Reading a tensor's value would wait for the GPU
+        if isinstance(factor, Tensor) or factor>0 or self.trains_features:
             keep = self.task.keep(targets)
             losses.update(self.distil(logits, soft, read, refined, pool_ratios(maps, small), keep))
         return FRSKDOutput(losses, soft, refined)
 
     def weights(self,
         factor:float|Tensor=1., # As for `forward`
-    )->dict: # By name
-        "The weights of the losses that have one"
+    )->dict: # Weights by name
+        "Return the weights of the distillation losses"
         return dict(soft_label=self.alpha*factor, feature=self.beta*factor)
 
     def pool(self, maps, pre=None):
-        "The maps as the self-teacher reads them, and as the feature loss does"
+        "Pool the maps for the self-teacher, and those for the feature loss"
         maps = pool_to(maps, self.finest)
         return maps,maps if pre is None else pool_to(pre, self.finest)
 
     def teach(self, maps, factor=1.):
-        "Refined maps and float32 logits of the self-teacher; `factor` of its gradient goes on to the student"
+        "Run the self-teacher; its gradient reaches the student multiplied by `factor`"
         kwargs = dict(preact=True) if getattr(self.feature_loss, 'preact', False) else {}
         refined,logits = self.fast(self.teacher)([scale_grad(o, factor) for o in maps], **kwargs)
         return refined,logits.float()
 
     def distil(self, student, teacher, maps, refined, ratios, keep=None):
-        "What the student imitates: the soft labels of logits `teacher`, and the `refined` maps"
+        "Compute the losses of imitating the self-teacher's logits and its `refined` maps"
         losses = {}
         if self.alpha:
             soft_labels = self.fast(self.task.soft_labels)
@@ -120,14 +121,14 @@ class FRSKD(nn.Module):
 
     @property
     def trains_features(self):
-        "Has the feature loss parameters? They take part in each step, where several processes train"
+        "Tell if the feature loss has parameters, which distributed training needs in every step"
         return isinstance(self.feature_loss, nn.Module)
 
     def fast(self, f): return self.compiled.get(f, f)
 
 def pool_ratios(
-    maps:list, # Before
-    pooled:list, # After
-)->list: # Of numbers, 0 to 1
-    "Positions of each pooled map over those of the map before"
+    maps:list, # Maps before pooling
+    pooled:list, # The same maps after it
+)->list: # A number per map, 0 to 1
+    "Compute the fraction of each map's positions that pooling leaves"
     return [p.shape[-2:].numel()/m.shape[-2:].numel() for m,p in zip(maps, pooled)]

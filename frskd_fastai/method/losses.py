@@ -1,4 +1,4 @@
-"""What the student learns from the self-teacher: soft labels and features
+"""The distillation losses: how the student imitates soft labels and feature maps
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/losses.html.md"""
 
@@ -13,35 +13,37 @@ from fastai.basics import *
 
 # %% ../../nbs/method/losses.ipynb #3a1c5f64
 def _softened(student, teacher, temperature):
-    "Both logits over K, in float32. A class of which the student's logit is −inf is left out of both"
-    left_out = student.detach().isinf()
-    return [o.float().masked_fill(left_out, -1e9)/temperature for o in (student,teacher.detach())]
+    "Divide both logits by K, in float32; mask the classes where the student's logit is −inf"
+    masked = student.detach().isinf()
+    return [o.float().masked_fill(masked, -1e9)/temperature for o in (student,teacher.detach())]
 
 def soft_label_loss(
     student:Tensor, # Student's logits, B×C
     teacher:Tensor, # Self-teacher's logits, B×C; detached here
-    temperature:float=4., # K: both distributions are softened by it
+    temperature:float=4., # K, divides the logits of both
 )->Tensor: # Scalar, float32
-    "KL( softmax(t/K) ‖ softmax(s/K) ) · K², summed over classes, mean over the batch (section 3.2, L_KD)"
+    "Compute KL( softmax(t/K) ‖ softmax(s/K) ) · K², mean over the batch (section 3.2, L_KD)"
     s,t = (F.log_softmax(o, dim=1) for o in _softened(student, teacher, temperature))
     return F.kl_div(s, t, reduction='batchmean', log_target=True) * temperature**2
 
 def binary_soft_label_loss(
     student:Tensor, # Student's logits, B×C
     teacher:Tensor, # Self-teacher's logits, B×C; detached here
-    temperature:float=4., # K: both distributions are softened by it
+    temperature:float=4., # K, divides the logits of both
 )->Tensor: # Scalar, float32
-    "The same for each class's yes and no, by sigmoid; mean over batch and classes, as in binary cross-entropy"
+    """Compute the soft-label loss for multiple labels, with a sigmoid per class
+
+    Mean over batch and classes, as in binary cross-entropy."""
     s,t = (F.logsigmoid(torch.stack([o,-o])) for o in _softened(student, teacher, temperature))
     return F.kl_div(s, t, reduction='none', log_target=True).sum(0).mean() * temperature**2
 
 def pixel_soft_label_loss(
     student:Tensor, # Student's logits, B×C×H×W
     teacher:Tensor, # Self-teacher's logits, B×C×H×W; detached here
-    temperature:float=1., # K: both distributions are softened by it
-    keep:Tensor|None=None, # Pixels that count, B×H×W; default: all
+    temperature:float=1., # K, divides the logits of both
+    keep:Tensor|None=None, # Which pixels count, bool B×H×W. Default: all
 )->Tensor: # Scalar, float32
-    "`soft_label_loss` for the pixels of images: the mean over those that count"
+    "Compute `soft_label_loss` for each pixel; mean over the pixels that count"
     s,t = (F.log_softmax(o, dim=1) for o in _softened(student, teacher, temperature))
     kl = F.kl_div(s, t, reduction='none', log_target=True).sum(1)
     mean = kl.mean() if keep is None else (kl*keep).sum()/keep.sum().clamp(min=1)
@@ -49,13 +51,15 @@ def pixel_soft_label_loss(
 
 # %% ../../nbs/method/losses.ipynb #db5b5a3f
 class _Energy(torch.autograd.Function):
-    "Mean over channels of x². That of `pow` copies the map on the way back: 15 times slower on a CPU"
+    """Compute the mean of x² over channels, with a fast backward pass
+
+    That of `pow` copies the map: 15 times slower on a CPU."""
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         if x.is_cuda or x.is_contiguous(memory_format=torch.channels_last):
-            # no copy of the map; slow on a CPU in the other format
+            # doesn't copy the map, but is slow on a CPU in any other memory format
             return torch.linalg.vector_norm(x, dim=1, dtype=dtype).square().float()/x.shape[1]
         return x.float().square().mean(1)
     @staticmethod
@@ -67,8 +71,8 @@ class _Energy(torch.autograd.Function):
 def attention_map(
     x:Tensor, # Feature map, B×C×H×W
 )->Tensor: # B×H·W, float32, L2 norm 1 over the positions
-    "φ: the mean over channels of x², flattened, over its L2 norm (attention transfer; paper section 3.2)"
-    # The compiler makes one pass of the plain formula, and can't look into the function
+    "Compute φ, the mean of x² over channels with L2 norm 1 (paper section 3.2)"
+    # The compiler fuses the plain formula, and can't look into `_Energy`
     if torch.compiler.is_compiling(): energy = x.float().square().mean(1)
     else: energy = _Energy.apply(x.as_subclass(Tensor))
     return F.normalize(energy.flatten(1), dim=1)
@@ -76,13 +80,13 @@ def attention_map(
 def attention_loss(
     student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
     teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
-    ratios:list|None=None, # Positions of each map over those that it had before pooling. Default: 1 each
+    ratios:list|None=None, # Each map's positions over those before pooling, see `pool_ratios`. Default: 1
 )->Tensor: # Scalar, float32
-    "Σ_i of the mean over batch and positions of ( φ(F_i) − φ(T_i) )² (paper section 3.2, L_F)"
+    "Compute Σ_i mean ( φ(F_i) − φ(T_i) )² over batch and positions (paper section 3.2, L_F)"
     loss = 0.
     for f,t,ratio in zip(student, teacher, ratios or [1.]*len(student), strict=True):
         squares = (attention_map(f)-attention_map(t.detach())).pow(2)
-        loss = loss + squares.mean()*ratio # φ has norm 1 on a pooled map, too
+        loss = loss + squares.mean()*ratio # undo what pooling does: φ has norm 1 at any resolution
     return loss
 
 
@@ -90,7 +94,7 @@ def attention_loss(
 def _connector(c, d): return nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d))
 
 class HintLoss(nn.Module):
-    "Σ_i of the mean squared error between T_i and ReLU(BatchNorm(1×1 convolution(F_i))) (FitNet)"
+    "Compute FitNet's loss: Σ_i of the mean squared error of ReLU(connector(F_i)) and T_i"
     def __init__(self,
         channels:list, # Channels c_i of the student's maps, largest map first
         refined:list, # Channels d_i of the refined maps
@@ -101,7 +105,7 @@ class HintLoss(nn.Module):
     def forward(self,
         student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
-        ratios:list|None=None, # As for `attention_loss`; a mean of squares needs none
+        ratios:list|None=None, # Not used: the mean squared error doesn't depend on the number of positions
     )->Tensor: # Scalar, float32
         rows = zip(self.connectors, student, teacher, strict=True)
         return sum(F.mse_loss(F.relu(connect(f)).float(), t.detach().float()) for connect,f,t in rows)
@@ -109,31 +113,33 @@ class HintLoss(nn.Module):
 
 # %% ../../nbs/method/losses.ipynb #f47c17da
 def overhaul_margin(
-    norm:nn.BatchNorm2d, # The BatchNorm before the ReLU
-)->Tensor: # d, one margin a channel
-    "Mean of the negative values of a normal distribution with `norm`'s bias as mean and weight as deviation"
+    norm:nn.BatchNorm2d, # The BatchNorm before the ReLU, with d channels
+)->Tensor: # d margins, one per channel
+    "Compute each channel's margin: the mean of the negative values that `norm` outputs"
     m,s = norm.bias.detach().float(),norm.weight.detach().float().abs().clamp(min=1e-12)
     negative = torch.special.ndtr(-m/s)
     mean = m - s*torch.exp(-(m/s)**2/2)/(math.sqrt(2*math.pi)*negative)
-    return torch.where(negative>1e-3, mean, -3*s) # three deviations where hardly a value is negative
+    return torch.where(negative>1e-3, mean, -3*s) # hardly any negative values: take three deviations
 
 class OverhaulLoss(nn.Module):
-    "Squared distance of BatchNorm(1×1 convolution(F_i)) from max(T_i, margin), where it matters to the ReLU"
-    preact = True # Takes maps before the ReLU
+    """Compute the squared distance of connector(F_i) from max(T_i, margin), before the ReLU
+
+    Positions where T_i ≤ 0 and the student is below the target don't count: the ReLU makes both 0."""
+    preact = True # Compares maps before the ReLU
     def __init__(self,
         channels:list, # Channels c_i of the student's maps, largest map first
-        norms:list, # The BatchNorms that make the refined maps; read at each step, not trained here
+        norms:list, # The self-teacher's BatchNorms that make the refined maps; only read here
     ):
         super().__init__()
-        self.norms = L(norms) # no `ModuleList`: they are the self-teacher's
+        self.norms = L(norms) # not a `ModuleList`: they belong to the self-teacher
         pairs = zip(channels, norms, strict=True)
         self.connectors = nn.ModuleList(_connector(c, o.num_features) for c,o in pairs)
 
     def forward(self,
         student:list, # Student's feature maps F_i before the ReLU, B×c_i×H_i×W_i
         teacher:list, # Refined maps T_i before the ReLU, B×d_i×H_i×W_i; detached here
-        ratios:list|None=None, # As for `attention_loss`; brings a sum over fewer positions to that over all
-    )->Tensor: # Scalar, float32; summed over a sample, mean over the batch, level i of n weighted 1/2^(n−i−1)
+        ratios:list|None=None, # As for `attention_loss`; scales a pooled level's sum up to all positions
+    )->Tensor: # Scalar, float32: sum over a sample, mean over the batch; level i of n has weight 1/2^(n−i−1)
         loss,n = 0.,len(student)
         rows = zip(self.connectors, self.norms, student, teacher, ratios or [1.]*n, strict=True)
         for i,(connect,norm,f,t,ratio) in enumerate(rows):
@@ -146,10 +152,11 @@ class OverhaulLoss(nn.Module):
 
 # %% ../../nbs/method/losses.ipynb #a029f89c
 NamedLoss = namedtuple('NamedLoss', 'make beta preact', defaults=[False])
-NamedLoss.__doc__ = """A feature loss that has a name: what makes it from the levels' channels, those of the refined
-maps and the self-teacher; its default β; does it take maps before the ReLU?"""
+NamedLoss.__doc__ = """A built-in feature loss: `make` builds it from the channels of the student's maps, the
+channels of the refined maps, and the self-teacher; `beta` is its default weight; `preact`: does it compare maps
+before the ReLU?"""
 
-# Attention's β is the paper's; the others bring the gradient to its scale (benchmarks/feature_loss_scale.py)
+# The paper's β for attention; the others give a gradient of the same size (benchmarks/feature_loss_scale.py)
 feature_losses = {
     'attention': NamedLoss(lambda channels, refined, teacher: attention_loss, 100.),
     'hint':      NamedLoss(lambda channels, refined, teacher: HintLoss(channels, refined), 1.),
@@ -157,13 +164,13 @@ feature_losses = {
 
 # %% ../../nbs/method/losses.ipynb #b643d332
 def check_feature_loss(
-    loss:Callable, # From the lists of student's and refined maps to a scalar
-    student:list, # Maps like the student's, B×c_i×H_i×W_i
-    refined:list, # Maps like the refined ones, B×d_i×H_i×W_i
+    loss:Callable, # Takes the lists of the student's and the refined maps, returns a scalar
+    student:list, # Example of the student's maps, B×c_i×H_i×W_i
+    refined:list, # Example of the refined maps, B×d_i×H_i×W_i
 ):
-    "Compute `loss` once; `ValueError` where it isn't a feature loss for such maps"
-    want = ("It takes two lists, the student's and the refined maps, a B×C×H×W tensor a level, and returns a "
-            "scalar tensor; see `FRSKDCallback(feature_loss=...)`")
+    "Compute `loss` once; raise `ValueError` if it isn't a feature loss for such maps"
+    want = ("It must take the list of the student's maps and the list of the refined maps, B×C×H×W tensors, "
+            "and return a scalar tensor; see `FRSKDCallback(feature_loss=...)`.")
     try: v = loss(student, refined)
     except Exception as e:
         shapes = ' and '.join(str([tuple(o.shape) for o in maps]) for maps in (student,refined))

@@ -1,4 +1,4 @@
-"""How much the student follows the self-teacher
+"""How much the student follows the self-teacher in the course of training
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/schedule.html.md"""
 
@@ -12,51 +12,51 @@ from fastai.basics import *
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed006
 class Schedule:
-    "A factor of all that the student gets from the self-teacher, 0 to 1. This base counts the steps"
-    needs_answers = False # Does `update` take the log-probability of the right answers?
-    share = 1. # The part of the factor that a training of this length gets, 0 to 1
+    "Give a factor, 0 to 1, for all that the student gets from the self-teacher; counts steps"
+    needs_answers = False # Does `update` need the log-probability of the right answers?
+    share = 1. # Largest factor in a training of this length, 0 to 1
     def __init__(self):
-        self.steps,self.last = 0,math.inf # steps so far, and when the fit ends
+        self.steps,self.last = 0,math.inf # steps so far, and by the end of the fit
 
     def factor(self,
-        pct:float=0., # Part of the fit that is done, 0 to 1
-    )->float|Tensor: # Scalar; a tensor stays on its device (reading it would make the GPU wait)
+        pct:float=0., # Fraction of the fit that is done, 0 to 1
+    )->float|Tensor: # Scalar; a tensor is left on its device, since reading it would wait for the GPU
         raise NotImplementedError
 
     def update(self,
-        log_p:Tensor|None=None, # Mean log-probability of the right answers, by the self-teacher; a scalar
+        log_p:Tensor|None=None, # Self-teacher's mean log-probability of the right answers, a scalar
     ):
-        "Count one more step"
+        "Count a step"
         self.steps += 1
 
     def will_train(self,
-        n:int, # Steps that follow until the end of the fit
+        n:int, # Steps left in this fit
     ):
-        "Take in how long the training will be, with the fits before it"
+        "Note how many steps there will be by the end of this fit, earlier fits included"
         self.last = self.steps+n
 
     def state_dict(self): return dict(steps=self.steps)
     def load_state_dict(self,
-        state:dict, # Of any schedule
-        device=None, # Of the training
+        state:dict, # The `state_dict` of any schedule
+        device=None, # Device of the training
     ):
-        self.steps = self.last = state['steps'] # until the next fit says more
+        self.steps = self.last = state['steps'] # until the next fit calls `will_train`
 
 class Constant(Schedule):
-    "All of it, at any time: the paper's setting"
+    "Give 1 at all times: the paper's setting"
     def factor(self, pct=0.): return 1.
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed008
 def late_ramp(
-    pct:float, # Part of the fit that is done, 0 to 1
+    pct:float, # Fraction of the fit that is done, 0 to 1
 )->float: # Factor, 0 to 1
-    "Nothing for two thirds of the fit, then exp(−5·(1−p)²) with p from 0 to 1 over the rest"
+    "Return 0 for two thirds of the fit, then exp(−5·(1−p)²), where p runs from 0 to 1"
     return 0. if pct<2/3 else math.exp(-5*(3-3*pct)**2)
 
 class Ramp(Schedule):
-    "The factor as a function of the part of the fit that is done"
+    "Compute the factor from the fraction of the fit that is done"
     def __init__(self,
-        f:Callable=late_ramp, # From 0 to 1 to a factor, 0 to 1; the default is the paper's for segmentation
+        f:Callable=late_ramp, # Takes that fraction, returns the factor. Default: the paper's for segmentation
     ):
         super().__init__()
         self.f = f
@@ -68,15 +68,15 @@ class Ramp(Schedule):
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00b
 class Trust(Schedule):
-    "Running geometric mean of the probability of the right answer; in a short training only a part of it"
+    "Use the self-teacher's probability of the right answer as factor; less in short trainings"
     needs_answers = True
     def __init__(self,
-        beta:float=0.95, # Part of the running mean that a new batch leaves in place
-        full:int=1000, # Steps of a training that is long enough for all of it; one of n steps gets n/full
+        beta:float=0.95, # Weight of the old running mean at each step
+        full:int=1000, # Steps for the full factor; a shorter training of n steps gets n/full of it
     ):
         super().__init__()
         self.beta,self.full = beta,full
-        self.loss = torch.tensor(math.inf) # the running mean of −log p, infinite before the first finite one
+        self.loss = torch.tensor(math.inf) # running mean of −log p; infinite until there is a finite value
 
     @property
     def share(self): return min(1., self.last/self.full)
@@ -84,7 +84,7 @@ class Trust(Schedule):
     def factor(self, pct=0.): return torch.exp(-self.loss.clamp(min=0))*self.share
 
     def update(self, log_p):
-        "Take in one more batch; a value that is not finite leaves the mean as it was"
+        "Count a step and update the running mean; non-finite values leave the mean unchanged"
         super().update()
         loss = -log_p.detach()
         mean = self.loss.to(loss)
@@ -94,14 +94,14 @@ class Trust(Schedule):
     def state_dict(self): return dict(super().state_dict(), loss=self.loss.item())
     def load_state_dict(self, state, device=None):
         super().load_state_dict(state)
-        loss = state.get('loss') # none in the file of another schedule
+        loss = state.get('loss') # other schedules save none
         self.loss = torch.tensor(math.inf if loss is None else loss, device=device)
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00f
 def make_schedule(
     schedule:str|Callable, # 'trust', 'constant', 'ramp', or a function as for `Ramp`
 )->Schedule:
-    "A new `Schedule` as `FRSKDCallback(schedule=...)` names it"
+    "Make the `Schedule` that `FRSKDCallback(schedule=...)` asks for"
     named = dict(trust=Trust, constant=Constant, ramp=Ramp)
     if isinstance(schedule, str) and schedule in named: return named[schedule]()
     if callable(schedule): return Ramp(schedule)

@@ -1,4 +1,4 @@
-"""The algorithm with self-supervised label augmentation: each image in its four rotations
+"""FRSKD with self-supervised label augmentation: each image in four rotations
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/sla.html.md"""
 
@@ -15,30 +15,30 @@ from .frskd import *
 def rotations(
     x:Tensor, # Square images, B×C×S×S
 )->Tensor: # 4B×C×S×S: the first image's four rotations (0, 90, 180, 270 degrees), then the second's
-    "Each image of `x` in its four rotations"
+    "Return each image of `x` in its four rotations"
     return torch.stack([torch.rot90(x, k, (2,3)) for k in range(4)], dim=1).flatten(0, 1)
 
 def joint_labels(
-    y:Tensor, # Classes, B
+    y:Tensor, # Class numbers, B
 )->Tensor: # 4B joint labels 4·y + rotation
-    "The labels of `rotations`"
+    "Return the joint labels of the images from `rotations`"
     return (4*y.view(-1,1) + torch.arange(4, device=y.device)).flatten()
 
 def aggregate_rotations(
     logits:Tensor, # Joint logits of rotated images, 4B×4C
 )->Tensor: # B×C
-    "Logits of each image: the mean over its rotations r of their joint logits at 4·class + r"
+    "Average the joint logits of an image over its rotations r, each read at 4·class + r"
     return logits.view(len(logits)//4, 4, -1, 4).diagonal(dim1=1, dim2=3).mean(-1)
 
 # %% ../../nbs/method/sla.ipynb #51a00006
 class FRSKDSLA(FRSKD):
-    "`FRSKD` of images and of their rotations, with a head for the joint labels on either network"
+    "Compute the losses of FRSKD+SLA; holds the heads of both networks for the joint labels"
     loss_names = 'teacher','joint','aggregation','soft_label','feature'
     def __init__(self,
         *args, # As for `FRSKD`
-        joint_student:nn.Module, # From the mean over the student's last map to joint logits
-        joint_teacher:nn.Module, # From the mean over the last refined map to joint logits
-        sla_weight:float=1., # Weight of the distillation from the aggregated logits
+        joint_student:nn.Module, # Head for joint logits on the student's last map, averaged over positions
+        joint_teacher:nn.Module, # Head for joint logits on the last refined map, averaged over positions
+        sla_weight:float=1., # w, weight of the distillation from the aggregated logits
         **kwargs, # As for `FRSKD`
     ):
         super().__init__(*args, **kwargs)
@@ -48,14 +48,14 @@ class FRSKDSLA(FRSKD):
         maps:list, # Student's feature maps of the images, B×c_i×H_i×W_i, largest first
         logits:Tensor, # Student's logits, B×C
         targets:tuple, # A batch of targets
-        label_loss:Callable, # From logits and `*targets` to a scalar
+        label_loss:Callable, # Takes logits and `*targets`, returns a scalar
         factor:float|Tensor=1., # As for `FRSKD`
         pre:list|None=None, # As for `FRSKD`
         *,
         rotated:tuple, # `maps` and `pre` of the rotated images, 4B×c_i×H_i×W_i
-        labels:list|None=None, # Classes and their weight, two pairs if labels are mixed. Default: targets
+        labels:list|None=None, # Pairs of class numbers and weight, two for mixed labels. Default: `targets`
     )->FRSKDOutput:
-        "The losses of one step, but for the student's own label loss"
+        "Compute all losses of one step except the student's own label loss"
         (small,read),(rotated,read_rotated) = self.pool(maps, pre),self.pool(*rotated)
         refined,soft = self.teach(small, factor)
         refined_rotated,_ = self.teach(rotated, factor)
@@ -76,7 +76,7 @@ class FRSKDSLA(FRSKD):
 def _cat(maps, rotated): return [torch.cat(o) for o in zip(maps, rotated)]
 
 def _joint_loss(logits, labels):
-    "Cross-entropy on the joint labels; under MixUp or CutMix, which mix two labels, on both"
-    each = partial(F.cross_entropy, logits, reduction='none') # of the four rotations of each image
+    "Compute cross-entropy on the joint labels; a weighted sum under MixUp or CutMix"
+    each = partial(F.cross_entropy, logits, reduction='none') # one loss per rotated image
     losses = [each(joint_labels(y)).view(-1, 4).mean(1) for y,_ in labels]
     return sum(loss*w for loss,(_,w) in zip(losses, labels)).mean()

@@ -1,4 +1,4 @@
-"""The self-teacher: a bidirectional feature pyramid over the student's levels, with a head of its own
+"""The self-teacher: a feature pyramid on the student's feature maps, with its own classifier
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/teacher.html.md"""
 
@@ -16,27 +16,27 @@ from fastai.basics import *
 def _up(x, size): return x if x.shape[-2:]==size else F.interpolate(x, size=size, mode='nearest')
 
 def _down(x, size):
-    "Max-pool `x`, which is not negative, to `size`"
+    "Max-pool the non-negative map `x` to `size`"
     if x.shape[-2:]==size: return x
     if not all(s==(o+1)//2 for s,o in zip(size, x.shape[-2:])): return F.adaptive_max_pool2d(x, size)
-    # "same" padding: an odd side gets a row before and one after, an even one gets one after, by `ceil_mode`
+    # "same" padding: a row at both ends of an odd side, one at the far end of an even side (`ceil_mode`)
     return F.max_pool2d(x, 3, stride=2, padding=tuple(int(o)%2 for o in x.shape[-2:]), ceil_mode=True)
 
 
 # %% ../../nbs/method/teacher.ipynb #f485a341
 def _project(ni, nf):
-    "P: 1×1 convolution → BatchNorm → ReLU"
+    "Build P: 1×1 convolution → BatchNorm → ReLU"
     return nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True))
 
 def _weighted(p, x, w):
-    "P of `x`, times the weights `w`, one or one a channel, none of them negative"
+    "Compute P of `x` times the non-negative weights `w`, one for all channels or one each"
     conv,norm,relu = p
-    # The tracer takes no `functional_call`; this is the same
+    # `torch.jit.trace` doesn't support `functional_call`; this gives the same values
     if torch.jit.is_tracing(): return relu(norm(conv(x))*w.view(-1,1,1))
     return relu(functional_call(norm, {'weight':norm.weight*w, 'bias':norm.bias*w}, conv(x)))
 
 def _node(d, depth):
-    "S: `depth` times depthwise 3×3 → 1×1 → BatchNorm, with ReLUs between; its readers take the ReLU after it"
+    "Build S: `depth` times depthwise 3×3 → 1×1 → BatchNorm → ReLU, without the last ReLU"
     layers = []
     for _ in range(depth):
         depthwise = nn.Conv2d(d, d, 3, padding=1, groups=d, bias=False)
@@ -46,26 +46,26 @@ def _node(d, depth):
 
 # %% ../../nbs/method/teacher.ipynb #e68db6d6
 class BiFPNLayer(nn.Module):
-    "One top-down and one bottom-up pass over the levels (paper section 3.1)"
+    "Run one top-down and one bottom-up pass over the levels (paper section 3.1)"
     def __init__(self,
-        c:list, # Channels of the maps that come in, largest map first
-        d:list, # Channels of the maps that go out
-        depth:int, # Depthwise-separable convolutions in each node
-        first:bool=True, # Is it the first layer? A further one takes its A_i as they come
-        project:bool=True, # P on the resampling paths? Without, all `d` must be the same
+        c:list, # Channels of the input maps, largest map first
+        d:list, # Channels of the output maps
+        depth:int, # Depthwise-separable convolutions per node
+        first:bool=True, # Is it the first layer? Further ones use their input maps as A_i
+        project:bool=True, # Use P on the resampling paths? If not, all `d` must be equal
     ):
         super().__init__()
         n = len(c)
         path = _project if project else lambda ni,nf: nn.Identity()
         self.first = first
         finest = _project(c[0], d[0]) if first else nn.Identity()
-        both = 2 if first else 1 # A_i and B_i in one
+        both = 2 if first else 1 # one convolution for A_i and B_i
         self.laterals   = nn.ModuleList([finest, *(_project(c[i], both*d[i]) for i in range(1, n))])
         self.up         = nn.ModuleList(path(d[i+1], d[i]) for i in range(n-1))
         self.up_nodes   = nn.ModuleList(_node(d[i], depth) for i in range(n-1))
         self.down       = nn.ModuleList(path(d[i], d[i+1]) for i in range(n-1))
         self.down_nodes = nn.ModuleList(_node(d[i+1], depth) for i in range(n-1))
-        # Row i: inputs of the node U_i, row n-1+i: of T_{i+1}; lateral, U, P. The mask says which a node has
+        # Row i: weights of U_i, row n-1+i: of T_{i+1}; columns: lateral, U, T. The mask zeroes unused ones
         self.fusion = nn.Parameter(torch.ones(2*(n-1), 3))
         mask = torch.ones(2*(n-1), 3)
         mask[:n-1,2] = 0.
@@ -73,16 +73,16 @@ class BiFPNLayer(nn.Module):
         self.register_buffer('fusion_mask', mask, persistent=False)
 
     def forward(self,
-        feats:list, # Maps, B×c_i×H_i×W_i, largest first, not negative
-        preact:bool=False, # Refined maps before the ReLU, too?
-    )->tuple: # Refined maps, B×d_i×H_i×W_i, after and, if asked for, before the ReLU: two lists
+        feats:list, # Non-negative maps, B×c_i×H_i×W_i, largest first
+        preact:bool=False, # Also return the refined maps before their ReLU?
+    )->tuple: # Refined maps B×d_i×H_i×W_i, two lists: after the ReLU, and before it if `preact`
         n = len(feats)
         w = F.relu(self.fusion)*self.fusion_mask
         w = (w/(w.sum(1, keepdim=True)+1e-6)).unbind()
-        up,down = [*w[:n-1],None],[None,*w[n-1:]] # of the nodes U_i and T_i
+        up,down = [*w[:n-1],None],[None,*w[n-1:]] # weights of the nodes U_i and T_i
         a,b = zip(*map(self._lateral, range(n), feats, up, down))
         pre = [None]*n
-        def relu(i, o): # of a node's output, which nobody else reads unless `preact`
+        def relu(i, o): # in place, unless `preact` keeps the node's output
             pre[i] = o if preact else None
             return F.relu(o, inplace=not preact)
         u = [None]*(n-1) + [a[-1]]
@@ -97,7 +97,7 @@ class BiFPNLayer(nn.Module):
         return t,pre
 
     def _lateral(self, i, f, up, down):
-        "A_i and B_i of the map `f`; `up` and `down` are the weights of the nodes U_i and T_i, if they exist"
+        "Compute A_i and B_i from the map `f`, with the weights `up` of node U_i and `down` of T_i"
         lateral = self.laterals[i]
         if not self.first:
             return f if up is None else f*up[0], None if down is None else _weighted(lateral, f, down[0])
@@ -112,36 +112,37 @@ class BiFPNLayer(nn.Module):
 
 # %% ../../nbs/method/teacher.ipynb #98da8188
 def check_number(
-    name:str, # Of the option
-    value, # What the user gave for it
+    name:str, # Name of the option
+    value, # Value to check
     zero:bool=False, # May it be 0?
     whole:bool=False, # Must it be a whole number?
     optional:bool=False, # May it be `None`?
 ):
-    "`ValueError` where `value` is no positive, finite number"
+    "Raise `ValueError` unless `value` is a positive, finite number"
     if value is None and optional: return
     if isinstance(value, Integral if whole else Real) and 0<=value<math.inf and (zero or value): return
     kind = 'whole number' if whole else 'number'
-    want = f'a {kind}, 0 or more' if zero else f'a positive {kind}'
+    want = f'a {kind} ≥ 0' if zero else f'a positive {kind}'
     raise ValueError(f"FRSKD: {name} must be {want}, got {value!r}")
 
 class SelfTeacher(nn.Module):
-    "The self-teacher (paper section 3.1): refines the student's feature maps, and classifies the last one"
+    "Refine the student's feature maps and classify by the last one (paper section 3.1)"
     def __init__(self,
         channels:list, # Channels c_i of the student's levels, largest map first; at least two
-        n_out:int, # Number of logits, as the student's
-        width:float|list=2., # d_i = max(1, round(width · c_i)) channels; one number, or one a level
-        depth:int=2, # Depthwise-separable convolutions in each node
-        repeat:int=1, # Layers of top-down and bottom-up pass
-        n_channels:int|None=None, # Channels of all levels, in place of `width`: the fixed-channel variant
+        n_out:int, # Number of logits, same as the student's
+        width:float|list=2., # Channels per channel of the student, d_i/c_i: one number, or one per level
+        depth:int=2, # Depthwise-separable convolutions per node
+        repeat:int=1, # Number of layers, each with a top-down and a bottom-up pass
+        n_channels:int|None=None, # Channels of every level, instead of `width`: the fixed-channel variant
     ):
         super().__init__()
         self.check_size(width, depth, repeat, n_channels)
         _check_levels(channels)
         widths = width if is_listy(width) else [width]*len(channels)
         if len(widths)!=len(channels):
-            raise ValueError(f"FRSKD: {len(widths)} widths, {list(widths)}, for {len(channels)} levels")
-        # Of the refined maps
+            got = f'{len(widths)} values for {len(channels)} levels, {list(widths)}'
+            raise ValueError(f"FRSKD: width has {got}. Give one number, or one per level.")
+        # Channels of the refined maps
         d = self.channels = [n_channels or max(1, round(w*c)) for w,c in zip(widths, channels)]
         layer = partial(BiFPNLayer, d=d, depth=depth, project=n_channels is None)
         self.layers = nn.ModuleList(layer(d if i else channels, first=i==0) for i in range(repeat))
@@ -149,7 +150,7 @@ class SelfTeacher(nn.Module):
 
     @staticmethod
     def check_size(width, depth, repeat=1, n_channels=None):
-        "`ValueError` for a size that no self-teacher can have"
+        "Raise `ValueError` for a size that no self-teacher can have"
         for w in width if is_listy(width) and len(width) else [width]: check_number('width', w)
         check_number('depth', depth, whole=True)
         check_number('repeat', repeat, whole=True)
@@ -157,24 +158,24 @@ class SelfTeacher(nn.Module):
 
     @property
     def norms(self):
-        "The BatchNorm that ends the node of each refined map, largest first (for `OverhaulLoss`)"
+        "Return the BatchNorm that makes each refined map, largest map first (for `OverhaulLoss`)"
         return [self.layers[-1].up_nodes[0][-1], *(o[-1] for o in self.layers[-1].down_nodes)]
 
     def forward(self,
-        feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first, not negative
-        preact:bool=False, # Refined maps before the ReLU?
+        feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first, non-negative
+        preact:bool=False, # Return the refined maps before their ReLU?
     )->tuple: # Refined maps T_i, a list of B×d_i×H_i×W_i, and logits B×n_out
         _check_levels(feats, self.channels)
-        # On a CPU 1×1 and depthwise convolutions are faster in this format
+        # On a CPU, 1×1 and depthwise convolutions are faster in this format
         feats = [f if f.is_cuda else f.contiguous(memory_format=torch.channels_last) for f in feats]
         for layer in self.layers: feats,pre = layer(feats, preact)
         return (pre if preact else feats),self.head(feats[-1].mean((2,3)))
 
 def _check_levels(
-    levels:list, # Channels, or maps, of the student's levels
-    built:list|None=None, # As many as the self-teacher was built for
+    levels:list, # Channels or maps of the student's levels
+    built:list|None=None, # An entry per level that the self-teacher was built for
 ):
-    "`ValueError` where these are too few levels, or others than the self-teacher was built for"
+    "Raise `ValueError` for fewer than two levels, or for another number than in `built`"
     if built is None and len(levels)<2:
         raise ValueError(f"FRSKD: the self-teacher needs at least two levels, got channels={list(levels)}")
     if built is not None and len(levels)!=len(built):
@@ -184,13 +185,13 @@ def _check_levels(
 # %% ../../nbs/method/teacher.ipynb #cda41fb7
 def check_teacher(
     teacher:nn.Module, # The self-teacher
-    levels:list, # `Level`s of the student: `name`, `channels` and `size` of each
-    n_out:int, # Number of the student's logits
-    device=None, # Where to run it
-    preact:bool=False, # Shall it give refined maps before their ReLU, and have `norms`?
-    ndim:int=2, # Dimensions of the logits; 4: some for each position of a map
+    levels:list, # `Level`s of the student, each with `name`, `channels` and `size`
+    n_out:int, # Number of logits, as the student's
+    device=None, # Device to run it on
+    preact:bool=False, # Must it support `preact=True` and have `norms`?
+    ndim:int=2, # Dimensions of the logits: 2, or 4 for segmentation
 )->list: # Channels d_i of the refined maps
-    "Run `teacher` once, in evaluation mode; `ValueError` where it isn't a self-teacher for such levels"
+    "Run `teacher` once; raise `ValueError` if it isn't a self-teacher for these levels"
     feats = [torch.zeros(2, o.channels, *o.size, device=device) for o in levels]
     try: out = _evaluate(teacher, feats, **(dict(preact=True) if preact else {}))
     except Exception as e:
@@ -199,25 +200,25 @@ def check_teacher(
     pair = isinstance(out, (tuple,list)) and len(out)==2
     if not (pair and is_listy(out[0]) and isinstance(out[1], Tensor)):
         names = ', '.join(type(o).__name__ for o in (out if isinstance(out, (tuple,list)) else [out]))
-        _refuse(f"doesn't return a list of maps and a tensor, but {names}")
+        _refuse(f"returns {names} instead of a list of maps and a tensor")
     refined,logits = out
     if len(refined)!=len(levels): _refuse(f"returns {len(refined)} refined maps for {len(levels)} levels")
     for lv,t in zip(levels, refined):
         got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
         if len(got)!=4 or got[2:]!=tuple(lv.size):
-            _refuse(f"makes {got} of level {lv.name!r}, not a map of {lv.size}")
+            _refuse(f"returns {got} for level {lv.name!r} instead of a map of size {lv.size}")
     if logits.shape[:2]!=(2,n_out) or logits.ndim!=ndim:
         want = ', '.join(['2',str(n_out),'height','width'][:ndim])
-        _refuse(f"returns logits of shape {tuple(logits.shape)}; the student's are ({want})")
+        _refuse(f"returns logits of shape {tuple(logits.shape)}, but the student's have shape ({want})")
     channels = [o.shape[1] for o in refined]
     norms = [o.num_features for o in getattr(teacher, 'norms', []) if isinstance(o, nn.BatchNorm2d)]
     if preact and norms!=channels:
-        _refuse("has no `norms`, a list of the BatchNorms that make its refined maps, one a level, "
+        _refuse("has no `norms`, the list of BatchNorms that make its refined maps, one per level, "
                 "which this feature loss needs")
     return channels
 
 def _evaluate(module, *args, **kwargs):
-    "`module` of the arguments, in evaluation mode and without gradients; it is as before afterwards"
+    "Run `module` in eval mode without gradients; restores its train/eval flags"
     flags = {m:m.training for m in module.modules()}
     try:
         with torch.no_grad(): return module.eval()(*args, **kwargs)
@@ -225,7 +226,7 @@ def _evaluate(module, *args, **kwargs):
         for m,training in flags.items(): m.training = training
 
 def _refuse(what, cause=None):
-    raise ValueError(f"FRSKD: the self-teacher {what}. It takes the list of the student's feature maps, and "
-                     "returns a list of refined maps, one a level and of its height and width, and logits; see "
-                     "`FRSKDCallback(teacher=...)`") from cause
+    raise ValueError(f"FRSKD: the self-teacher {what}. It must take the list of the student's feature maps "
+                     "and return a list of refined maps, one per level and with its height and width, and logits; "
+                     "see `FRSKDCallback(teacher=...)`.") from cause
 

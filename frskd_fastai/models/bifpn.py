@@ -1,4 +1,4 @@
-"""The paper's student for segmentation
+"""The paper's student for segmentation: an EfficientNet with a feature pyramid
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/models/bifpn.html.md"""
 
@@ -13,14 +13,14 @@ from ..method.dense_teacher import *
 
 # %% ../../nbs/models/bifpn.ipynb #6b76b330
 class BiFPNSegmenter(nn.Module):
-    "A body, a pyramid of its maps, and a head on the finest: the paper's student for segmentation"
+    "Predict a class per pixel with a body, a pyramid of its maps, and a head on the finest"
     def __init__(self,
-        body:nn.Module, # Returns maps, largest first, each half the resolution of the one before
-        channels:list, # Of the body's maps
-        n_out:int, # Classes
-        n_channels:int=64, # Channels of all maps of the pyramid
-        n_layers:int=3, # Bidirectional layers
-        n_extra:int=2, # Maps pooled from the body's last one
+        body:nn.Module, # Returns a list of maps, largest first, each half the size of the one before
+        channels:list, # Channels of the body's maps
+        n_out:int, # Number of classes
+        n_channels:int=64, # Channels of each map of the pyramid
+        n_layers:int=3, # Number of bidirectional layers
+        n_extra:int=2, # Number of maps pooled from the body's last one
         head_channels:int=256, # Channels between the head's two convolutions
     ):
         super().__init__()
@@ -30,12 +30,12 @@ class BiFPNSegmenter(nn.Module):
         lateral = lambda c: nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d))
         self.laterals = nn.ModuleList(map(lateral, inputs))
         self.layers = nn.ModuleList(DenseLayer(n, d) for _ in range(n_layers))
-        self.maps = nn.ModuleList(nn.ReLU() for _ in range(n)) # the levels: modules of one output each
+        self.maps = nn.ModuleList(nn.ReLU() for _ in range(n)) # one module per feature level, for the hooks
         self.head = dense_head(d, head_channels, n_out)
 
     @property
     def level_names(self):
-        "The modules whose outputs are the feature levels, largest map first"
+        "Name the modules whose outputs are the feature levels, largest map first"
         return [f'maps.{i}' for i in range(len(self.maps))]
 
     def forward(self,
@@ -50,23 +50,24 @@ class BiFPNSegmenter(nn.Module):
         return resize(self.head(maps[0]), x.shape[-2:])
 
 def efficientnet_bifpn(
-    n_out:int, # Classes
-    arch:str='efficientnet_b0', # Of timm, with maps at strides 4 to 32; the paper's: efficientnet_b0 and _b1
-    pretrained:bool=True, # The body, on ImageNet?
+    n_out:int, # Number of classes
+    arch:str='efficientnet_b0', # timm model with maps at strides 4 to 32; the paper's are efficientnet_b0, _b1
+    pretrained:bool=True, # Load ImageNet weights into the body?
     **kwargs, # As for `BiFPNSegmenter`
 )->BiFPNSegmenter:
-    "The paper's student for segmentation. timm has to be installed"
+    "Build the paper's student for segmentation; requires timm"
     import timm
     strides = timm.create_model(arch, pretrained=False, features_only=True).feature_info.reduction()
     read = [i for i,o in enumerate(strides) if o>=4]
     if [strides[i] for i in read]!=[4,8,16,32]:
-        raise ValueError(f"FRSKD: {arch} gives maps at strides {', '.join(map(str, strides))}. "
-                         "The pyramid needs 4, 8, 16 and 32, as efficientnet_b0 gives them.")
+        got = ', '.join(map(str, strides))
+        raise ValueError(f"FRSKD: {arch} has maps at strides {got}, but the pyramid needs 4, 8, 16 and 32. "
+                         "Use another architecture, such as efficientnet_b0.")
     body = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=read)
     return BiFPNSegmenter(body, body.feature_info.channels(), n_out, **kwargs)
 
 def bifpn_split(
-    m:BiFPNSegmenter,
+    m:BiFPNSegmenter, # The student
 )->L: # Two parameter groups: body, and the rest
-    "The `splitter` for a Learner, so that `fine_tune` and `freeze` treat the body as such"
+    "Split the parameters so that `freeze` and `fine_tune` work; use as a Learner's `splitter`"
     return L(m.body, nn.ModuleList([m.laterals, m.layers, m.head])).map(params)

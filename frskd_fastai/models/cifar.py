@@ -1,4 +1,4 @@
-"""The students of the paper's CIFAR-100 and TinyImageNet experiments, for images of 32×32 pixels
+"""The paper's students for CIFAR-100 and TinyImageNet: two ResNets for 32×32 images
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/models/cifar.html.md"""
 
@@ -16,10 +16,12 @@ def cifar_resnet18(
     n_out:int=100, # Number of classes
     n_in:int=3, # Channels of the images
 )->nn.Module: # From B×n_in×H×W to logits B×n_out
-    "torchvision's ResNet-18 with a 3×3 stem and no first pooling: for 32 pixels stages of 32, 16, 8 and 4"
+    """Build torchvision's ResNet-18 with a 3×3 stem and no max pooling
+
+    On 32×32 images, the maps of its stages have sizes 32, 16, 8 and 4."""
     m = torchvision.models.resnet18(num_classes=n_out)
     m.conv1 = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(m.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does it
+    nn.init.kaiming_normal_(m.conv1.weight, mode='fan_out', nonlinearity='relu') # as torchvision does
     m.maxpool = nn.Identity()
     return m
 
@@ -28,11 +30,11 @@ def _norm_act(nf): return nn.BatchNorm2d(nf),nn.ReLU()
 def _conv3(ni, nf, stride=1): return nn.Conv2d(ni, nf, 3, stride, 1, bias=False)
 
 class WideGroup(nn.Module):
-    "Two blocks of a wide ResNet, and the BatchNorm and ReLU after them: rectified maps in and out"
+    "Run two blocks of a wide ResNet, then BatchNorm and ReLU: non-negative maps in and out"
     def __init__(self,
         ni:int, # Channels of the input
         nf:int, # Channels of the output
-        stride:int, # Of the first block
+        stride:int, # Stride of the first block
     ):
         super().__init__()
         self.convs1 = nn.Sequential(_conv3(ni, nf, stride), *_norm_act(nf), _conv3(nf, nf))
@@ -47,9 +49,9 @@ def wrn16_2(
     n_out:int=100, # Number of classes
     n_in:int=3, # Channels of the images
 )->nn.Module: # From B×n_in×H×W to logits B×n_out
-    """WRN-16-2: a wide ResNet of 16 layers and twice the width; for 32 pixels groups of 32, 16 and 8.
+    """Build WRN-16-2, a wide ResNet of 16 layers and twice the width
 
-    An exported one needs this package to be loaded."""
+    On 32×32 images, the maps of its groups have sizes 32, 16 and 8. An exported one loads only with this package."""
     nfs = 16,32,64,128
     groups = {f'group{i+1}': WideGroup(nfs[i], nfs[i+1], 1 if i==0 else 2) for i in range(3)}
     stem = nn.Sequential(_conv3(n_in, nfs[0]), *_norm_act(nfs[0]))

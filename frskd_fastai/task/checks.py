@@ -1,4 +1,4 @@
-"""What FRSKD serves, and what it refuses: loss functions, targets and predictions
+"""Check that FRSKD supports your loss function, your targets and your model
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/task/checks.html.md"""
 
@@ -19,74 +19,79 @@ _log_probabilities = 'log-probabilities','CrossEntropyLossFlat'
 _no_logits = dict(BCELoss=_probabilities, binary_cross_entropy=_probabilities,
                   NLLLoss=_log_probabilities, nll_loss=_log_probabilities)
 
-def _refuse(what):
-    raise ValueError("FRSKD serves classification, single-label or multi-label, and semantic segmentation; "
-                     + what)
+_supported = "FRSKD supports single-label and multi-label classification, and semantic segmentation."
+
+def _refuse(what, hint=_supported): raise ValueError(f"FRSKD can't train this Learner: {what}. {hint}")
 
 def check_loss(
     loss_func:Callable, # The Learner's
 ):
-    "`ValueError` where `loss_func` is not for logits of classes"
+    "Raise `ValueError` if `loss_func` isn't for the logits of classes"
     name = loss_name(loss_func)
-    if name in _regression: _refuse(f"this Learner's loss function, {name}, is for regression")
+    if name in _regression: _refuse(f"its loss function, {name}, is for regression")
     if name in _no_logits:
         takes,instead = _no_logits[name]
-        raise ValueError(f"FRSKD needs a loss function that takes logits; {name} takes {takes}. "
-                         f"Take the model's last activation away and use {instead}")
+        raise ValueError(f"FRSKD needs a loss function that takes logits, but {name} takes {takes}. "
+                         f"Remove the model's last activation and use {instead}.")
 
 def check_targets(
     yb:tuple, # A batch of targets
 ):
-    "`ValueError` where the targets are something that FRSKD doesn't serve"
+    "Raise `ValueError` for targets that FRSKD doesn't support"
     for y in yb:
-        if isinstance(y, TensorBBox): _refuse("these targets are bounding boxes")
-        if isinstance(y, TensorPoint): _refuse("these targets are points")
-    if len(yb)!=1 or not isinstance(yb[0], Tensor): return # your own loss function knows them
+        if isinstance(y, TensorBBox): _refuse("its targets are bounding boxes")
+        if isinstance(y, TensorPoint): _refuse("its targets are points")
+    if len(yb)!=1 or not isinstance(yb[0], Tensor): return # only your own loss function can read them
     y = yb[0]
-    known = (y!=-1) & ~y.isnan() if y.is_floating_point() else None # −1 and NaN: nobody knows this label
+    known = (y!=-1) & ~y.isnan() if y.is_floating_point() else None # −1 and NaN mark unknown labels
     if known is not None and not ((y>=0)&(y<=1) | ~known).all():
-        _refuse(f"these targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
+        _refuse(f"its targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
 
 def _check_pixels(pred, yb, loss_func):
+    loss,shape = loss_name(loss_func),tuple(pred.shape)
     if pred.shape[1]==1 or is_multi_label(loss_func, yb):
-        _refuse(f"in segmentation each pixel has one of two classes or more, a logit for each; this model "
-                f"returns logits of shape {tuple(pred.shape)}, and its loss function is {loss_name(loss_func)}")
+        _refuse(f"its model returns logits of shape {shape}, and its loss function is {loss}",
+                "Segmentation needs one class per pixel, out of two or more classes with a logit each.")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return
     y = yb[0]
     if y.is_floating_point() or Segmentation.labels(y).shape[1:]!=pred.shape[2:]:
         h,w = pred.shape[2:]
-        _refuse(f"the targets of segmentation are a class number for each pixel, here B×{h}×{w}, as the "
-                f"model's logits, of shape {tuple(pred.shape)}; these are of shape {tuple(y.shape)}, {y.dtype}")
+        _refuse(f"its targets have shape {tuple(y.shape)} and type {y.dtype}",
+                f"Segmentation needs a class number for each pixel, B×{h}×{w} for logits of shape {shape}.")
 
 def _check_images(pred, yb, loss_func):
     multi,loss,shape = is_multi_label(loss_func, yb),loss_name(loss_func),tuple(pred.shape)
     if pred.shape[1]==1 and not multi:
-        _refuse(f"its models return logits of two classes or more, this one shape {shape}")
+        _refuse(f"its model returns logits of shape {shape}",
+                "Single-label classification needs two or more classes.")
     if len(yb)!=1 or not isinstance(yb[0], Tensor): return
     y,c = yb[0],pred.shape[1]
     if not y.is_floating_point() and y.ndim>2:
-        _refuse(f"these targets, of shape {tuple(y.shape)}, are a class for each pixel, and the model returns "
-                f"logits for whole images, of shape {shape}")
+        _refuse(f"its targets have shape {tuple(y.shape)}, a class for each pixel, but its model returns "
+                f"logits for whole images, of shape {shape}",
+                "Use a model that returns B×C×H×W logits, such as a U-Net.")
     each = y[0].numel() if y.ndim else 1
     if y.is_floating_point() and each!=c:
-        _refuse(f"these targets, numbers of shape {tuple(y.shape)} for logits of shape {shape}, "
+        _refuse(f"its targets, numbers of shape {tuple(y.shape)} for logits of shape {shape}, "
                 "are for regression")
     if isinstance(y, TensorMultiCategory) and not multi:
-        _refuse(f"these targets are multi-label, but the loss function, {loss}, is for one label")
-    numbers = not y.is_floating_point() and each==1 and loss!='BCEWithLogitsLoss' # other such losses may know them
+        _refuse(f"its targets are multi-label, but its loss function, {loss}, is for a single label",
+                "Use BCEWithLogitsLossFlat.")
+    numbers = not y.is_floating_point() and each==1 and loss!='BCEWithLogitsLoss' # other losses may read them
     if multi and each!=c and not numbers:
-        _refuse(f"the loss function, {loss}, is for multi-label targets, a number for each of the {c} classes; "
-                f"these targets are of shape {tuple(y.shape)}")
+        _refuse(f"its loss function, {loss}, is for multi-label targets, a number for each of the {c} classes, "
+                f"but its targets have shape {tuple(y.shape)}", "For a single label, use CrossEntropyLossFlat.")
 
 def check_pred(
-    pred, # What the model returns
+    pred, # The model's output
     yb:tuple, # A batch of targets
     loss_func:Callable, # The Learner's
 )->Task:
-    "The task; `ValueError` where `pred` is no logits of classes, or doesn't go with the targets"
+    "Return the task; raise `ValueError` if `pred` isn't logits, or doesn't match the targets"
     if not (isinstance(pred, Tensor) and pred.ndim in (2,4)):
-        what = f'shape {tuple(pred.shape)}' if isinstance(pred, Tensor) else f'a {type(pred).__name__}'
-        _refuse(f"its models return logits of shape B×C, or B×C×H×W, this one {what}. Let `forward` return them alone")
+        is_tensor = isinstance(pred, Tensor)
+        what = f'a tensor of shape {tuple(pred.shape)}' if is_tensor else f'a {type(pred).__name__}'
+        _refuse(f"its model returns {what}", "Let `forward` return only the logits, B×C or B×C×H×W.")
     task = task_of(pred, yb, loss_func)
     (_check_pixels if isinstance(task, Segmentation) else _check_images)(pred, yb, loss_func)
     return task

@@ -1,4 +1,4 @@
-"""Metrics of segmentation that leave pixels out
+"""Segmentation metrics that skip pixels without a label
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/task/metrics.html.md"""
 
@@ -13,10 +13,10 @@ from .task import *
 
 # %% ../../nbs/task/metrics.ipynb #b0cd2e61
 class _PixelMetric(Metric):
-    "Counts pixels of each class: hits, predictions, labels"
+    "Count the hits, predictions and labels of each class, in pixels"
     counts = None
     def __init__(self,
-        ignored:int|set|list=(), # Label or labels to leave out, as the loss function's `ignore_index`
+        ignored:int|set|list=(), # Label or labels to skip, as in the loss function's `ignore_index`
     ): self.task = Segmentation(L(ignored))
 
     ignored = property(lambda self: self.task.ignored)
@@ -31,7 +31,7 @@ class _PixelMetric(Metric):
         counts = learn.to_detach(counts[None]).sum(0) # over all processes
         self.counts = counts if self.counts is None else self.counts+counts
 
-    # An exported Learner has no use for it, and loads without this package
+    # An exported Learner doesn't need the metric, and should load without this package
     def __reduce__(self): return ValueMetric, (noop, self.name)
 
     def __deepcopy__(self, memo):
@@ -40,13 +40,13 @@ class _PixelMetric(Metric):
         return new
 
 class PixelAccuracy(_PixelMetric):
-    "Part of the labelled pixels whose class is right"
+    "Compute the fraction of labelled pixels that are predicted correctly"
     name = 'pixel_accuracy'
     @property
     def value(self): return None if self.counts is None else self.counts[0].sum()/self.counts[2].sum()
 
 class MeanIoU(_PixelMetric):
-    "Intersection over union, the mean over the classes that there are in the validation set"
+    "Compute intersection over union, mean over the classes that occur in the validation set"
     name = 'mean_iou'
     @property
     def value(self):

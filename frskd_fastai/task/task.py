@@ -1,4 +1,4 @@
-"""What a label means: one class of an image, several, or one for each of its pixels
+"""What the labels mean: one class per image, several, or one per pixel
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/task/task.html.md"""
 
@@ -19,35 +19,36 @@ from ..method.losses import *
 
 # %% ../../nbs/task/task.ipynb #ec13e067
 Answers = namedtuple('Answers', 'right cls log_p keep asked')
-Answers.__doc__ = """What logits say to the targets, tensors B×N of an image's N answers: is it `right`, of
-which class (`cls`), the log-probability `log_p` of the right one, does it count (`keep`), and is it a label that
-the image has (`asked`; all that count, but of several labels the positive ones)"""
+Answers.__doc__ = """How logits compare with targets: B×N tensors for N answers per image
+
+`right`: is the prediction right? `cls`: the class of the target. `log_p`: log-probability of the right answer.
+`keep`: does the answer count? `asked`: as `keep`, but of multiple labels only the positive ones."""
 
 def mean_where(
-    values:Tensor,
-    keep:Tensor, # bool, of the same shape
-)->tuple: # Sum of `values` where `keep`, and how many these are
-    "The two numbers that a mean is made of: over several batches or processes, add them first"
+    values:Tensor, # Any shape
+    keep:Tensor, # Which values count, bool of the same shape
+)->tuple: # Sum of `values` where `keep`, and their number
+    "Return sum and count for a mean; add both up over batches or processes, then divide"
     return torch.where(keep, values, 0).float().sum(),keep.float().sum()
 
 # %% ../../nbs/task/task.ipynb #e3b85b1c
 class Task:
-    "What a label means. This base: each answer is one class of several, by softmax"
-    per,ndim = 'image',2 # What has a label of its own; dimensions of the logits
-    alpha,beta,temperature = 2.,1.,4. # Default weights; of the feature loss, as a part of its own
-    width,finest,budgeted = 2.,1,True # Of the default self-teacher; is a smaller one taken if it is costly?
+    "Define what the labels mean; in this base class, an answer is one of C classes, by softmax"
+    per,ndim = 'image',2 # What has a label; dimensions of the logits
+    alpha,beta,temperature = 2.,1.,4. # Defaults of α, β (relative to the feature loss's own) and K
+    width,finest,budgeted = 2.,1,True # Defaults of the self-teacher; may `budget` make it smaller?
 
     def __init__(self,
-        ignored:int|list=(), # Labels that don't count, see `ignored_labels`
+        ignored:int|list=(), # Labels to skip, see `ignored_labels`
     ): self.ignored = set(L(ignored))
 
     __repr__ = basic_repr('ignored')
 
     def answers(self,
         logits:Tensor, # B×C, or B×C×H×W
-        y:Tensor, # Targets: class numbers, or a number for each class
+        y:Tensor, # Targets: class numbers, or a number per class
     )->Answers:
-        "Compare `logits` with `y`. Labels that no class has (−1, −100, NaN) don't count"
+        "Compare `logits` with `y`; skips labels that aren't a class (−1, −100, NaN)"
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         log_p = F.log_softmax(logits, dim=1)
         numbers = not y.is_floating_point() and y.numel()==log_p[:,:1].numel()
@@ -55,7 +56,7 @@ class Task:
         elif numbers: cls,log_p,keep = self._of_classes(log_p, y)
         else:
             got = f"targets of shape {tuple(y.shape)}, {y.dtype}, for logits of shape {tuple(logits.shape)}"
-            raise ValueError(f"FRSKD can't read labels from {got}. Expected are class numbers, or a number for each "
+            raise ValueError(f"FRSKD can't read labels from {got}. Use class numbers, or a number for each "
                              f"of the {logits.shape[1]} classes.")
         right = logits.argmax(1)==cls
         right,cls,log_p,keep = (o.reshape(len(logits), -1) for o in (right,cls,log_p,keep))
@@ -69,16 +70,16 @@ class Task:
 
     def counts(self,
         y:Tensor, # Class numbers
-    )->Tensor: # Of the same shape, bool
-        "The labels that count: all but the ignored ones"
+    )->Tensor: # bool, of the same shape
+        "Tell which labels count: all but the ignored ones"
         keep = torch.ones_like(y, dtype=torch.bool)
         for i in self.ignored: keep &= y!=i
         return keep
 
     def keep(self,
         targets:tuple, # A batch of targets
-    )->Tensor|None: # For `soft_labels`
-        "What of the batch the soft labels are asked for; `None` for all"
+    )->Tensor|None: # bool, for `soft_labels`
+        "Tell which pixels the soft-label loss counts; `None` for all"
 
     def soft_labels(self,
         student:Tensor, # Student's logits
@@ -86,67 +87,67 @@ class Task:
         temperature:float, # K
         keep:Tensor|None=None, # See `keep`
     )->Tensor: # Scalar, float32
-        "The soft-label loss"
+        "Compute the soft-label loss"
         raise NotImplementedError
 
     def mean_logits(self,
         a:Tensor, # Logits
         b:Tensor, # Logits of the same shape
-    )->Tensor: # Of the same shape
-        "Logits whose probabilities are the mean of those of `a` and `b`"
+    )->Tensor: # Same shape
+        "Return logits whose probabilities are the mean of those of `a` and `b`"
         return F.log_softmax(torch.stack([a, b]), dim=2).logsumexp(0) - math.log(2)
 
     def fit_size(self,
-        logits:Tensor, # The self-teacher's
+        logits:Tensor, # The self-teacher's logits
         like:Tensor, # The student's logits
     )->Tensor:
-        "`logits` at the height and width of `like`"
+        "Resize `logits` to the height and width of `like`"
         return logits
 
     def predicted(self,
-        logits:Tensor, # Of one image, C
-        names:list, # Of the classes
+        logits:Tensor, # Logits of one image, C
+        names:list, # Names of the classes
     )->str|list: # A name, or a list of them
-        "What the logits say, in words"
+        "Return the name of the predicted class or classes"
         return names[logits.argmax()]
 
     @classmethod
     def defaults(cls,
         feature_loss:str|Callable='attention', # As for `FRSKDCallback`
-    )->dict: # α, β and K; width and `finest` of the self-teacher
-        "The settings where the user gives none: the paper's weights, and a cheaper self-teacher"
+    )->dict: # `alpha`, `beta`, `temperature`, `width` and `finest`
+        "Return the default settings: the paper's weights, and a cheaper self-teacher"
         beta = feature_losses[feature_loss].beta*cls.beta if isinstance(feature_loss, str) else 1.
         weights = dict(alpha=cls.alpha, beta=beta, temperature=cls.temperature)
         return dict(weights, width=cls.width, finest=cls.finest)
 
     def self_teacher(self,
-        width:float|list, # Channels of the self-teacher per channel of the student
-        depth:int, # Depthwise-separable convolutions in each node
-    )->Callable: # From the levels' channels and the number of logits to a module
-        "What makes the default self-teacher"
+        width:float|list, # Channels per channel of the student; for segmentation, per 64 channels
+        depth:int, # Depthwise-separable convolutions per node; not used for segmentation
+    )->Callable: # Takes the levels' channels and the number of logits, returns a module
+        "Return a function that makes the default self-teacher"
         return partial(SelfTeacher, width=width, depth=depth)
 
 # %% ../../nbs/task/task.ipynb #12fd6176
 def _of_probabilities(log_p, y):
-    "Class, log-probability, and whether it counts, of targets that are probabilities, or ones and zeros"
+    "Return class, log-probability and `keep` for targets that have a number per class"
     keep = y.sum(1)>0
     y = y.nan_to_num(nan=0.).clamp(min=0)
     log_p = torch.where(y>0, log_p*y, 0).sum(1)/y.sum(1).clamp(min=1e-12)
     return y.argmax(1),log_p,keep
 
 class SingleLabel(Task):
-    "An image is of one class"
+    "Classify images, one class per image"
     def soft_labels(self, student, teacher, temperature, keep=None):
         return soft_label_loss(student, teacher, temperature)
 
 # %% ../../nbs/task/task.ipynb #9e77bda0
 class MultiLabel(Task):
-    "An image has any number of the classes, each a yes or no of its own, by sigmoid"
+    "Classify images with any number of classes per image, each by a sigmoid"
     def answers(self, logits, y):
-        if y.numel()!=logits.numel(): return super().answers(logits, y) # only your own loss knows them
+        if y.numel()!=logits.numel(): return super().answers(logits, y) # targets of your own loss function
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         y,c = y.view_as(logits),logits.shape[1]
-        yes,keep = y>.5,y>=0 # NaN is neither
+        yes,keep = y>.5,y>=0 # NaN: neither of them
         cls = torch.arange(c, device=logits.device).expand_as(y)
         log_p = F.logsigmoid(torch.where(yes, logits, -logits))
         return Answers((logits>0)==yes, cls, log_p, keep, keep if c==1 else keep & yes)
@@ -162,7 +163,7 @@ class MultiLabel(Task):
 
 # %% ../../nbs/task/task.ipynb #1f0355ac
 class Segmentation(Task):
-    "Each pixel is of one class; those of an ignored label don't count, and aren't distilled"
+    "Classify pixels, one class per pixel; those with an ignored label are skipped everywhere"
     per,ndim = 'pixel',4
     alpha,beta,temperature = 1.,.5,1.
     width,finest,budgeted = 1.,0,False
@@ -171,7 +172,7 @@ class Segmentation(Task):
     def labels(
         y:Tensor, # Targets, B×H×W or B×1×H×W
     )->Tensor: # B×H×W
-        "Targets in one layout"
+        "Remove the channel axis of the targets, if they have one"
         y = y.as_subclass(Tensor)
         return y[:,0] if y.ndim==4 and y.shape[1]==1 else y
 
@@ -184,13 +185,13 @@ class Segmentation(Task):
 
     def self_teacher(self, width, depth): return partial(DenseSelfTeacher, n_channels=max(1, round(64*width)))
 
-tasks = SingleLabel,MultiLabel,Segmentation # all that a checkpoint can name
+tasks = SingleLabel,MultiLabel,Segmentation # those that a checkpoint can name
 
 # %% ../../nbs/task/task.ipynb #c3c23cf7
 def ignored_labels(
     loss_func:Callable, # The Learner's
 )->set: # Labels
-    "The labels that `loss_func` leaves out: `ignore_index` of it and of the losses that it is made of"
+    "Collect the labels that `loss_func` skips: its `ignore_index` and that of losses inside it"
     found,seen,todo = set(),set(),[loss_func]
     while todo:
         o = todo.pop()
@@ -208,16 +209,16 @@ def ignored_labels(
 def loss_name(
     loss_func:Callable, # The Learner's
 )->str:
-    "The name of the torch loss in `loss_func`"
-    o = getattr(loss_func, 'func', loss_func) # in a fastai loss, or in a `partial`
+    "Return the name of the PyTorch loss in `loss_func`"
+    o = getattr(loss_func, 'func', loss_func) # inside a fastai loss or a `partial`
     return getattr(o, '__name__', type(o).__name__)
 
 def is_multi_label(
     loss_func:Callable, # The Learner's
-    yb:tuple=(), # A batch of targets, for loss functions that aren't known
+    yb:tuple=(), # A batch of targets, which decides for unknown loss functions
 )->bool:
-    "Is each class a yes or no of its own?"
-    if isinstance(loss_func, BaseLoss): # sigmoid gives a half, softmax a quarter; none leaves it open
+    "Tell if `loss_func` is for multi-label targets, with a sigmoid per class"
+    if isinstance(loss_func, BaseLoss): # of zeros, sigmoid gives 1/2 and softmax 1/4; 0 means no activation
         probability = loss_func.activation(torch.zeros(1,4))[0,0]
         if probability>0: return probability.item()==.5
     name = loss_name(loss_func).lower()
@@ -232,7 +233,7 @@ def task_of(
     yb:tuple, # A batch of targets
     loss_func:Callable, # The Learner's
 )->Task:
-    "The task that prediction, targets and loss function show"
+    "Find the task from the model's logits, the targets and the loss function"
     if pred.ndim==Segmentation.ndim: task = Segmentation
     else: task = MultiLabel if is_multi_label(loss_func, yb) else SingleLabel
     return task(ignored_labels(loss_func))
