@@ -103,7 +103,7 @@ def test_source_links(pages):
         assert re.match(r'L\d+$', o.fragment), o.geturl()
         assert re.match(r' *(@|class |def )', lines[int(o.fragment[1:])-1]), o.geturl()
 
-def test_reference(pages):
+def test_reference(pages, monkeypatch):
     "Public functions, classes, documented methods have an entry where nbdev says; names in backticks lead there"
     syms = [(mod,n,at) for mod,o in modidx['syms'].items() for n,(at,_) in o.items()]
     entries = {(mod, n.removeprefix(mod+'.')):at for mod,n,at in syms if '._' not in n}
@@ -112,7 +112,12 @@ def test_reference(pages):
         cls,method = name.split('.')
         o = vars(getattr(importlib.import_module(mod), cls))[method]
         return (isinstance(o, property) or isroutine(o)) and o.__doc__
-    methods = {k for k in entries if k not in top and documented(*k)}
+    monkeypatch.syspath_prepend(root/'tools')
+    from api_entries import internal
+    members = {k for k in entries if k not in top and documented(*k)}
+    methods = {k for k in members if k[1] not in internal}
+    assert internal=={n for _,n in members-methods} # all of them exist
+    assert not {n.lower() for n in internal} & {i for p in pages.values() for i in p.ids}
     assert len(top) > 80 and ('frskd_fastai.callback','FRSKDCallback.paper') in methods
     at = {k:entries[k].split('#') for k in top|methods}
     assert not [k for k,(page,anchor) in at.items() if anchor not in pages[page].ids]

@@ -32,6 +32,11 @@ def code(s):
     "In backticks, nbdev would link a parameter to a function of its name"
     return '<code>' + html.escape(s).replace('*', '&#42;').replace('_', '&#95;') + '</code>'
 
+# Methods with a docstring that only this package calls
+internal = set("""
+    FRSKDCallback.check_trained SelfTeacher.check_size SkipNonFinite.after_backward SkipNonFinite.set_back
+    StudentReader.build_for StudentReader.module_of StudentReader.read StudentReader.refused""".split())
+
 @cache
 def first_lines(file):
     "The lines on which a module's functions, classes and methods begin"
@@ -67,7 +72,8 @@ class Entry(BasicMarkdownRenderer):
 
     def methods(self):
         for n,o in vars(self.sym).items() if inspect.isclass(self.sym) else ():
-            if n[0] != '_' and (isinstance(o, property) or inspect.isroutine(o)) and o.__doc__:
+            if n[0]=='_' or f'{self.nm}.{n}' in internal: continue
+            if (isinstance(o, property) or inspect.isroutine(o)) and o.__doc__:
                 e = Entry(getattr(self.sym, n), title_level=self.title_level+1)
                 if e.nm==f'{self.nm}.{n}': yield e # not a function that is a default
 
