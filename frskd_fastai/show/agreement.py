@@ -20,7 +20,7 @@ def agreement(self:FRSKDCallback,
     dl=None, # Data loader with targets. Default: the validation set
 )->pd.DataFrame: # One row per class; columns 'both right', 'only student', 'only self-teacher', 'both wrong'
     "Count the answers per class that both networks, one of them or neither get right"
-    self.check_trained('agreement')
+    self.check_trained('agreement to compute')
     dls,counts = self.learn.dls,0
     for b in ifnone(dl, dls.valid):
         xb,yb = b[:dls.n_inp],b[dls.n_inp:]
