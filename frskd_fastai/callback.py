@@ -108,7 +108,7 @@ class FRSKDCallback(StudentReader):
     task    = property(lambda self: getattr(self.trained, 'task', None)) # For example `SingleLabel()`
     skipped = property(lambda self: self.skipping.skipped) # Steps skipped in the last fit
     steps   = property(lambda self: self.log.steps) # Losses in each step of the last fit, see `LossLog`
-    factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # The schedule's current factor
+    factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # Current factor
     multi_label = property(lambda self: isinstance(self.task, MultiLabel))
 
     def attach(self):
