@@ -1,4 +1,4 @@
-"""From options and what one training batch shows to a checked `FRSKD` module
+"""Build and check an `FRSKD` module from the callback's options and one training batch
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/build.html.md"""
 
@@ -28,7 +28,7 @@ def _check(ok, what, value):
 
 @dataclass
 class FRSKDOptions:
-    "The options of `FRSKDCallback`, where they are explained; `None` is the task's own (see `Task.defaults`)"
+    "Hold and check the options of `FRSKDCallback`; `None` means the default of the task"
     alpha:float|None=None
     beta:float|None=None
     temperature:float|None=None
@@ -42,7 +42,7 @@ class FRSKDOptions:
     teacher:nn.Module|Callable|None=None
     compile:bool=False
     columns:bool=False
-    per:str|None=None # What the paper's settings are for, 'image' or 'pixel'; `None` for one's own
+    per:str|None=None # Task of the paper's settings: 'image' or 'pixel'; `None` for other settings
 
     def __post_init__(self):
         for name in 'alpha','beta': self._check_given(name, zero=True)
@@ -53,57 +53,57 @@ class FRSKDOptions:
         is_index = finest is None or isinstance(finest, Integral) and finest>=0
         _check(is_index, "finest must be the index of a level, 0 or more", finest)
         enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels) and len(levels)>=2
-        _check(enough, "levels must be a number, 2 or more, or a list of two module names or more", levels)
+        _check(enough, "levels must be a number, 2 or more, or a list of at least two module names", levels)
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
         _check(known, f"feature_loss must be one of {', '.join(map(repr, feature_losses))}, or a function", loss)
         makes = teacher is None or callable(teacher)
-        _check(makes, "teacher must be a module, or a function that makes one", teacher)
+        _check(makes, "teacher must be a module, or a function that returns one", teacher)
 
     def _check_given(self, name, **kwargs):
         value = getattr(self, name)
         if value is not None: check_number(name, value, **kwargs)
 
     def for_task(self,
-        task:Task, # What the Learner's labels mean
+        task:Task, # The Learner's task
     )->'FRSKDOptions':
-        "These options, with the task's where none were given; `ValueError` where the paper's are for another task"
+        "Fill in the defaults of `task`; raise `ValueError` if the paper's settings are for another"
         if self.per not in (None,task.per):
             kind,args = ('segmentation','') if self.per=='pixel' else ('classification','segmentation=True')
-            raise ValueError(f"FRSKD: these are the paper's settings for {kind}, and the model labels {task.per}s. "
-                             f"Take `FRSKDCallback.paper({args})`.")
+            raise ValueError(f"FRSKD: these are the paper's settings for {kind}, but the model labels {task.per}s. "
+                             f"Use `FRSKDCallback.paper({args})`.")
         defaults = task.defaults(self.feature_loss)
         return replace(self, **{k:v for k,v in defaults.items() if getattr(self, k) is None and k!='width'})
 
 # %% ../nbs/build.ipynb #seen0002
 class Seen(NamedTuple):
-    "What one training batch shows"
+    "Hold what the module is built from, as read from one training batch"
     levels:L # `Level`s, largest map first
     size:tuple # Height and width of the images
     n_out:int # Number of logits
-    task:Task # What a label means
-    operations:float=0. # Of the student's forward pass, for an image; 0 where they aren't known
+    task:Task # `SingleLabel`, `MultiLabel` or `Segmentation`, with the ignored labels
+    operations:float=0. # FLOPs of the student's forward pass per image; 0 if unknown
 
     level_names = property(lambda self: [lv.name for lv in self.levels])
 
     def differs(self,
-        other:'Seen', # Of an earlier fit
-    )->str: # Empty where the module built for `other` still serves
-        "Say in what this differs from `other`; sizes of maps may"
+        other:'Seen', # From an earlier fit
+    )->str: # Empty if the module built for `other` still fits
+        "Describe how this differs from `other`, ignoring the sizes of images and maps"
         kinds = lambda o: [(lv.name,lv.channels,lv.kind) for lv in o.levels]
-        if type(self.task)!=type(other.task): return 'the labels mean something else'
-        if self.n_out!=other.n_out: return f'the model has {self.n_out} logits in place of {other.n_out}'
-        return 'the feature levels are others' if kinds(self)!=kinds(other) else ''
+        if type(self.task)!=type(other.task): return f'the task is now {type(self.task).__name__}'
+        if self.n_out!=other.n_out: return f'the model now has {self.n_out} logits instead of {other.n_out}'
+        return 'the feature levels have changed' if kinds(self)!=kinds(other) else ''
 
     def state(self)->dict:
-        "Plain numbers and strings, for a checkpoint"
+        "Return plain numbers and strings to store in a checkpoint"
         task = type(self.task).__name__,sorted(self.task.ignored)
         return dict(self._asdict(), levels=[tuple(o) for o in self.levels], task=task)
 
     @classmethod
     def from_state(cls,
-        state:dict, # Of `state`
+        state:dict, # From `state`
     )->'Seen':
-        "What was seen, from a checkpoint"
+        "Rebuild from the `state` in a checkpoint"
         name,ignored = state['task']
         task = first(o for o in tasks if o.__name__==name)(ignored)
         return cls(**{**state, 'levels':L(Level(*o) for o in state['levels']), 'task':task})
@@ -114,8 +114,8 @@ widths = (2.,1.5,1.,.75,.5,.25)
 def operations(
     model:nn.Module,
     *inputs, # Tensors or lists of them
-)->int: # Two a multiply-add
-    "Count what the convolutions and linear layers of a forward pass take"
+)->int: # A multiply-add counts as two
+    "Count the FLOPs of the convolutions and linear layers in one forward pass"
     counts = []
     note = lambda m,inputs,out: counts.append(module_operations(m, inputs, out))
     handles = [m.register_forward_hook(note) for m in model.modules()]
@@ -127,13 +127,13 @@ def operations(
 
 def affordable_width(
     levels:list, # `Level`s of the student
-    n_out:int, # Number of its logits
-    depth:int, # Of the self-teacher
-    most:float, # Operations for one image; 0 where that isn't known
-)->float: # One of `widths`, the smallest where none is affordable; 1 where `most` isn't known
-    "The largest width of a `SelfTeacher` whose forward pass takes at most `most` operations"
+    n_out:int, # Number of logits
+    depth:int, # The self-teacher's, as for `FRSKDCallback`
+    most:float, # FLOPs allowed per image; 0 if unknown
+)->float: # One of `widths`: the smallest if none fits, 1 if `most` is 0
+    "Return the largest width whose `SelfTeacher` takes at most `most` FLOPs per image"
     if not most: return 1.
-    def _cost(width): # without memory or computation
+    def _cost(width): # on the meta device: no memory, no computation
         with preserve_rng(), torch.device('meta'):
             maps = [torch.empty(1, o.channels, *o.size) for o in levels]
             return operations(SelfTeacher([o.channels for o in levels], n_out, width, depth), maps)
@@ -142,15 +142,15 @@ def affordable_width(
 # %% ../nbs/build.ipynb #991719aa
 def build_frskd(
     options:FRSKDOptions,
-    seen:Seen, # What a training batch has shown
-    device, # Of the student
-    assemble:Callable|None=None, # From `seen`, the refined maps' channels and `FRSKD`'s arguments to another module
-)->FRSKD: # In its attributes `seen`, `width` and `refined_channels` (of the refined maps), too
-    "Build the module that trains beside the student; `ValueError` where its parts don't go together"
+    seen:Seen, # What the first batch showed
+    device, # The student's
+    assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
+)->FRSKD: # With attributes `seen`, `width` and `refined_channels` (channels of the refined maps)
+    "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
     o,task = options.for_task(seen.task),seen.task
     finest = min(o.finest, len(seen.levels)-1)
     levels = _pooled_levels(seen.levels, finest)
-    with preserve_rng(), torch.autocast(torch.device(device).type, enabled=False): # in the middle of a training step
+    with preserve_rng(), torch.autocast(torch.device(device).type, enabled=False): # inside a training step
         width = _width(o, task, levels, seen)
         make = o.teacher or task.self_teacher(width, o.depth)
         teacher,loss,refined = build_parts(levels, seen.n_out, device, make, o.feature_loss, task.ndim)
@@ -171,12 +171,12 @@ def _width(o, task, levels, seen):
 def build_parts(
     levels:list, # `Level`s of the student
     n_out:int, # Number of the student's logits
-    device, # Where to
-    make:nn.Module|Callable, # The self-teacher, or a function from the levels' channels and `n_out` to it
+    device, # Of the parts
+    make:nn.Module|Callable, # The self-teacher, or a function that makes it, as for `FRSKDCallback`
     feature_loss:str|Callable, # As for `FRSKDCallback`
     ndim:int=2, # Dimensions of the logits
-)->tuple: # Both for `FRSKD`, and the channels of the refined maps
-    "Make the self-teacher and the feature loss; `ValueError` where they don't go together or with the levels"
+)->tuple: # Self-teacher, feature loss, channels of the refined maps
+    "Make the self-teacher and the feature loss; raise `ValueError` if they don't fit"
     channels = [o.channels for o in levels]
     teacher = _make_teacher(make, channels, n_out).to(device)
     refined = check_teacher(teacher, levels, n_out, device, takes_preact(feature_loss), ndim)
@@ -191,41 +191,41 @@ def _make_teacher(make, channels, n_out):
     if isinstance(make, nn.Module): return make
     try: teacher = make(channels, n_out)
     except TypeError as e:
-        raise ValueError(f"FRSKD: teacher={make!r} is no function from the levels' channels and the number of logits "
-                         f"to a self-teacher: {e}") from e
+        raise ValueError(f"FRSKD: teacher={make!r} can't be called with the levels' channels and the number of logits "
+                         f"({e}). Pass a module, or a function that takes these two.") from e
     if isinstance(teacher, nn.Module): return teacher
-    raise ValueError(f"FRSKD: teacher={make!r} made no module, but {teacher!r}")
+    raise ValueError(f"FRSKD: teacher={make!r} returned {teacher!r}. It must return a module.")
 
 def takes_preact(
     feature_loss:str|Callable, # As for `FRSKDCallback`
 )->bool:
-    "Does it take feature maps before the ReLU?"
+    "Return whether the feature loss takes feature maps before the ReLU"
     return getattr(feature_losses.get(feature_loss) if isinstance(feature_loss, str) else feature_loss, 'preact', False)
 
 def check_preact(
     levels:list, # `Level`s of the student
-    maps:list, # Their maps
-    pres:list, # The same before the ReLU, as `PreactHooks` give them
-    feature_loss:str|Callable, # Takes maps before the ReLU
+    maps:list, # Their maps, one per level
+    pres:list, # The same maps before the ReLU, from `PreactHooks`
+    feature_loss:str|Callable, # For the message
 ):
-    "`ValueError` where a level has no map before the ReLU"
+    "Raise `ValueError` if a level has no map before the ReLU"
     for lv,f,o in zip(levels, maps, pres):
         if o is not f or (o<0).any(): continue
-        raise ValueError(f"FRSKD: feature_loss={feature_loss!r} takes feature maps before the ReLU, but that of level "
-                         f"{lv.name!r} has no negative value and doesn't come from an `nn.ReLU`. Name another module "
-                         "(`levels=[...]`), or take another feature loss.")
+        raise ValueError(f"FRSKD: feature_loss={feature_loss!r} needs feature maps before the ReLU, but level "
+                         f"{lv.name!r} has no negative value and isn't the output of an `nn.ReLU`. Name other modules "
+                         "(`levels=[...]`) or use another feature loss.")
 
 # %% ../nbs/build.ipynb #8e96e6dc
 class Compiled:
-    "`f`, by `torch.compile` where that works here; where it doesn't, a warning, and `f` as it is"
+    "Call `f` through `torch.compile`; if that fails, warn and call `f` itself"
     def __init__(self,
         f:Callable, # A module or function
     ): self.f,self.fast = f,torch.compile(f)
     def __call__(self, *args, **kwargs):
         if self.fast is None: return self.f(*args, **kwargs)
         try: return self.fast(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as e: # before anything has run; inductor's errors, too
+        except torch._dynamo.exc.TorchDynamoException as e: # raised before `f` runs; includes inductor's errors
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            warn(f"FRSKD: torch.compile can't compile the self-teacher or its losses, so they run as they are ({why})")
+            warn(f"FRSKD: torch.compile can't compile the self-teacher or its losses, so they run uncompiled ({why})")
             self.fast = None
             return self.f(*args, **kwargs)

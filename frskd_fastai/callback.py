@@ -1,4 +1,4 @@
-"""`FRSKDCallback`: add it to a `Learner`, and train
+"""Train a fastai `Learner` with self-distillation (FRSKD) by adding one callback
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/callback.html.md"""
 
@@ -25,7 +25,7 @@ from .step import *
 
 # %% ../nbs/callback.ipynb #88fbe8cd
 class option:
-    "An option of the callback. The weights can be set at any time, the others when it is made"
+    "Expose an option as an attribute; only `alpha`, `beta` and `temperature` can be changed"
     settable = 'alpha','beta','temperature'
     def __set_name__(self, owner, name): self.name = name
 
@@ -39,41 +39,42 @@ class option:
 
     def __set__(self, cb, value):
         if self.name not in self.settable:
-            raise AttributeError(f"FRSKD: {self.name} can't be changed in a callback. Remove it, and add a new one: "
-                                 f"`FRSKDCallback({self.name}=...)`.")
-        cb.options = replace(cb.options, **{self.name:value}) # which checks it
+            raise AttributeError(f"FRSKD: {self.name} can't be changed once the callback is made. Remove the "
+                                 f"callback and add a new one: `FRSKDCallback({self.name}=...)`.")
+        cb.options = replace(cb.options, **{self.name:value}) # checks the value
         if cb.trained is not None: setattr(cb.trained, self.name, value)
 
 class FRSKDCallback(StudentReader):
-    """Train a self-teacher on the student's feature maps, and the student with it: FRSKD ([arXiv
-    2103.08273](https://arxiv.org/abs/2103.08273)). Validation and what is saved are the plain student's"""
+    """Train a self-teacher on the student's feature maps and distil it into the student
+
+    FRSKD is [arXiv 2103.08273](https://arxiv.org/abs/2103.08273). You validate and export the plain student."""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (option() for _ in range(10))
     compile,columns = option(),option()
     def __init__(self,
-        alpha:float|None=None, # α, weight of the soft-label loss (paper section 3.2). Default: 2; for segmentation 1
-        # β, weight of the feature loss (paper section 3.2), 0 or more. Default: 100 (the paper's) for attention, see
-        # `default_beta` for the others; for segmentation half of that
+        alpha:float|None=None, # α, weight of the soft-label loss (paper section 3.2). Default: 2; segmentation: 1
+        # β, weight of the feature loss (paper section 3.2). Default: 100 (the paper's) for 'attention', 1 for 'hint',
+        # 0.001 for 'overhaul'; segmentation: half of that. For your own loss: 1
         beta:float|None=None,
-        temperature:float|None=None, # K, softens both distributions of soft labels. Default: 4; for segmentation 1
-        # Channels of the self-teacher per channel of the student, one number or one a level. Default: 2, the paper's,
-        # or less, as `budget` allows. For segmentation: per 64 channels, default 1
+        temperature:float|None=None, # K, temperature of the soft labels. Default: 4; segmentation: 1
+        # Self-teacher channels per student channel: one number, or one per level. Default: 2 (the paper's), or less if
+        # `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
         budget:float=0.8, # Largest default self-teacher, as a fraction of the student's FLOPs
-        depth:int=1, # Depthwise-separable convolutions in each node; the paper's is 2. Not for segmentation
-        levels:int|list=4, # How many of the deepest feature levels to use, or their names, as in `named_modules()`
-        finest:int|None=None, # Index of the level to which finer maps are pooled. Default: 1; for segmentation 0
-        # Factor of all that the student gets from the self-teacher: 'trust' (see `Trust`), 'constant' (the paper's),
-        # 'ramp' (see `late_ramp`), or a function from the part of the fit done to a factor, both 0 to 1
+        depth:int=1, # Depthwise-separable convolutions per node; the paper uses 2. Not used for segmentation
+        levels:int|list=4, # How many of the deepest feature levels to use, or their module names (see `list_levels`)
+        finest:int|None=None, # Index of a level; larger maps are pooled to its size. Default: 1; segmentation: 0
+        # Factor on everything the student learns from the self-teacher: 'trust' (see `Trust`), 'constant' (the
+        # paper's), 'ramp' (see `late_ramp`), or a function from training progress to a factor, both from 0 to 1
         schedule:str|Callable='trust',
-        # What β weights: 'attention', 'hint', 'overhaul', or a function or module from the lists of student's and
-        # refined maps to a scalar; a module's parameters are trained too
+        # 'attention', 'hint', 'overhaul', or your own loss: a function or module that takes two lists, the student's
+        # maps and the refined maps, and returns a scalar. A module's parameters are trained too
         feature_loss:str|Callable='attention',
-        # Your own self-teacher (see `check_teacher`), or a function from the levels' channels and the number of logits
-        # to one, for instance `partial(SelfTeacher, n_channels=256)`
+        # Your own self-teacher (see `check_teacher`), or a function that makes one from the levels' channels and the
+        # number of logits, for example `partial(SelfTeacher, n_channels=256)`
         teacher:nn.Module|Callable|None=None,
-        compile:bool=False, # Compile the self-teacher and the losses? (Not the student: that is yours to compile.)
-        columns:bool=False, # Show the parts of the loss and the self-teacher's accuracy in the progress table?
+        compile:bool=False, # Compile the self-teacher and its losses? (Compile the student yourself)
+        columns:bool=False, # Show loss parts and self-teacher accuracy in the progress table?
     ):
         given = locals()
         self._start(FRSKDOptions(**{f.name:given[f.name] for f in fields(FRSKDOptions) if f.name!='per'}))
@@ -84,16 +85,18 @@ class FRSKDCallback(StudentReader):
         self.log = LossLog([*self.loss_names,'factor'], self._logged, shown, self._means)
         super().__init__(options, [self.skipping, self.log])
         self.losses,self.step_maps,self.step_out = {},[],None
-        self.trust = make_schedule(options.schedule) # It gives the factor; see `Trust`
-        self.student_alone = False # Was the student loaded without its self-teacher, and hasn't trained since?
+        self.trust = make_schedule(options.schedule) # computes the factor
+        self.student_alone = False # was the student loaded without its self-teacher, and not trained since?
 
     @classmethod
     def paper(cls,
-        segmentation:bool=False, # Those for segmentation?
-        **kwargs, # Change any of them
+        segmentation:bool=False, # Use the settings for segmentation?
+        **kwargs, # Options of `FRSKDCallback` to override
     ):
-        """The reference implementation's settings. For CIFAR-100: α = 2, β = 100 for attention, K = 4, constant;
-        width 2 and depth 2. For segmentation of VOC: α = 1, β = 50, K = 1, ramp; 256 channels in the head"""
+        """Use the settings of the reference implementation
+
+        CIFAR-100: α = 2, β = 100 for attention, K = 4, constant schedule, width 2, depth 2. Segmentation (VOC):
+        α = 1, β = 50, K = 1, ramp schedule, 256 channels in the head."""
         settings = dict(alpha=2., temperature=4., width=2., depth=2, levels=4, finest=0, schedule='constant')
         teacher = partial(DenseSelfTeacher, n_channels=64, head_channels=256)
         if segmentation: settings = dict(alpha=1., temperature=1., schedule='ramp', teacher=teacher)
@@ -102,10 +105,10 @@ class FRSKDCallback(StudentReader):
         return cb
 
     teacher = property(lambda self: getattr(self.trained, 'teacher', None)) # The self-teacher
-    task    = property(lambda self: getattr(self.trained, 'task', None)) # What a label means
-    skipped = property(lambda self: self.skipping.skipped) # Steps of the last fit, as of the last look
-    steps   = property(lambda self: self.log.steps) # Losses of each step of the last fit, see `LossLog.steps`
-    factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # Of the schedule, now
+    task    = property(lambda self: getattr(self.trained, 'task', None)) # For example `SingleLabel()`
+    skipped = property(lambda self: self.skipping.skipped) # Steps skipped in the last fit
+    steps   = property(lambda self: self.log.steps) # Losses in each step of the last fit, see `LossLog`
+    factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # Current factor
     multi_label = property(lambda self: isinstance(self.task, MultiLabel))
 
     def attach(self):
@@ -131,10 +134,10 @@ class FRSKDCallback(StudentReader):
         plan_schedule(self.learn, self.trust)
         say_if_short(self.learn, self.trust)
 
-    def refused(self): self.skipping.set_back() # BatchNorm's statistics have seen the batch
+    def refused(self): self.skipping.set_back() # undo the batch's effect on BatchNorm
     def enter_train(self):
         super().enter_train()
-        plan_schedule(self.learn, self.trust) # again: a resumed fit knows by now how far it was
+        plan_schedule(self.learn, self.trust) # again: `Resumable` has restored the progress by now
         self.student_alone = False
 
     def before_batch(self):
@@ -163,7 +166,7 @@ class FRSKDCallback(StudentReader):
         super().leave_train()
         self.step_maps,self.step_out = [],None
 
-    def before_backward(self): self.step_maps,self.step_out = [],None # so that memory is freed with the step
+    def before_backward(self): self.step_maps,self.step_out = [],None # lets the backward pass free memory
 
     def _suspects(self):
         names = dict(teacher='self-teacher', soft_label='soft-label')
@@ -175,7 +178,7 @@ class FRSKDCallback(StudentReader):
     def _means(self):
         means = {f'{k}_loss':(v,len(self.step_out.logits)) for k,v in self.losses.items()}
         try: answers = self.task.answers(self.step_out.logits, self.learn.yb[0])
-        except (ValueError,AttributeError): return means # targets that only the loss function knows
+        except (ValueError,AttributeError): return means # only the loss function can read these targets
         right,n = mean_where(answers.right, answers.keep)
         return {**means, 'teacher_accuracy':(right/n.clamp(min=1),n)}
 
@@ -185,34 +188,34 @@ class FRSKDCallback(StudentReader):
         super().restore(entry)
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
-        elif entry is not None: self.trust = make_schedule(self.schedule) # saved before there was a self-teacher
+        elif entry is not None: self.trust = make_schedule(self.schedule) # saved before there was one
 
 
 # %% ../nbs/callback.ipynb #call0002
 @patch
 def check_trained(self:FRSKDCallback,
-    what:str, # Is asked for
+    what:str, # What needs the self-teacher, for the message
 ):
-    "`ValueError` where there is no self-teacher that has trained"
+    "Raise `ValueError` if the self-teacher hasn't trained yet"
     if self.learn is None:
-        raise ValueError(f"FRSKD: this callback isn't in a Learner any more, so there is no {what}. Give it to the "
-                         "Learner, `vision_learner(..., cbs=FRSKDCallback())`, not to a single fit.")
+        raise ValueError(f"FRSKD: this callback isn't attached to a Learner, so there is no {what}. Pass it to the "
+                         "Learner, not to a single fit: `vision_learner(..., cbs=FRSKDCallback())`.")
     if self.teacher is None or not self.trust.steps:
         raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "
-                         "`learn.fit_one_cycle(5)`, or load a checkpoint that was saved with the optimizer.")
+                         "e.g. `learn.fit_one_cycle(5)`, or load a checkpoint saved with the optimizer.")
 
 @patch
 def run_both(self:FRSKDCallback,
-    *xb, # Inputs, as the model gets them
-)->tuple: # Student's feature maps as the self-teacher reads them, its logits; refined maps, the self-teacher's logits
-    "Run student and self-teacher in evaluation mode, without a trace"
+    *xb, # Inputs of the model
+)->tuple: # The student's feature maps and logits, the refined maps and self-teacher's logits
+    "Run student and self-teacher in eval mode, without gradients or changes to either"
     if self.learn is None or self.build().trained is None:
-        raise ValueError("FRSKD: this Learner has no self-teacher yet. Train it first; an exported Learner is the "
-                         "student alone.")
+        raise ValueError("FRSKD: this Learner has no self-teacher yet. Train it first. An exported Learner has only "
+                         "the student.")
     xb = to_device(xb, one_param(self.student).device)
     hooks = FeatureHooks(self.student, self.found_levels, self.trained.seen.size)
     with Eagerly(self.student), hooks, probing(self.student, self.trained):
         pred = self.student(*xb)
-        maps = to_float(pool_to(hooks.pop(), self.finest)) # the self-teacher is float32, whatever the student is
+        maps = to_float(pool_to(hooks.pop(), self.finest)) # the self-teacher is always float32
         refined,logits = self.teacher(maps)
     return maps,pred,refined,self.trained.task.fit_size(logits, pred)

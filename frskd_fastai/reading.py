@@ -1,4 +1,4 @@
-"""The student's feature maps in each training step, and what its first step shows
+"""Read the student's feature maps in each training step, and build FRSKD's module in the first
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/reading.html.md"""
 
@@ -24,7 +24,7 @@ from .build import *
 
 # %% ../nbs/reading.ipynb #cbd51458
 class StudentReader(SideModuleCallback):
-    "Base of `FRSKDCallback`: reads the student's feature maps, and has its module built from what a first step shows"
+    "Read the student's feature maps in training, and have a module built in the first step"
     def __init__(self,
         options:FRSKDOptions,
         siblings:list=(), # As for `SideModuleCallback`
@@ -33,12 +33,12 @@ class StudentReader(SideModuleCallback):
         self.options,self.hooks,self._model = options,None,None
         self.looked=self.has_pred = False
 
-    # A subclass has these
-    def module_of(self, seen): "Make a module, with what was `seen` in its attribute of this name"
-    def build_for(self, seen, inputs, targets): "Make a module and set it; `inputs` and `targets` are a batch"
-    def refused(self): "An error ended the first step, before anything was trained"
+    # To be implemented by a subclass
+    def module_of(self, seen): "Make a module that keeps `seen` as an attribute"
+    def build_for(self, seen, inputs, targets): "Make a module and set it; `inputs` and `targets` are the batch"
+    def refused(self): "Clean up after an error in the first step, before anything was trained"
 
-    student      = property(lambda self: get_model(self.learn.model)) # Out of its wrapper for several devices
+    student      = property(lambda self: get_model(self.learn.model)) # Without the wrapper for several devices
     found_levels = property(lambda self: L() if self.trained is None else self.trained.seen.levels)
     level_names  = property(lambda self: self.found_levels.attrgot('name')) # Largest map first
     def attach(self):
@@ -46,8 +46,8 @@ class StudentReader(SideModuleCallback):
         super().attach()
 
     def build(self):
-        "Build the module before the training, from one batch that is run without a trace"
-        # A fit without a step (a resumed one that is done) has moved the model alone
+        "Build the module before training, from one batch; leaves the Learner's state unchanged"
+        # A fit without steps (resumed after its end) has moved only the model to the device
         if self.trained is not None: self.trained.to(one_param(self.student).device)
         b = None if self._serves else sample_batch(self.learn)
         if b is None: return self
@@ -55,14 +55,14 @@ class StudentReader(SideModuleCallback):
         observer = self._observer()
         pred = observer.probe(*b[0])
         self._look(observer, *b, pred, self.learn.loss_func)
-        self._pop(observer) # checks them
+        self._pop(observer) # checks the maps
         return self
 
     def enter_fit(self):
         super().enter_fit()
-        self.label_loss,self.looked = self.learn.loss_func,False # now: later MixUp swaps the loss function
+        self.label_loss,self.looked = self.learn.loss_func,False # before MixUp swaps the loss function
         check_loss(self.label_loss)
-        if is_compiled(self.student): torch._dynamo.reset() # it doesn't notice hooks that come after it has compiled
+        if is_compiled(self.student): torch._dynamo.reset() # else hooks added after compiling don't run
 
     def enter_train(self):
         super().enter_train()
@@ -76,7 +76,7 @@ class StudentReader(SideModuleCallback):
         try: return one_batch()
         except (RuntimeError,TypeError):
             if not isinstance(hooks, Observer) or self.has_pred or not hooks.trace: raise
-        hooks.trace = False # perhaps the network doesn't run with gradients of images
+        hooks.trace = False # the network may not run with images that require gradients
         one_batch()
 
     def leave_train(self):
@@ -89,21 +89,21 @@ class StudentReader(SideModuleCallback):
         if event=='before_batch' and self.hooks is not None and self.run and self.learn.training: self.hooks.attach()
 
     def before_batch(self):
-        self.has_pred,self._typed = False,self.learn.yb # fastai's `CastToTensor` takes the targets' types
-        if self.hooks is not None: self.hooks.clear() # of a batch that was cancelled after its forward pass
+        self.has_pred,self._typed = False,self.learn.yb # before `CastToTensor` removes the targets' types
+        if self.hooks is not None: self.hooks.clear() # a cancelled batch may have left maps
 
     def after_pred(self): self.has_pred = True
 
     def _around_epoch(self, epoch):
         try: super()._around_epoch(epoch)
-        except (IndexError,RuntimeError,TypeError,ValueError) as e: # of the loss function: there may be a better reason
+        except (IndexError,RuntimeError,TypeError,ValueError) as e: # perhaps from the loss function
             if not self.has_pred or self.looked: raise
             self.refused()
             check_task(self.learn.pred, self.targets, self.label_loss, e)
             raise
 
-    def read(self)->tuple: # Maps, and the same before the ReLU or None
-        "The student's maps of this step's forward pass; the first ones of a fit are looked at"
+    def read(self)->tuple: # Maps; the same before the ReLU, or None if the feature loss doesn't need them
+        "Return the student's maps in this step; in the first step of a fit, check or build first"
         learn,hooks = self.learn,self.hooks
         if not is_compiled(self.student): check_origin(learn.pred, hooks.out)
         if not self.looked: self._look(hooks, learn.xb, self.targets, learn.pred, self.label_loss)
@@ -114,7 +114,7 @@ class StudentReader(SideModuleCallback):
         return maps,pre
 
     def _pop(self, hooks):
-        "The last maps that `hooks` have, and the same before the ReLU, if the feature loss takes these"
+        "Take the maps from `hooks`, and those before the ReLU if the feature loss needs them"
         levels,loss = self.found_levels,self.options.feature_loss
         maps,pre = hooks.pop(levels) if takes_preact(loss) else (hooks.pop(levels),None)
         if isinstance(hooks, Observer) and pre: check_preact(levels, maps, pre, loss)
@@ -122,17 +122,17 @@ class StudentReader(SideModuleCallback):
         return (maps,pre) if autocast else (to_float(maps),pre and to_float(pre)) # the self-teacher is float32
 
     def _look(self, hooks, xb, yb, pred, loss_func):
-        "See what a batch shows, and build the module where there is none that serves"
+        "Read levels and task from a batch, and build the module unless the current one fits"
         task,levels = check_task(pred, yb, loss_func),hooks.find()
         if isinstance(hooks, Observer):
             if task.per=='pixel' and hooks.search: hooks.refuse_dense()
             operations,size = hooks.operations,hooks.size
         else: operations,size = self.trained.seen.operations,hooks.seen_size
         seen,before = Seen(levels, size, pred.shape[1], task, operations),self.trained
-        why = '' if before is None else seen.differs(before.seen) if self._same_model else 'the model is another one'
+        why = '' if before is None else seen.differs(before.seen) if self._same_model else 'the model was replaced'
         if before is None or why: self.build_for(seen, xb, yb)
         else: self.trained.task = task
-        if why and not rank_distrib(): print(f'FRSKD: {why}, so the self-teacher begins anew')
+        if why and not rank_distrib(): print(f'FRSKD: {why}, so FRSKD starts with a new self-teacher')
 
     def prepare(self):
         if self.prepared is None and self.options.compile:
@@ -158,14 +158,14 @@ class StudentReader(SideModuleCallback):
         super().set_module(module)
         self._model = weakref.ref(uncompiled(self.student))
 
-    targets = property(lambda self: with_types(self.learn.yb, self._typed)) # Of this batch
+    targets = property(lambda self: with_types(self.learn.yb, self._typed)) # Of this batch, with their types
     _hooks_type = property(lambda self: PreactHooks if takes_preact(self.options.feature_loss) else FeatureHooks)
     _same_model = property(lambda self: self._model is not None and self._model() is uncompiled(self.student))
     def _observer(self): return Observer(self.student, self.options.levels, self._hooks_type)
 
     @property
     def _serves(self):
-        "Are the levels of the module in the model as it is?"
+        "Whether the module was built for this model, and its levels are still there"
         if self.trained is None or not self._same_model: return False
         return {n for n,_ in uncompiled(self.student).named_modules()}.issuperset(self.level_names)
 
@@ -177,9 +177,9 @@ class StudentReader(SideModuleCallback):
 # %% ../nbs/reading.ipynb #read0001
 def with_types(
     yb:tuple, # Targets as the loss function gets them
-    typed:tuple, # As the data loader made them; fastai's `CastToTensor` has taken their types since
+    typed:tuple, # The same from the data loader, before fastai's `CastToTensor` removed their types
 )->tuple:
-    "`typed`, where these are still the same targets"
+    "Return `typed` if these are still the same targets, else `yb`"
     tensors = all(isinstance(o, Tensor) for o in (*yb, *typed))
     same = tensors and [(o.data_ptr(),o.shape) for o in yb]==[(o.data_ptr(),o.shape) for o in typed]
     return typed if same else yb
@@ -188,9 +188,9 @@ def check_task(
     pred, # What the model returned
     yb:tuple, # A batch of targets
     loss_func:Callable, # The Learner's
-    cause:Exception|None=None, # The error that made somebody ask
+    cause:Exception|None=None, # An earlier error to chain
 )->Task:
-    "What the labels mean; `ValueError` where FRSKD doesn't serve it"
+    "Return the task; raise `ValueError` if FRSKD doesn't support it"
     try:
         check_targets(yb)
         return check_pred(pred, yb, loss_func)
@@ -198,36 +198,36 @@ def check_task(
 
 def check_origin(
     pred, # `learn.pred`
-    out, # What the model returned in the pass whose maps were read
+    out, # Output of the forward pass whose maps were read
 ):
-    "`ValueError` where `pred` was computed from another pass"
+    "Raise `ValueError` if `pred` was computed by another forward pass"
     if comes_from(pred, out): return
-    raise ValueError("FRSKD: `learn.pred` doesn't come from the model's own forward pass of this step, so the feature "
-                     "maps aren't its. A callback replaces it; let it change the loss instead.")
+    raise ValueError("FRSKD: `learn.pred` doesn't come from the model's forward pass in this step, so it doesn't "
+                     "match the feature maps. Let the callback that replaces it change the loss instead.")
 
 def check_saved_levels(
     file, # For the message
     theirs:list, # Names of the levels in the file
     levels:int|list, # As for `FRSKDCallback`
-    ours:list, # Names of the levels of the self-teacher that is here, if there is one
+    ours:list, # Names of the current self-teacher's levels, if there is one
 ):
-    "`ValueError` where a checkpoint's levels aren't what `levels` asks for"
+    "Raise `ValueError` if a checkpoint's levels don't match the option `levels`"
     if len(theirs)<=levels if isinstance(levels, Integral) else set(theirs)==set(levels): return
-    raise ValueError(f"FRSKD: the self-teacher in {file} is another one: levels {list(theirs)} in the file, "
-                     f"{list(ours) or levels} here. Use the options it was trained with, or load the student alone: "
+    raise ValueError(f"FRSKD: the self-teacher in {file} has other feature levels: {list(theirs)} in the file, "
+                     f"{list(ours) or levels} here. Use the options it was trained with, or load only the student: "
                      "`learn.load(file, with_opt=False)`.")
 
 def check_gradient(
     model:nn.Module, # The student
-    levels:list, # `Level`s of it
-    maps:list, # Their maps of a training step
+    levels:list, # The student's `Level`s
+    maps:list, # Their maps in a training step
 ):
-    "`ValueError` where the self-teacher's gradient would be lost on its way into a module that trains"
+    "Raise `ValueError` if the self-teacher's gradient can't reach a module that trains"
     if not torch.is_grad_enabled(): return
     for lv,f in zip(levels, maps):
         if f.requires_grad: continue
         own = [p.requires_grad for p in get_level(model, lv.name).parameters()]
         if any(own) if own else all(p.requires_grad for p in model.parameters()):
-            raise ValueError(f"FRSKD: the feature map of level {lv.name!r} has no gradient, though its module trains: "
-                             "reentrant activation checkpointing or `torch.no_grad` hides it. Use `checkpoint(..., "
-                             "use_reentrant=False)`, freeze what shall not train, or name others: `levels=[...]`.")
+            raise ValueError(f"FRSKD: the feature map of level {lv.name!r} has no gradient although its module trains: "
+                             "reentrant checkpointing or `torch.no_grad` removes it. Use `checkpoint(..., "
+                             "use_reentrant=False)`, freeze the module, or name other levels: `levels=[...]`.")

@@ -1,4 +1,4 @@
-"""The better of two models: student and self-teacher as one network
+"""Keep the self-teacher: use it and the student as one network for better predictions
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/refined.html.md"""
 
@@ -18,16 +18,16 @@ from .task.task import *
 
 # %% ../nbs/refined.ipynb #a1c00007
 class RefinedStudent(nn.Module):
-    "Student and self-teacher as one network, with the self-teacher's logits"
+    "Combine student and self-teacher in one network that returns the self-teacher's logits"
     def __init__(self,
         student:nn.Module,
-        teacher:nn.Module, # The self-teacher; `(refined maps, logits)` of the list of maps
-        levels:list, # `Level`s of the student that the self-teacher reads
+        teacher:nn.Module, # The self-teacher: returns `(refined maps, logits)` for a list of maps
+        levels:list, # The student's `Level`s, largest map first
         finest:int=0, # As for `FRSKDCallback`
-        size:tuple|None=None, # Height and width of the images that showed the levels; needed for tokens
-        average:bool=False, # Logits of the mean of both networks' probabilities, not the self-teacher's?
-        task:Task|None=None, # What a label means; default: one class of an image
-        example:tuple=(), # Inputs to check the traced student with; without them hooks read the maps
+        size:tuple|None=None, # Height and width of the images that the levels come from; for tokens
+        average:bool=False, # Average the probabilities of both networks?
+        task:Task|None=None, # Default: `SingleLabel()`
+        example:tuple=(), # Inputs to trace and check the student with; without them, the maps come from hooks
     ):
         super().__init__()
         store_attr('levels,finest,size,average')
@@ -37,7 +37,7 @@ class RefinedStudent(nn.Module):
         self.student,self.teacher = graph if self.traced else student,teacher
 
     def _read(self, *xb):
-        "The student's maps and logits"
+        "Run the student; return its maps and logits"
         scale = None if self.size is None else tuple(a/b for a,b in zip(xb[0].shape[-2:], self.size))
         if self.traced:
             out = self.student(*xb)
@@ -47,8 +47,8 @@ class RefinedStudent(nn.Module):
             return hooks.pop(),logits
 
     def forward(self,
-        *xb:Tensor, # Inputs, as the student gets them
-    )->Tensor: # Logits, of the student's shape
+        *xb:Tensor, # Inputs of the student
+    )->Tensor: # Logits, same shape as the student's
         maps,logits = self._read(*xb)
         refined = self.teacher(to_float(pool_to(maps, self.finest)))[1].float()
         refined = self.task.fit_size(refined, logits)
@@ -56,32 +56,31 @@ class RefinedStudent(nn.Module):
 
 def traced_student(
     student:nn.Module,
-    levels:list, # `Level`s of it
-    example:tuple, # Inputs, for a check
-)->nn.Module|None: # Returns a dict: maps by the levels' names, and 'logits'; None where it can't be traced
-    "`student` as a graph that gives its feature maps, by torchvision's `create_feature_extractor`"
+    levels:list, # Its `Level`s
+    example:tuple, # Inputs to compare the traced student with the original on
+)->nn.Module|None: # Returns a dict of the maps by level name, and 'logits'. None if tracing fails
+    "Trace `student` with torchvision's `create_feature_extractor`, to return its feature maps"
     copy,names = deepcopy(student).eval(),[lv.name for lv in levels]
     try:
         last = get_graph_node_names(copy)[1][-1]
         graph = create_feature_extractor(copy, {**{n:n for n in names}, last:'logits'}).eval()
         with FeatureHooks(student, levels) as hooks, probing(student, graph):
             logits,maps,out = student(*example),hooks.outputs(),graph(*example)
-    except Exception: return # control flow, other inputs than tensors, a module that runs twice
+    except Exception: return # e.g. control flow, inputs that aren't tensors, a module that runs twice
     wanted = [*zip(names, maps), ('logits',logits)]
     return graph if all(torch.allclose(out[n], o, rtol=1e-4, atol=1e-5) for n,o in wanted) else None
 
 # %% ../nbs/refined.ipynb #a1c00009
 @patch
 def refined(self:FRSKDCallback,
-    average:bool=False, # The mean of both networks' probabilities, not the self-teacher's alone?
-)->Learner: # Plain: without FRSKD, with the same data, transforms, loss function and metrics
-    "A Learner whose model is a copy of the student and the self-teacher as they are now"
+    average:bool=False, # Average the probabilities of both networks?
+)->Learner: # Without FRSKD; same data, transforms, loss function and metrics
+    "Make a Learner of copies of the student and the self-teacher in one model"
     self.check_trained('refined model')
     learn = self.learn
     if self.student_alone:
-        warn("FRSKD: this student was loaded without its self-teacher, which is as the last training step left "
-             "it; they may not go together. Save both, by `learn.save` with the optimizer or "
-             "`SaveModelCallback(with_opt=True)`.")
+        warn("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
+             "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
     student,teacher = deepcopy(self.student).eval(),deepcopy(self.build().teacher).eval()
     levels,b = self.found_levels,sample_batch(learn)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None

@@ -1,4 +1,4 @@
-"""FRSKD with self-supervised label augmentation: each image in its four rotations
+"""Combine FRSKD with self-supervised label augmentation (FRSKD+SLA)
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/sla_callback.html.md"""
 
@@ -18,12 +18,12 @@ from .step import *
 
 # %% ../nbs/sla_callback.ipynb #125fa1d6
 class FRSKDSLACallback(FRSKDCallback):
-    "`FRSKDCallback` with self-supervised label augmentation; single-label classification of square images"
-    name = 'frskd' # as `learn.frskd`, like the class it extends
+    "Train with FRSKD and SLA; for single-label classification of square images"
+    name = 'frskd' # so that it is `learn.frskd`, too
     loss_names = ['student',*FRSKDSLA.loss_names]
     def __init__(self,
         *,
-        sla_weight:float=1., # Weight of the distillation from the aggregated logits
+        sla_weight:float=1., # Weight of the distillation from the logits averaged over the rotations
         **kwargs, # As for `FRSKDCallback`
     ):
         super().__init__(**kwargs)
@@ -41,12 +41,12 @@ class FRSKDSLACallback(FRSKDCallback):
     def build_for(self, seen, inputs, targets):
         x = inputs[0]
         if len(inputs)!=1 or x.ndim!=4 or x.shape[2]!=x.shape[3]:
-            raise ValueError("FRSKD: label augmentation rotates square images, B×C×S×S; these inputs are of shape "
+            raise ValueError("FRSKD: label augmentation needs square images, B×C×S×S, got inputs of shape "
                              f"{', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))}. Crop or pad them.")
         single = isinstance(seen.task, SingleLabel) and len(targets)==1 and not targets[0].is_floating_point()
         if not single or targets[0].numel()!=len(targets[0]):
-            raise ValueError("FRSKD: label augmentation is for single-label classification, targets that are one class "
-                             "number a sample. Use `FRSKDCallback` for other tasks.")
+            raise ValueError("FRSKD: label augmentation needs single-label classification, with one class number per "
+                             "image as target. Use `FRSKDCallback` for other tasks.")
         super().build_for(seen, inputs, targets)
 
     def assemble(self, seen, refined_channels, *args):
@@ -56,7 +56,7 @@ class FRSKDSLACallback(FRSKDCallback):
     def _step(self, pre, factor):
         learn = self.learn
         with self.hooks:
-            self.student(rotations(learn.xb[0])) # not by its wrapper, which expects one forward pass a step
+            self.student(rotations(learn.xb[0])) # bypasses the DDP wrapper, which expects one forward pass per step
             rotated = self._pop(self.hooks)
         loss_func = kept_state(learn.loss_func)
         return self.prepared(self.step_maps, learn.pred, learn.yb, loss_func, factor, pre,

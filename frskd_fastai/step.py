@@ -1,4 +1,4 @@
-"""What a training step of a Learner has for FRSKD: labels, a loss function, and how many steps there will be
+"""Helpers for the training step of `FRSKDCallback`: checks, number of steps, labels and loss function
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/step.html.md"""
 
@@ -19,42 +19,42 @@ from .task.task import *
 def check_fit(
     learn:Learner, # In `before_fit`
 ):
-    "`ValueError` where FRSKD can't serve this fit"
+    "Raise `ValueError` if FRSKD doesn't support this fit"
     if any(isinstance(o, NonNativeMixedPrecision) for o in learn.cbs):
         for cb in learn.cbs:
-            if isinstance(cb, ModelToHalf): cb.after_fit() # the model as it was
+            if isinstance(cb, ModelToHalf): cb.after_fit() # converts the model back
         raise ValueError("FRSKD does not support `to_non_native_fp16`. Use `to_fp16`.")
     try: n = len(learn.dls.train)
-    except TypeError: return # a stream
+    except TypeError: return # an iterable data set has no length
     if n==0: raise ValueError("FRSKD: the training data loader has no batch. Use more images or a smaller batch size.")
 
 def plan_schedule(
-    learn:Learner, # In a fit
+    learn:Learner, # During a fit
     schedule:Schedule,
 ):
-    "Tell `schedule` how many steps will follow"
+    "Tell `schedule` how many steps are left in the fit"
     skipped = getattr(getattr(learn, 'skip_to_epoch', None), '_skip_to', 0) # of `fit(start_epoch=...)`
     try: schedule.will_train((learn.n_epoch-max(learn.epoch, skipped))*len(learn.dls.train))
-    except TypeError: pass # a stream: as if it were long
+    except TypeError: pass # no length: treated as a long fit
 
 def say_if_short(
     learn:Learner, # In `before_fit`
     schedule:Schedule,
 ):
-    "Print a line where the training is so short that the student learns almost as without FRSKD"
+    "Print a line if the training is too short for FRSKD to affect the student much"
     quiet = not learn.n_epoch or learn.logger is noop or hasattr(learn, 'lr_finder') or rank_distrib()
     frozen = learn.opt.frozen_idx>0 # the first phase of `fine_tune`
     if quiet or frozen or schedule.share>=.25: return
-    print(f"FRSKD: only {schedule.last} training steps in all, so the student learns almost as without FRSKD (full "
-          f"effect from {schedule.full:,}). Student and self-teacher together: `learn.frskd.refined()`.")
+    print(f"FRSKD: only {schedule.last} training steps in total, so distillation has little effect on the student "
+          f"(full effect from {schedule.full:,}). Consider `learn.frskd.refined()`, which keeps the self-teacher.")
 
 @contextmanager
 def single_position(
-    module:nn.Module, # Trains
-    maps:list, # It reads
-    distributed:bool=False, # On several processes?
+    module:nn.Module, # In training mode
+    maps:list, # Its inputs, B×C×H×W
+    distributed:bool=False, # Do several processes train it?
 ):
-    "For one image of one position, which has no variance: BatchNorm takes its running statistics"
+    "Use BatchNorm's running statistics where a batch has a single value per channel"
     single = len(maps[0])==1 and any(o.shape[-2:].numel()==1 for o in maps)
     synced = distributed and any(isinstance(o, nn.SyncBatchNorm) for o in module.modules())
     if single and not synced: module.eval()
@@ -64,24 +64,24 @@ def single_position(
 
 def mixed_labels(
     learn:Learner, # In a training step
-)->list: # Of pairs: targets, weight
-    "The targets that the loss function got: two under MixUp and CutMix"
+)->list: # Pairs `(targets, weight)`
+    "Return the targets that the loss function got: two under MixUp and CutMix, else one"
     mix = first(o for o in learn.cbs if isinstance(o, MixHandler) and o.run and getattr(o, 'stack_y', False))
     return [(learn.yb[0],1.)] if mix is None else [(learn.yb[0],mix.lam),(mix.yb1[0],1-mix.lam)]
 
 def mean_log_p(
     learn:Learner, # In a training step
-    task:Task, # What its labels mean
+    task:Task, # The Learner's task
     logits:Tensor, # The self-teacher's
-    distributed:bool=False, # Over all processes?
+    distributed:bool=False, # Average over all processes?
 )->Tensor: # Scalar
-    "Mean log-probability that `logits` give to the right answers"
+    "Compute the mean log-probability that `logits` give to the right answers"
     sums = 0.
     for y,w in mixed_labels(learn):
         try: a = task.answers(logits, y)
         except (ValueError,AttributeError) as e:
-            raise ValueError("FRSKD: the schedule 'trust' reads labels from the targets, and these have none that it "
-                             f"knows ({e}). Choose one that needs none: `FRSKDCallback(schedule='ramp')`.") from e
+            raise ValueError(f"FRSKD: the schedule 'trust' can't read labels from these targets ({e}). "
+                             "Use a schedule that needs no labels: `FRSKDCallback(schedule='ramp')`.") from e
         if isinstance(w, Tensor): w = w.float().view(-1,1)
         sums = sums + torch.stack([(torch.where(a.asked, a.log_p, 0)*w).sum(), (a.asked*w).sum()])
     if distributed: sums = maybe_gather(sums[None]).sum(0)
@@ -90,7 +90,7 @@ def mean_log_p(
 def kept_state(
     loss_func:Callable, # The Learner's
 )->Callable:
-    "`loss_func` for the self-teacher's logits: what it keeps of a call (buffers, attributes) remains the student's"
+    "Wrap `loss_func` so that its attributes and buffers are restored after each call"
     owner = getattr(loss_func, '__self__', None)
     inner = owner.old_lf if isinstance(owner, MixHandler) else loss_func
     parts = [o for o in (inner, getattr(inner, 'func', None)) if hasattr(o, '__dict__')]

@@ -359,7 +359,7 @@ def test_other_self_teachers(make, kind):
 
 def test_a_self_teacher_that_does_not_fit_is_told(make):
     cases = [(Own([8,16,31], 10), 'fails on feature maps'), (Own([8,16,32], 9), r'\(2, 9\)'),
-             (nn.Identity(), 'Tensor instead'), (lambda c,n: 3, 'made no module'), (lambda c: 3, 'is no function'),
+             (nn.Identity(), 'Tensor instead'), (lambda c,n: 3, 'returned 3'), (lambda c: 3, "can't be called"),
              (partial(SelfTeacher, n_channel=3), 'n_channel')]
     for teacher,msg in cases:
         with pytest.raises(ValueError, match=msg): make(cbs=FRSKDCallback(teacher=teacher)).fit(1)

@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_skipped(how, done, make, capsys):
     assert len(said)==1 and 'damaged' in said[0] and said[0].endswith(f'trying {old}')
     assert same(everything(learn), end)
 
-REFUSED = [('levels','of another training: the self-teacher is another one: levels'),
+REFUSED = [('levels','of another training: the self-teacher has other feature levels'),
            ('model','head.2.weight is .10, 32. in it, .4, 32. here'), ('about','epochs is 3 in it, 5 here'),
            ('length','epochs is 3 in it, 4 here'), ('batches','batches is 6 in it, 12 here'),
            ('plain','optimizer'), ('damaged','damaged')]

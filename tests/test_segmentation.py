@@ -271,7 +271,7 @@ def test_own_dense_self_teacher(seg):
     with pytest.raises(ValueError, match=shapes): learn.fit(1)
 
 def test_the_papers_settings_are_of_one_task(seg):
-    other = r"classification, and the model labels pixels\. Take `FRSKDCallback.paper\(segmentation=True\)`"
+    other = r"classification, but the model labels pixels\. Use `FRSKDCallback.paper\(segmentation=True\)`"
     with pytest.raises(ValueError, match=other): seg(cbs=FRSKDCallback.paper()).fit(1)
     cb = FRSKDCallback()
     assert (cb.alpha,cb.beta,cb.temperature)==(2,100,4)

@@ -1,4 +1,4 @@
-"""Who is right where student and self-teacher disagree
+"""Plot how often only the student or only the self-teacher is right, by class
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/agreement.html.md"""
 
@@ -17,29 +17,29 @@ _outcomes = ['both right','only student','only self-teacher','both wrong']
 
 @patch
 def agreement(self:FRSKDCallback,
-    dl=None, # Data loader with targets; default: the validation set's
-)->pd.DataFrame: # A row a class, columns 'both right', 'only student', 'only self-teacher', 'both wrong'
-    "How many answers student and self-teacher get right, by class"
-    self.check_trained('agreement')
+    dl=None, # Data loader with targets. Default: the validation set
+)->pd.DataFrame: # One row per class; columns 'both right', 'only student', 'only self-teacher', 'both wrong'
+    "Count the answers per class that both networks, one of them or neither get right"
+    self.check_trained('agreement to compute')
     dls,counts = self.learn.dls,0
     for b in ifnone(dl, dls.valid):
         xb,yb = b[:dls.n_inp],b[dls.n_inp:]
         if len(yb)!=1:
-            raise ValueError(f"FRSKD: agreement takes one tensor of targets, these data have {len(yb)}.")
+            raise ValueError(f"FRSKD: agreement needs one tensor of targets, got {len(yb)}. Pass a `dl` that has one.")
         _,student,_,teacher = self.run_both(*xb)
         y,n = to_device(yb[0], student.device),student.shape[1]
         s,t = (self.task.answers(o, y) for o in (student,teacher))
-        outcome = 2*~s.right + ~t.right # its place in `_outcomes`
+        outcome = 2*~s.right + ~t.right # index into `_outcomes`
         counted = torch.bincount((4*s.cls+outcome)[s.keep], minlength=4*n)
         counts = counts + counted.view(n, 4).cpu()
     return pd.DataFrame(counts, columns=_outcomes, index=class_names(dls, len(counts)))
 
 @patch
 def plot_agreement(self:FRSKDCallback,
-    n:int=12, # How many classes
-    dl=None, # Data loader with targets; default: the validation set's
+    n:int=12, # Number of classes to show
+    dl=None, # Data loader with targets. Default: the validation set
 )->plt.Axes:
-    "Who is right where the two disagree: on all answers, and on the `n` classes with most disagreement"
+    "Plot who is right, over all classes and for the `n` classes with the most disagreement"
     d = self.agreement(dl)
     d = d[d.sum(axis=1)>0]
     part = d.div(d.sum(axis=1), axis=0)

@@ -1,4 +1,4 @@
-"""FRSKD's student against a plain one, image by image
+"""Compare two Learners image by image, for example one trained with FRSKD and one without
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/comparison.html.md"""
 
@@ -17,19 +17,19 @@ from .loaders import *
 
 # %% ../../nbs/show/comparison.ipynb #05419f63
 class _Silent(Recorder):
-    "Records nothing, and has no metrics, which would wait for other processes"
+    "Record nothing and compute no metrics: these would wait for other processes"
     name = 'recorder'
     before_validate = after_batch = after_validate = after_epoch = noop
 
 class _Collect(Callback):
-    "Calls `collect` with the prediction and the targets of each batch"
-    name = 'gather_preds' # by this name loggers and trackers know to keep out
-    order = 200 # after what changes predictions
+    "Call `collect` with the predictions and targets of each batch"
+    name = 'gather_preds' # loggers and trackers skip passes with a callback of this name
+    order = 200 # after callbacks that change predictions
     def __init__(self, collect): self.collect = collect
     def after_pred(self): self.collect(self.pred, self.yb)
 
 def _validate(learn, dl, collect):
-    "Validate `learn` on `dl`, with its callbacks but without a trace, for `collect`"
+    "Call `collect` for each batch of `dl`, with `learn`'s callbacks; leaves `learn` unchanged"
     hidden = [o for o in learn.cbs if isinstance(o, (Recorder,ProgressCallback))]
     cbs = [_Silent(),_Collect(collect)]
     with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs):
@@ -37,12 +37,12 @@ def _validate(learn, dl, collect):
 
 # %% ../../nbs/show/comparison.ipynb #f7e6d0ba
 class _Judged:
-    "What a Learner answers on the items of a `Source`, image by image"
+    "Score a Learner on each image of a `Source`"
     def __init__(self, learn, source):
         self.learn,self.source,self.rows,self.labels = learn,source,[],[]
         _validate(learn, source.ordered(), self._judge)
-        if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one that has.")
-        # the part that is right, the mean probability of the right answer, how many answers count
+        if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one with images.")
+        # per image: fraction right, mean probability of the right answer, number of answers that count
         self.right,self.prob,self.n = torch.cat(self.rows).unbind(1)
 
     def answers(self, logits, y): return task_of(logits, (y,), self.learn.loss_func).answers(logits, y)
@@ -50,8 +50,8 @@ class _Judged:
     def _judge(self, pred, yb):
         if not yb: raise ValueError(no_targets)
         if not isinstance(pred, Tensor):
-            raise ValueError(f"FRSKD can't compare networks that return a {type(pred).__name__}. "
-                             "Compare those that return logits.")
+            raise ValueError(f"FRSKD can't compare models that return a {type(pred).__name__}. "
+                             "Compare models that return a tensor of logits.")
         a = self.answers(pred, yb[0])
         n = a.keep.sum(1)
         right,prob = ((o*a.keep).sum(1)/n.clamp(min=1) for o in (a.right,a.log_p.exp()))
@@ -59,11 +59,11 @@ class _Judged:
         if pred.ndim==2: self.labels += yb[0].as_subclass(Tensor).cpu()
 
     def batch(self, idxs):
-        "The images `idxs`, decoded, their logits and targets"
+        "Return the images `idxs`, decoded, with their logits and targets"
         dl,seen = self.source.ordered(),[]
         if not dl.indexed:
-            raise ValueError("FRSKD: the images of an iterable data set can't be looked up. "
-                             "To show them, compare on a data set with an index.")
+            raise ValueError("FRSKD: can't show images of an iterable data set. "
+                             "Compare on a data set with an index.")
         every = self.source.idxs
         b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
         _validate(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
@@ -72,46 +72,46 @@ class _Judged:
         return images,*seen
 
 def _check_labels(one, two):
-    "`ValueError` where labels of the same items differ, or their first masks, if these are of one size"
+    "Raise `ValueError` if labels of the same items differ (segmentation: the first 8 masks)"
     if one.source is two.source: return
     a,b = (o.labels or o.source.raw_targets(8) for o in (one,two))
     differ = [not np.array_equal(x, y) and (x.shape==y.shape or x.ndim<2) for x,y in zip(a, b)]
     if len(a)==len(b) and not any(differ): return
     bad = (differ+[True]).index(True)
-    raise ValueError(f"FRSKD: these two Learners label the same items differently, first item {bad}. "
-                     "Compare Learners that were trained with the same labels.")
+    raise ValueError(f"FRSKD: the two Learners label the same items differently, first at item {bad}. "
+                     "Compare Learners with the same labels.")
 
 # %% ../../nbs/show/comparison.ipynb #75f2de3c
 class StudentComparison:
-    "Two Learners on the same images: where the one's answers are right and the other's are not"
+    "Compare two Learners on the same images"
     def __init__(self,
-        learn:Learner, # With FRSKD; its validation set is what both are asked
-        other:Learner, # Without, or anything else to compare with; an exported one, too
-        names:tuple=('FRSKD','plain'), # Of the two
-        dl:DataLoader|None=None, # Other items with targets; each Learner gets them through its own transforms
+        learn:Learner, # First Learner, usually with FRSKD; both are compared on its validation set
+        other:Learner, # Second Learner, for example without FRSKD, or an exported one
+        names:tuple=('FRSKD','plain'), # Names of the two in tables and pictures
+        dl:DataLoader|None=None, # Items with targets to compare on instead of the validation set
     ):
         self.learners,self.names = (learn,other),names
         a,b = (class_names(o.dls) for o in self.learners)
         if a!=b:
             known = ' and '.join(', '.join((o or ['none'])[:5]) for o in (a,b))
-            raise ValueError(f"FRSKD: the two Learners know different classes, {known}, …. "
-                             "Compare models of the same data.")
+            raise ValueError(f"FRSKD: the two Learners have different classes: {known}, …. "
+                             "Compare Learners with the same classes.")
         self.judged = [_Judged(*o) for o in zip(self.learners, same_items_for(self.learners, dl))]
         one,two = self.judged
         if len(one.n)!=len(two.n):
-            raise ValueError(f"FRSKD: the two Learners' loaders have {len(one.n)} and {len(two.n)} images. "
+            raise ValueError(f"FRSKD: the two Learners' data loaders have {len(one.n)} and {len(two.n)} images. "
                              "Compare on a data set with a length.")
         _check_labels(one, two)
-        counts = ((one.n>0) & (two.n>0))[:,None] # where one sees nothing that counts, there is no difference
-        self.right = torch.stack([one.right, two.right], dim=1)*counts # N×2: the part of an image's answers
-        self.probs = torch.stack([one.prob, two.prob], dim=1)*counts   # N×2: the mean of the right answers
+        counts = ((one.n>0) & (two.n>0))[:,None] # skip images where no answer counts for one of the two
+        self.right = torch.stack([one.right, two.right], dim=1)*counts # N×2: fraction of right answers
+        self.probs = torch.stack([one.prob, two.prob], dim=1)*counts   # N×2: their mean probability
 
     def __repr__(self): return self.counts().to_string(index=False)
 
-    def counts(self)->pd.DataFrame: # One row: numbers of images, and `p`
-        """In how many images the two differ, and whether that may be chance.
+    def counts(self)->pd.DataFrame: # One row: numbers of images, and the p-value `p`
+        """Count the images on which each is better, with the p-value of a sign test
 
-        `p` is the chance of a split as uneven as this or more if both were equally good (sign test)."""
+        `p` is the probability of a split at least this uneven if both Learners were equally good."""
         a,b = (self.right>self.right.flip(1)).sum(0).tolist()
         total = len(self.right)
         p = min(1., 2*sum(math.comb(a+b, k) for k in range(min(a, b)+1))/2**(a+b))
@@ -119,16 +119,16 @@ class StudentComparison:
         return pd.DataFrame({'images':[total], one:[a], two:[b], 'no difference':[total-a-b], 'p':[p]})
 
     def show(self,
-        n:int=8, # How many images
-        size:float=1.8, # Width of one, in inches
+        n:int=8, # Number of images
+        size:float=1.8, # Width of one image, in inches
     )->plt.Figure:
-        """Images on which the two differ: first those that FRSKD does better, then those that it does worse.
+        """Draw the images on which the two differ most
 
-        There are as many of each, if there can be. Those where only one is right come before those where only
-        the probabilities differ, most first."""
+        First the images on which the first Learner does better, then those on which it does worse; half of each, if
+        there are enough. Images where the answers differ come before those where only the probabilities do."""
         if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
         right,probs = (o[:,0]-o[:,1] for o in (self.right,self.probs))
-        gain = 2*right+probs # what is right outweighs any probability
+        gain = 2*right+probs # a right answer outweighs any probability
         order = gain.argsort(descending=True, stable=True).tolist()
         better = [i for i in order if gain[i]>0][:(n+1)//2]
         worse = [i for i in order[::-1] if gain[i]<0][:n//2]
@@ -136,7 +136,7 @@ class StudentComparison:
         batches = [o.batch(better+worse) for o in self.judged]
         draw = self._draw_masks if batches[0][1].ndim==Segmentation.ndim else self._draw_labels
         fig = draw(batches, better+worse, size)
-        title = f"{self.names[0]} better: the first {len(better)}; worse: the last {len(worse)}"
+        title = f"{self.names[0]} is better on the first {len(better)}, worse on the last {len(worse)}"
         fig.suptitle(title, fontsize=9)
         return fig
 

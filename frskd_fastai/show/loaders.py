@@ -1,4 +1,4 @@
-"""Two Learners' data loaders on the same items, each with its own transforms
+"""Give two Learners the same items, each through its own transforms
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/loaders.html.md"""
 
@@ -13,13 +13,13 @@ from fastai.vision.all import *
 
 # %% ../../nbs/show/loaders.ipynb #ca6e1f93
 class Source:
-    "A data loader: what it goes through, and what it does to it"
+    "Wrap a data loader to access its items and transforms"
     def __init__(self,
-        dl, # fastai's, or torch's own
+        dl, # fastai's or PyTorch's data loader
     ):
         if not hasattr(dl, 'new'): dl = DataLoader(dl.dataset, bs=dl.batch_size, create_batch=dl.collate_fn)
         self.dl,self.data = dl,dl.dataset
-        if isinstance(self.data, Datasets): self.kind,self.lists = 'items',list(self.data.tls) # of inputs, of targets
+        if isinstance(self.data, Datasets): self.kind,self.lists = 'items',list(self.data.tls) # inputs, targets
         elif isinstance(self.data, TfmdLists): self.kind,self.lists = 'items',[self.data]
         else: self.kind,self.lists = 'samples' if isinstance(self.data, (list,tuple,L)) else None,[]
 
@@ -27,7 +27,7 @@ class Source:
     def empty(self): return hasattr(self.data, '__len__') and len(self.data)==0
 
     def ordered(self, **kwargs):
-        "The data loader in the order of its items, all of them"
+        "Return the data loader without shuffling or dropping items"
         return self.dl.new(shuffle=False, drop_last=False, **kwargs)
 
     @property
@@ -35,18 +35,18 @@ class Source:
 
     @property
     def items(self):
-        "The items, or samples, in their order"
+        "Return the items, or samples, in order"
         items = self.lists[0].items if self.lists else self.data
         return items.iloc[self.idxs] if hasattr(items, 'iloc') else [items[i] for i in self.idxs]
 
     def raw_targets(self, n):
-        "The first `n` targets, before the data loader crops or resizes them; none where they aren't known"
+        "Return the first `n` targets before cropping or resizing, or an empty list if unknown"
         if len(self.lists)<2: return []
         return [np.array(self.lists[-1][i]) for i in self.idxs[:n]]
 
     @property
     def transforms(self):
-        "All that is done to an item"
+        "List all transforms of an item, in order"
         names = 'create_item','after_item','before_batch','create_batch','after_batch'
         steps = [getattr(self.dl, o) for o in names]
         steps = [o for o in steps if not isinstance(o, MethodType)] # a method is the default
@@ -54,20 +54,20 @@ class Source:
         return [f for p in pipes for f in getattr(p, 'fs', [p])]
 
     def like(self, other):
-        "Does `other` do the same to its items?"
+        "Return whether `other` has the same transforms"
         if self.kind==other.kind=='items': same = self.data.split_idx==other.data.split_idx
         else: same = self.data is other.data or self.kind==other.kind=='samples'
         a,b = self.transforms,other.transforms
         return same and len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
     def same_items(self, other):
-        "Does `other` go through the same items?"
+        "Return whether `other` has the same items"
         if self.data is other.data: return True
         known = self.kind and self.kind==other.kind
         return equals(self.items, other.items) if known else self.same_inputs(other)
 
     def same_inputs(self, other):
-        "Does `other` begin with the same inputs?"
+        "Return whether the first batch of `other` has the same inputs"
         batches = [first(o.ordered(num_workers=0)) for o in (self,other)]
         if None in batches: return False
         n = min(len(b[0]) for b in batches)
@@ -75,25 +75,25 @@ class Source:
         return a.shape==b.shape and torch.allclose(a, b, atol=1e-5)
 
     def through(self, learn, n=None):
-        "The items, or the first `n`, with the transforms that `learn` has for validation"
+        "Return the items, or the first `n`, with the validation transforms of `learn`"
         try:
             dl = learn.dls.test_dl(self.items[:n], with_labels=True)
             dl.dataset[0]
         except Exception as e:
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise ValueError(f"FRSKD: one Learner's transforms can't take the items to compare on ({why}). "
-                             "Compare Learners whose data are made of the same kind of items.") from e
+                             "Compare Learners whose data have the same kind of items.") from e
         return Source(dl)
 
 # %% ../../nbs/show/loaders.ipynb #dbf63053
-no_targets = ("FRSKD: the data loader to compare on has no targets. Make it with them: "
+no_targets = ("FRSKD: the data loader to compare on has no targets. Create it with labels: "
               "`learn.dls.test_dl(items, with_labels=True)`.")
 
 def same_items_for(
-    learners:tuple, # Two
-    dl=None, # Data loader of the items; default: their validation set, which has to be the same
-)->list: # Two `Source`s, one and the same where one serves both
-    "The same items in the same order for both, each with its Learner's own transforms"
+    learners:tuple, # Two Learners
+    dl=None, # Data loader of the items. Default: their validation set, which must be the same
+)->list: # Two `Source`s; the same one twice if the transforms are the same
+    "Get the same items in the same order for both Learners, each with its own transforms"
     own = [Source(o.dls.valid) for o in learners]
     if dl is None: _check_sets(*own)
     given = own[0] if dl is None else Source(dl)
@@ -103,22 +103,22 @@ def same_items_for(
     if kinds=={'items'} or kinds=={'samples'} and any(alike):
         return [given if same else given.through(o) for o,same in zip(learners, alike)]
     if _same_transforms(learners, own): return [given,given]
-    raise ValueError("FRSKD: these two Learners may transform images differently, and the data loader's "
-                     "items aren't known. Pass `dl=learn.dls.test_dl(items, with_labels=True)`, or set "
-                     "`other.dls = learn.dls` if it fits both.")
+    raise ValueError("FRSKD: the two Learners may transform images differently, and the data loader's items "
+                     "aren't known. Pass `dl=learn.dls.test_dl(items, with_labels=True)`, or set "
+                     "`other.dls = learn.dls` if both models take the same inputs.")
 
 def _check_sets(one, two):
-    "`ValueError` where two validation sets differ"
+    "Raise `ValueError` if two validation sets differ"
     if one.empty:
-        raise ValueError("FRSKD: the first Learner has no validation images, as one that was exported. "
-                         "Say what to compare the two on: `dl=`.")
+        raise ValueError("FRSKD: the first Learner has no validation images; an exported one has none. "
+                         "Pass a data loader to compare on: `dl=`.")
     if two.empty or one.same_items(two): return
-    raise ValueError("FRSKD: these two Learners have different validation sets: one may have trained on the "
-                     "other's images. Make both with the same `seed`, or pass "
+    raise ValueError("FRSKD: the two Learners have different validation sets, so one may have trained on the other's "
+                     "validation images. Split both with the same `seed`, or pass "
                      "`dl=learn.dls.test_dl(items, with_labels=True)`.")
 
 def _same_transforms(learners, own):
-    "Do two Learners make the same inputs of the same items, as far as their own tell?"
+    "Return whether two Learners are known to make the same inputs from the same items"
     if own[0].like(own[1]): return True
     full = first(o for o in own if not o.empty)
     if full is None: return False

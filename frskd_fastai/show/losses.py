@@ -1,4 +1,4 @@
-"""Plot the losses of a training step by step, or of several runs epoch by epoch
+"""Plot the parts of the loss per step, or compare several runs per epoch
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/losses.html.md"""
 
@@ -15,16 +15,16 @@ from .drawing import *
 # %% ../../nbs/show/losses.ipynb #d976d718
 @patch
 def plot_losses(self:FRSKDCallback,
-    smooth:float=.9, # Part of the running mean that a new step leaves in place; 0 for none
+    smooth:float=.9, # Weight of the past in the running mean; 0: no smoothing
 )->plt.Axes:
-    """The parts of the loss in each step of the last fit, and on the right axis the schedule's factor.
+    """Plot the parts of the loss in each step of the last fit, and the schedule's factor
 
-    The parts are times their constant weights α and β, but not yet the factor. The last fit of `fine_tune` is
-    that of all layers."""
+    The parts are multiplied by their weights α and β, but not by the factor, which is on the right axis. After
+    `fine_tune`, the last fit is the one that trains all layers."""
     d = self.steps.dropna(axis=1, how='all')
     if not len(d):
         raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot. "
-                         "Train first: `learn.fit_one_cycle(5)`.")
+                         "Train first, e.g. `learn.fit_one_cycle(5)`.")
     weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(okabe_ito), itertools.cycle(('-','--','-.',':'))):
@@ -32,24 +32,24 @@ def plot_losses(self:FRSKDCallback,
         label = k.replace('_', ' ') if w==1 else f"{k.replace('_', ' ')} × {w:g}"
         ax.plot(d[k]*w, color=c, lw=.5, alpha=.3)
         ax.plot((d[k]*w).ewm(alpha=1-smooth).mean(), color=c, ls=ls, label=label)
-    ax.set(xlabel='step', ylabel='loss, before the factor', yscale='log')
+    ax.set(xlabel='step', ylabel='weighted loss', yscale='log')
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     right = ax.twinx()
-    right.plot(d.factor, color='k', lw=1, ls=(0,(1,1)), label='factor of the schedule')
-    right.set(ylim=(0,1.03), ylabel='factor of the schedule')
+    right.plot(d.factor, color='k', lw=1, ls=(0,(1,1)), label='schedule factor')
+    right.set(ylim=(0,1.03), ylabel='schedule factor')
     fig.legend(loc='outside right upper', fontsize=8)
     return ax
 
 # %% ../../nbs/show/losses.ipynb #686bfbe2
 def plot_curves(
-    history:pd.DataFrame, # A row an epoch and run: columns `run`, `train_loss`, `valid_loss`, and metrics
-    metric:str='accuracy', # Column for the second picture
+    history:pd.DataFrame, # One row per run and epoch; columns `run`, `train_loss`, `valid_loss` and metrics
+    metric:str='accuracy', # Column to plot on the right
 )->plt.Figure:
-    "Losses and a metric over the epochs, one colour a run"
+    "Plot losses and a metric per epoch, one colour per run"
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), okabe_ito):
         d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]
-        train = d['student_loss' if 'student_loss' in known else 'train_loss'] # FRSKD's is a sum of four terms
+        train = d['student_loss' if 'student_loss' in known else 'train_loss'] # `train_loss` has all of FRSKD's terms
         left.plot(d.valid_loss, color=c, marker='.', label=f'{run}, validation')
         left.plot(train, color=c, ls='--', lw=1, label=f'{run}, training')
         right.plot(d[metric], color=c, marker='.', label=run)

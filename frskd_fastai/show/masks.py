@@ -1,4 +1,4 @@
-"""Images of the validation set with their masks and the predicted ones
+"""Show validation images with their masks and the predicted masks
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/masks.html.md"""
 
@@ -16,14 +16,14 @@ from .drawing import *
 
 # %% ../../nbs/show/masks.ipynb #cbeacb29
 def show_masks(
-    learn:Learner, # Learner for segmentation
-    n:int=4, # How many images
-    ignored:int|set|list|None=None, # Labels that don't count; default: those that the loss function ignores
-    size:float=2.2, # Width of one picture, in inches
+    learn:Learner, # Segmentation Learner
+    n:int=4, # Number of images
+    ignored:int|set|list|None=None, # Labels to ignore. Default: those that the loss function ignores
+    size:float=2.2, # Width of one image, in inches
 )->plt.Figure:
-    """Images of the validation set with their masks, the student's, and where that is wrong.
+    """Show validation images with their masks, the predicted masks and the wrong pixels
 
-    The images are evenly spaced over the set; white pixels don't count."""
+    The images are evenly spaced over the validation set; ignored pixels are white."""
     task = Segmentation(ignored_labels(learn.loss_func) if ignored is None else L(ignored))
     b,images = validation_samples(learn, n)
     with probing(learn.model): logits = learn.model(to_device(b[0], one_param(learn.model).device)).cpu()
@@ -42,6 +42,6 @@ def show_masks(
     for ax,title in zip(axs[0], ('image','mask','student','wrong')): ax.set_title(title, fontsize=9)
     names,shown = class_names(learn.dls, n_classes),torch.cat([mask[keep], said[keep]]).unique().tolist()
     patches = [matplotlib.patches.Patch(color=im.cmap(im.norm(o)), label=names[o]) for o in shown]
-    if task.ignored: patches.append(matplotlib.patches.Patch(fc='w', ec='k', lw=.5, label='does not count'))
+    if task.ignored: patches.append(matplotlib.patches.Patch(fc='w', ec='k', lw=.5, label='ignored'))
     fig.legend(handles=patches, loc='outside right upper', fontsize=7)
     return fig
