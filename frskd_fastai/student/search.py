@@ -160,7 +160,7 @@ def _ordered(model, calls):
     start = first(c['order'] for c,_ in pieces if c['trunk'])
     res,own,convs = [],[],0
     for i,(c,m) in enumerate(pieces):
-        goes_on = any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # then this pooling is a side branch's
+        goes_on = any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # so a pooling is a side branch's
         if _is_global_pool(m, c['out'].size) and (c['trunk'] or not goes_on): break
         own.append((c,c['convs']-convs))
         convs = c['convs']
