@@ -21,7 +21,7 @@ from .training_state import *
 # %% ../../nbs/learner/resume.ipynb #resm0001
 class CheckpointError(RuntimeError): "A checkpoint can't be read or written; the message is one line"
 class NoCheckpoint(CheckpointError): "There are checkpoints, but none can be used"
-class OtherTraining(CheckpointError): "A checkpoint is intact, but belongs to another training run"
+class OtherTraining(CheckpointError): "A checkpoint is intact, but from another training run"
 
 # %% ../../nbs/learner/resume.ipynb #7f227540
 def write_whole(

@@ -24,7 +24,7 @@ Level.__doc__ = """A feature level: a module of the student and the layout of it
 def as_map(
     o, # Output of the level's module
     level:Level,
-    scale:tuple|None=None, # Image (height, width) divided by that at which the level was found; None if unknown
+    scale:tuple|None=None, # Image (height, width) relative to that at which the level was found; None if unknown
 )->Tensor: # B×C×H×W
     "Convert `o` to a B×C×H×W feature map; raises `ValueError` if it isn't one"
     dims = 3 if level.kind=='BNC' else 4
@@ -148,7 +148,7 @@ class FeatureHooks:
 
     @property
     def _scale(self):
-        "Image (height, width) divided by that at which the levels were found"
+        "Image (height, width) relative to that at which the levels were found"
         if self.size and self.seen_size: return tuple(a/b for a,b in zip(self.seen_size, self.size))
 
     def clear(self):
