@@ -77,7 +77,7 @@ def test_second_is_refused(make):
 
 def test_one_callback_is_for_one_learner(make):
     learn,other = make(cbs=FRSKDCallback()),make()
-    with pytest.raises(ValueError, match='attached to a Learner already'): other.add_cb(learn.frskd)
+    with pytest.raises(ValueError, match='already attached to a Learner'): other.add_cb(learn.frskd)
     assert learn.frskd.learn is learn and not hasattr(other, 'frskd')
     learn.fit(1); other.fit(1)
 

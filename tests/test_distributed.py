@@ -154,7 +154,7 @@ def test_lr_find_is_refused_in_time(pair):
 def test_too_few_images_for_all(pair):
     "A share of less than a batch is told, where fastai trains nothing without a word"
     both = pair.run('too_few')
-    for o in both: assert '12 training samples on 2 processes make no batch of 8' in o['said']
+    for o in both: assert '12 training samples are too few for a batch of 8 on each of 2 processes' in o['said']
     check_ended(*both)
     assert both[0]['same']==[(True,True)]
 

@@ -408,7 +408,7 @@ class Patches(nn.Module):
 @pytest.mark.parametrize('keep', [16,32,63]) # a quarter makes a grid, too
 def test_dropped_tokens_are_refused_by_their_reason(make, keep):
     learn = make(model=Patches(keep), splitter=trainable_params, cbs=FRSKDCallback())
-    said = rf'returns {keep} patch tokens, where images of this size have 64.*drops or merges'
+    said = rf'returns {keep} patch tokens, but images of this size have 64.*drops or merges'
     with pytest.raises(ValueError, match=said): learn.fit(1)
 
 def test_tokens_of_images_of_another_size_and_shape(make):

@@ -119,7 +119,8 @@ def stops(learn, name, epochs=3, **kw):
         warnings.simplefilter('ignore')
         with pytest.raises(FloatingPointError) as e: learn.fit(epochs, 1e-3, **kw)
     said = str(e.value).split('\n')[-1]
-    assert f'; now {name} isn\'t' in said and 'lower learning rate' in said, said
+    named = f'first non-finite tensor is {name}'
+    assert (f'{named}. ' in said or f'{named} (then ' in said) and 'lower learning rate' in said, said
     assert sound(learn) and n_hooks(learn.model)==0 and '_do_epoch' not in learn.__dict__
     return said
 
@@ -138,7 +139,7 @@ def test_a_level(short, make):
         def forward(self, x): return x*math.inf if self.training else x
     learn.model.stages[1].add_module('bad', Bad())
     said = stops(learn, "level 1's map (stages.1)")
-    assert "nor level 2's map (stages.2), the student loss" in said
+    assert "(then level 2's map (stages.2), the student loss" in said
 
 def test_the_parts_of_the_loss(short, make, monkeypatch):
     class Loss(CrossEntropyLossFlat):
@@ -152,7 +153,7 @@ def test_the_parts_of_the_loss(short, make, monkeypatch):
         learn = make(cbs=FRSKDCallback())
         learn.loss_func = Loss()
         learn.loss_func.bad = bad
-        assert '(nor' not in stops(learn, name)
+        assert '(then' not in stops(learn, name)
     stops(make(cbs=FRSKDCallback(feature_loss=lambda f,t: f[0].mean()*math.nan)), 'the feature loss')
     soft = SingleLabel.soft_labels
     monkeypatch.setattr(SingleLabel, 'soft_labels', lambda *a: soft(*a)*math.nan)
@@ -173,7 +174,7 @@ def test_a_gradient_behind_a_finite_loss(epoch, make):
         def after_epoch(self): ends.append(self.epoch)
         def after_backward(self):
             if self.epoch==epoch and self.iter==4: self.model.head[2].weight.grad[0,0] = math.nan
-    said = "1 of [0-9]+ parameters aren't finite any more, for instance head.2.weight"
+    said = "1 of [0-9]+ parameters are no longer finite, for example head.2.weight"
     with pytest.raises(FloatingPointError, match=said), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.fit(3, 1e-3, cbs=End())
@@ -213,7 +214,7 @@ def test_what_becomes_so_beside_it_is_told(name, at, make):
             if self.iter!=3: return
             p = first(self.frskd.teacher.parameters()) if at is None else self.model.get_parameter(name)
             p.data[at or 0] = math.nan
-    said = f"1 of [0-9]+ parameters aren't finite any more, for instance {name}"
+    said = f"1 of [0-9]+ parameters are no longer finite, for example {name}"
     with pytest.raises(FloatingPointError, match=said), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.fit(1, 1e-3, cbs=Spoil())
@@ -228,7 +229,7 @@ def test_weights_of_the_losses(short, make):
     "Each part is finite, their sum isn't"
     stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the loss')
 
-TOLD = [('--alpha',"the soft-label loss isn't"), ('--lr',"parameters aren't finite any more")]
+TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
 @pytest.mark.parametrize('option,msg', TOLD)
 def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     "One line, exit code 1, no results, and the checkpoint from before is there"

@@ -305,7 +305,7 @@ def test_targets_that_do_not_go_with_the_loss(make, digits, what):
         'own loss':                      (torch.stack([y,y*2.,y*3.], 1), mine, 'regression'),
         'multi-label with cross-entropy':(TensorMultiCategory(torch.eye(3)[y%3]), ce, 'are multi-label'),
         'single-label with BCE':         (y%3, BCEWithLogitsLossFlat(), 'multi-label targets'),
-        'masks':                         (m, ce, 'found by themselves')}[what]
+        'masks':                         (m, ce, 'found automatically only in')}[what]
     model = SmallNet(3) if what!='masks' else nn.Sequential(nn.Conv2d(3,3,1))
     learn,data = make(model=model, splitter=trainable_params, cbs=FRSKDCallback()),list(zip(x, y))
     learn.dls,learn.loss_func = DataLoaders(DataLoader(data[:64], bs=16), DataLoader(data[:32], bs=16)),loss

@@ -242,7 +242,7 @@ def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_p
     model = Logits(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=4))
     dl = DataLoader(items, bs=4)
     learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), path=tmp_path)
-    unnamed = r'found by themselves in a `DynamicUnet`.*levels=\[\.\.\.\]'
+    unnamed = r'found automatically only in a `DynamicUnet`.*levels=\[\.\.\.\]'
     with pytest.raises(ValueError, match=unnamed): learn.fit(1, cbs=FRSKDCallback())
     cb = FRSKDCallback(levels=levels)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=cb)

@@ -360,7 +360,7 @@ def test_bad_masks_are_told_in_one_line(what, masks, tmp_path, capsys):
 
 UNFIT = [(('--arch','cifar_resnet18'),'classifies'), (('--recipe','cifar100'),'for classification'),
          (('--arch','vit_b_16'),'finds no pooling layer'), (('--arch','convnext_atto'),"no U-Net of timm's"),
-         (('--arch','efficientnet_b0'),'without decoder blocks')]
+         (('--arch','efficientnet_b0'),'has no decoder blocks')]
 @pytest.mark.parametrize('args,msg', UNFIT)
 def test_bad_options_for_segmentation(args, msg, masks, tmp_path, capsys):
     code,_,err = run(masks, *SEG, *args, '--out', tmp_path/'r', capsys=capsys)

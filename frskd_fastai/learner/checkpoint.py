@@ -1,4 +1,4 @@
-"""Keep what trains beside the model in the Learner's checkpoints
+"""Save and load a side module with the Learner's checkpoints
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/checkpoint.html.md"""
 
@@ -12,18 +12,18 @@ from fastai.basics import *
 
 # %% ../../nbs/learner/checkpoint.ipynb #c6006a0a
 class _OptState:
-    "The optimizer as `learn.save` reads it, with one more entry in its state"
+    "Stand in for the optimizer in `learn.save`, with an extra entry in its state"
     def __init__(self, opt, key, value): store_attr()
     def state_dict(self): return {**self.opt.state_dict(), self.key:self.value}
 
 def save_with(
-    save:Callable, # `learn.save` as it was
+    save:Callable, # The original `learn.save`
     learn:Learner,
     key:str, # Name of the entry
     value:dict, # Tensors, numbers, strings, and dicts and lists of them
-    *args, **kwargs, # As for `learn.save`
+    *args, **kwargs, # Passed to `learn.save`
 ):
-    "`learn.save`, with `value` as an entry of the optimizer's state"
+    "Call `learn.save` with `value` as an extra entry of the optimizer's state"
     opt = learn.opt
     if opt is not None: learn.opt = _OptState(opt, key, value)
     try: return save(*args, **kwargs)
@@ -31,9 +31,9 @@ def save_with(
 
 def read_checkpoint(
     learn:Learner,
-    file, # As for `learn.load`: a name, or an open file
+    file, # As for `learn.load`: a name or an open file
 )->dict: # Its content, on the CPU
-    "Read what `learn.save` wrote, as safely as `learn.load` does it"
+    "Read a file from `learn.save`, as safely as `learn.load` does"
     file = join_path_file(file, learn.path/learn.model_dir, ext='.pth')
     start = file.tell() if hasattr(file, 'seek') else None
     dtypes = [getattr(np.dtypes, o) for o in np.dtypes.__all__]
@@ -45,22 +45,22 @@ def read_checkpoint(
 def saved_with(
     learn:Learner,
     key:str, # Name of the entry
-    file, # As for `learn.load`: a name, or an open file
-)->dict|None: # The entry, on the CPU; None where the file has none
-    "What `save_with` put into `file`"
+    file, # As for `learn.load`: a name or an open file
+)->dict|None: # The entry, on the CPU; None if the file has none
+    "Return the entry that `save_with` put into `file`"
     state = read_checkpoint(learn, file)
     return state['opt'].get(key) if set(state)=={'model','opt'} else None
 
 def check_saved(
-    file, # Where the state is from, for the message
+    file, # Where the state comes from, for the message
     theirs:dict, # State of the side module in the file
-    ours:dict, # The same here
+    ours:dict, # State of the side module here
 ):
-    "`ValueError` where the side module in a checkpoint isn't like this one"
+    "Raise `ValueError` if the side module in a checkpoint doesn't match this one"
     theirs,ours = ({k:tuple(v.shape) for k,v in o.items()} for o in (theirs,ours))
     differs = first(k for k in [*ours,*theirs] if ours.get(k)!=theirs.get(k))
     if differs is None: return
-    there,here = (o.get(differs, 'not there') for o in (theirs,ours))
-    raise ValueError(f"FRSKD: the self-teacher in {file} is another one: {differs} is {there} in the file, {here} "
+    there,here = (o.get(differs, 'missing') for o in (theirs,ours))
+    raise ValueError(f"FRSKD: the self-teacher in {file} doesn't match: {differs} is {there} in the file, {here} "
                      "here. Use the options it was trained with, or load the student alone: "
                      "`learn.load(file, with_opt=False)`.")

@@ -14,11 +14,11 @@ from fastai.basics import *
 
 # %% ../../nbs/learner/fit_scopes.ipynb #b26c6242
 class PatchedMethod:
-    "Replaces a method of one Learner inside a context: `learn.name(...)` is `around(before, ...)`"
+    "Replace a Learner's method in a context: `learn.name(...)` calls `around(before, ...)`"
     def __init__(self,
         learn:Learner,
-        name:str, # Of the method
-        around:Callable, # Called with the method as it was, and the arguments
+        name:str, # Name of the method
+        around:Callable, # Called with the original method and the arguments
     ): self.learn,self.name,self.around = learn,name,around
 
     def __call__(self, *args, **kwargs): return self.around(self.before, *args, **kwargs)
@@ -29,7 +29,7 @@ class PatchedMethod:
         return self
 
     def __exit__(self, *args):
-        "Give the method back, also from below a patch that came later"
+        "Restore the method, even if a later patch is still on top"
         here = self.learn.__dict__
         top = here.get(self.name)
         if top is self:
@@ -39,32 +39,32 @@ class PatchedMethod:
             if top.own is self: top.own,top.before = self.own,self.before
             top = top.own
 
-    # A pickled Learner gets its own method back, so that it doesn't need this package
+    # A pickled Learner has its plain method, so that loading it doesn't need this package
     def __reduce__(self):
         owner = self.learn if hasattr(type(self.learn), self.name) else self.learn.model
         return getattr, (owner, self.name)
     def __deepcopy__(self, memo): return deepcopied(self, memo)
 
 def deepcopied(
-    o, # An object whose `__reduce__` is for pickling only
+    o, # An object whose `__reduce__` is only for pickling
     memo:dict, # As for `deepcopy`
 ):
-    "What `deepcopy(o)` does where there is no `__reduce__`"
+    "Return the deep copy of `o` that `deepcopy` would make without its `__reduce__`"
     new = memo[id(o)] = object.__new__(type(o))
     new.__dict__.update({k:deepcopy(v, memo) for k,v in o.__dict__.items()})
     return new
 
 # %% ../../nbs/learner/fit_scopes.ipynb #d6642be4
 def in_tta()->bool:
-    "Does `Learner.tta` send this event? It sends those of a fit, without the lock that validation holds"
+    "Check whether `Learner.tta` sends this event: it sends a fit's events, without the lock"
     frame = sys._getframe()
     while frame is not None and frame.f_code is not Learner.tta.__code__: frame = frame.f_back
     return frame is not None
 
 class TrainingOnly(Callback):
-    "Base of callbacks that an exported Learner doesn't need: their pickle is a callback that does nothing"
+    "Base of callbacks that an exported Learner doesn't need: they pickle as a plain `Callback`"
     def __call__(self, event):
-        if self.learn is None: return # another callback of this event removed it
+        if self.learn is None: return # another callback removed this one during the event
         if event in ('before_fit','before_epoch','after_fit') and in_tta(): return
         return super().__call__(event)
 
@@ -72,16 +72,17 @@ class TrainingOnly(Callback):
     def __deepcopy__(self, memo): return deepcopied(self, memo)
 
 class FitScopes(TrainingOnly):
-    """Base of callbacks that hold something for a fit (in `fit_ctx`) or for an epoch's training (in `train_ctx`).
-    Both are closed however these end: by an exception, by `run=False`, by `remove_cb`"""
+    """Base of callbacks with resources for a fit (`fit_ctx`) or an epoch (`train_ctx`)
+
+    Both are closed however the fit ends: normally, by an exception, by `run=False` or by `remove_cb`"""
     def __init__(self): self.fit_ctx,self.train_ctx,self.in_fit = ExitStack(),ExitStack(),False
 
-    def attach(self): "The callback has come to `self.learn`"
-    def detach(self): "It leaves `self.learn`, perhaps in the middle of `attach`"
-    def enter_fit(self): "A fit begins: put into `fit_ctx` what ends with it"
-    def enter_train(self): "An epoch's training begins: put into `train_ctx` what ends with it"
-    def leave_train(self): "It has ended, or the callback leaves: end what isn't in `train_ctx`"
-    def interrupted(self): "The fit ended by an exception, of which fastai tells callbacks nothing"
+    def attach(self): "Called when the callback has been added to `self.learn`"
+    def detach(self): "Called when it is removed, possibly in the middle of `attach`"
+    def enter_fit(self): "Called when a fit begins: put into `fit_ctx` what must end with it"
+    def enter_train(self): "Called when an epoch's training begins: put into `train_ctx` what must end with it"
+    def leave_train(self): "Called after an epoch's training, or on removal: end what isn't in `train_ctx`"
+    def interrupted(self): "Called when an exception ended the fit; fastai has no event for this"
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -89,7 +90,7 @@ class FitScopes(TrainingOnly):
     @learn.setter
     def learn(self, learn):
         if learn is not None and self.learn is not None:
-            raise ValueError(f"FRSKD: this {type(self).__name__} is attached to a Learner already. Make one for each.")
+            raise ValueError(f"FRSKD: this {type(self).__name__} is already attached to a Learner. Create another one.")
         if self.learn is not None:
             self.close()
             self.detach()
@@ -102,8 +103,8 @@ class FitScopes(TrainingOnly):
             raise
 
     def before_fit(self):
-        if self.learn.lock.locked(): return # validation or prediction, perhaps in the middle of a fit
-        self.close() # what an interrupted fit may have left
+        if self.learn.lock.locked(): return # validation or prediction, possibly during a fit
+        self.close() # leftovers of an interrupted fit
         if self.learn.opt is None: return
         self.in_fit = True
         self.fit_ctx.enter_context(PatchedMethod(self.learn, '_call_one', self._around_event))
@@ -114,7 +115,7 @@ class FitScopes(TrainingOnly):
             raise
 
     def before_train(self):
-        if not self.in_fit: FitScopes.before_fit(self) # added, or switched on, in the middle of a fit
+        if not self.in_fit: FitScopes.before_fit(self) # added or switched on during a fit
         self._close_train()
         self.enter_train()
 
@@ -137,7 +138,7 @@ class FitScopes(TrainingOnly):
         self.leave_train()
 
     def close(self):
-        "End what is open"
+        "Close both scopes"
         self._close_train()
         self.fit_ctx.close()
         self.in_fit = False

@@ -1,4 +1,4 @@
-"""Parts of the loss: step by step, and as columns of the progress table
+"""Record the parts of the loss in each step, and show them in the progress table
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/loss_log.html.md"""
 
@@ -17,10 +17,10 @@ class LossLog(FitScopes):
     "Record the scalars `names` in each training step"
     order,run_valid = GradientAccumulation.order-.5,False # After the callbacks whose loss it reads
     def __init__(self,
-        names:list, # Of the scalars; one that a step doesn't have is NaN there
-        read:Callable, # This step's scalars by name, tensors or numbers; None for a step that isn't recorded
-        columns:list=(), # Names of columns in the progress table
-        means:Callable=dict, # This step's `(mean, number of samples)` by column, without the columns that it lacks
+        names:list, # Names of the scalars; one that a step doesn't have is recorded as NaN
+        read:Callable, # Returns this step's scalars (tensors or numbers) by name; None: the step isn't recorded
+        columns:list=(), # Names of the columns to add to the progress table
+        means:Callable=dict, # Returns this step's `(mean, number of samples)` by column; may leave out columns
     ):
         super().__init__()
         self.names,self.read,self.columns,self.means = names,read,columns,means
@@ -44,30 +44,32 @@ class LossLog(FitScopes):
 
     def after_train(self):
         if num_distrib()>1: self.sums,self.counts = _gathered(self.sums),defaultdict(int, _gathered(self.counts))
-        if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the first time that it leaves the device
+        if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the only copy from the device
         self._steps = []
 
     def mean(self, column):
-        "Over the epoch's steps up to now that had it; None where none had"
+        "Return the mean of `column` over the epoch's steps so far; None if no step had it"
         return self.sums[column]/self.counts[column] if column in self.sums else None
 
     @property
     def steps(self):
-        "The scalars of each step of the last fit, up to its last whole epoch; with several processes, this one's"
+        """Scalars of each step of the last fit, one row a step
+
+        Up to its last complete epoch; with several processes, those of this process"""
         return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=self.names)
 
     def state_dict(self): return dict(recorded=list(self.recorded)) # for `Resumable`
     def load_state_dict(self, state): self.recorded = list(state['recorded'])
 
 def _scalar(v, device):
-    "float32; a number by a kernel that fills it, so that nothing waits for a copy"
+    "Return `v` as a float32 scalar on `device`; `full` makes one there without a copy"
     if not isinstance(v, Tensor): return torch.full((), v, device=device)
     return v.detach().as_subclass(Tensor).float().to(device)
 
 def _gathered(d): return {k:maybe_gather(v) if isinstance(v, Tensor) else v for k,v in d.items()} # means over processes
 
 class _Columns:
-    "Puts `metrics` into the Learner's, but not into what it exports"
+    "Add `metrics` to the Learner's in a context, but not to what it exports"
     def __init__(self, learn, metrics):
         self.learn,self.metrics = learn,metrics
         self.export = PatchedMethod(learn, 'export', self._without)

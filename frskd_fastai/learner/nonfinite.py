@@ -1,4 +1,4 @@
-"""Skip the steps whose loss is not finite
+"""Skip training steps whose loss is not finite
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/nonfinite.html.md"""
 
@@ -16,8 +16,8 @@ from .side_module import *
 # %% ../../nbs/learner/nonfinite.ipynb #2be23ae4
 def count_not_finite(
     tensors:dict, # Tensors, or lists of them, by name
-)->dict: # Numbers by name
-    "Count the entries of each that are NaN or infinite; waits for the device, once"
+)->dict: # Counts by name
+    "Count the NaN or infinite entries for each name; waits for the device once"
     floats = [(k,o.detach().as_subclass(Tensor)) for k,v in tensors.items() for o in L(v)
               if isinstance(o, Tensor) and o.is_floating_point()]
     counts = dict.fromkeys(tensors, 0)
@@ -29,26 +29,26 @@ def count_not_finite(
 
 def not_finite(
     tensors:dict, # Tensors, or lists of them, by name
-    before:dict|None=None, # An earlier `count_not_finite`: only what has more now counts
+    before:dict|None=None, # An earlier `count_not_finite`; only names with a higher count now are returned
 )->list: # Names
-    "The names of what has NaN or infinity in it, or has more of them than `before`"
+    "Return the names with NaN or infinite entries, or with more of them than `before`"
     counts = count_not_finite(tensors)
     return [k for k,n in counts.items() if n>(before or {}).get(k, 0)]
 
 # %% ../../nbs/learner/nonfinite.ipynb #nonf0001
 def plural(n:int, word:str)->str:
-    "`n` and `word`, with an s where `n` isn't 1"
+    "Return `n` and `word`, with an s unless `n` is 1"
     return f"{n} {word}{'s'*(n!=1)}"
 
 class SkipNonFinite(TrainingOnly):
-    "Skip the steps whose loss is not finite; stop the fit where none is left or weights have become non-finite"
-    order,run_valid = GradientAccumulation.order-.5,False # After what changes the loss, before it is divided
-    every,limit = 50,20 # Steps between two looks at the counts; skipped steps in a row that end a fit
+    "Skip steps with a non-finite loss; stop the fit after too many or with non-finite weights"
+    order,run_valid = GradientAccumulation.order-.5,False # After callbacks that change the loss, before it is divided
+    every,limit = 50,20 # Steps between two reads of the counts; skipped steps in a row that end a fit
     def __init__(self,
-        suspects:Callable=dict, # This step's tensors by name, in the order of their computation, for the message
+        suspects:Callable=dict, # Returns this step's tensors by name, in order of computation, for the error message
     ):
         self.suspects = suspects
-        self.skipped = 0 # Steps of the last fit that were skipped; known every 50 steps, and at the end of an epoch
+        self.skipped = 0 # Steps skipped in the last fit; updated every 50 steps and at the end of an epoch
         self.trained_nothing = False # Were all steps of the last epoch skipped?
         self.watching = False
 
@@ -59,7 +59,7 @@ class SkipNonFinite(TrainingOnly):
     def before_train(self):
         self.steps = 0 # of this epoch
         if self.watching or hasattr(self.learn, 'lr_finder'): return
-        self.before = count_not_finite(self.params) # masks of -inf, unused layers: no fault of this fit
+        self.before = count_not_finite(self.params) # masks of -inf, unused layers
         device = one_param(self.model).device
         self.total,self.row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2)) # skipped; in a row
         self.in_a_row,self.bad,self.smooth,self.watching = 0,None,None,True
@@ -67,7 +67,7 @@ class SkipNonFinite(TrainingOnly):
 
     @property
     def nets(self):
-        "The model and what trains beside it, by the names that their parameters begin with"
+        "The model and its side modules, by the prefix of their parameter names"
         beside = [o for o in self.learn.cbs if isinstance(o, SideModuleCallback) and o.trained is not None]
         return {'':get_model(self.model), **{f'{o.name}.trained.':o.trained for o in beside}}
 
@@ -75,21 +75,21 @@ class SkipNonFinite(TrainingOnly):
     def params(self): return {pre+n:p for pre,net in self.nets.items() for n,p in net.named_parameters()}
 
     def keep(self):
-        "Keep the buffers as they are, to set them back to"
+        "Keep the current buffers, to restore them later"
         self.kept = {}
         for net in self.nets.values(): self.also_keep(net)
 
     def also_keep(self,
-        module:nn.Module, # Has come beside the model in the middle of an epoch
+        module:nn.Module, # Side module that was added in the middle of an epoch
     ):
-        "Keep the buffers of `module`, too"
+        "Keep the buffers of `module` too"
         if self.watching: self.kept[module] = [b.clone() for b in module.buffers()]
 
     def set_back(self):
-        "Set the buffers back to what they were when they were last sound"
+        "Restore the buffers to what was last kept"
         if not self.watching: return
         for net,kept in self.kept.items():
-            for b,k in zip(net.buffers(), kept): b.copy_(k) # the net's buffers now: a model may assign others
+            for b,k in zip(net.buffers(), kept): b.copy_(k) # the current buffers: a model may have replaced some
 
     def before_batch(self):
         if not self.watching: return
@@ -105,11 +105,11 @@ class SkipNonFinite(TrainingOnly):
         if self.in_a_row>=self.limit: self._stop()
 
     def after_backward(self):
-        "Set the gradients to zero where the loss wasn't finite, before anything else can use or keep them"
+        "Set the gradients to zero if the loss isn't finite, before anything else uses them"
         if not self.watching: return
         scaler = getattr(self.learn, 'scaler', None)
-        if scaler is not None and scaler.is_enabled(): return # it skips the step
-        if self.bad.is_cpu and not self.bad: return # there is no device to wait for
+        if scaler is not None and scaler.is_enabled(): return # the scaler skips the step
+        if self.bad.is_cpu and not self.bad: return # on the CPU, reading the flag costs nothing
         for net in self.nets.values():
             for p in net.parameters():
                 if p.grad is not None: p.grad.masked_fill_(self.bad, 0)
@@ -118,35 +118,35 @@ class SkipNonFinite(TrainingOnly):
         if not self.watching: return
         self._smooth_loss()
         self._look(end=True)
-        self.trained_nothing = self.in_a_row>=self.steps>0 # `Resumable` keeps no such epoch
+        self.trained_nothing = self.in_a_row>=self.steps>0 # `Resumable` doesn't save such an epoch
 
     def _look(self, end=False):
-        "Read the counts; after skipped steps, set back what these have changed"
+        "Read the counts; after skipped steps, restore the buffers"
         skipped,self.in_a_row = torch.stack([self.total,self.row]).tolist()
         if end or skipped!=self.skipped:
             lost = not_finite(self.params, self.before)
             if lost: raise FloatingPointError(
-                f"FRSKD: {len(lost)} of {len(self.params)} parameters aren't finite any more, for instance {lost[0]}: "
-                "a gradient wasn't, though the loss was. Start from a checkpoint, with a lower learning rate or with "
-                "clipped gradients: `cbs=GradientClip`.")
+                f"FRSKD: {len(lost)} of {len(self.params)} parameters are no longer finite, for example {lost[0]}, "
+                "probably because a gradient overflowed. Restart from a checkpoint, with a lower learning rate or "
+                "with clipped gradients: `cbs=GradientClip`.")
         if skipped==self.skipped: return self.keep()
         self.skipped = skipped
         self.set_back()
         warn(f"FRSKD: skipped {plural(skipped, 'step')} with a non-finite loss so far")
 
     def _smooth_loss(self):
-        "The Recorder's smoothed loss without a step whose loss wasn't finite; the Recorder has it on the CPU"
-        if not hasattr(self.learn, 'recorder'): return # a Learner may do without
+        "Take a non-finite loss out of the Recorder's smoothed loss, which is on the CPU"
+        if not hasattr(self.learn, 'recorder'): return # a Learner may have none
         s = self.learn.recorder.smooth_loss
         if s.val.isfinite() or self.smooth is None: self.smooth = s.count,s.val
         else: s.count,s.val = self.smooth
 
     def _stop(self):
-        "`FloatingPointError` where this step isn't finite, either"
+        "Raise `FloatingPointError` if this step isn't finite either"
         names = not_finite({'the batch of images':self.xb, **self.suspects()}) or not_finite({'the loss':self.loss})
         if not names: return
         self.set_back()
-        also = f" (nor {', '.join(names[1:])})" if names[1:] else ''
+        also = f" (then {', '.join(names[1:])})" if names[1:] else ''
         raise FloatingPointError(
-            f"FRSKD: skipped {self.limit} steps or more in a row, since their loss wasn't finite; now {names[0]} "
-            f"isn't{also}. Look at the images, take a lower learning rate, or clip the gradients: `cbs=GradientClip`.")
+            f"FRSKD: the loss was not finite in at least {self.limit} steps in a row. The first non-finite tensor is "
+            f"{names[0]}{also}. Check the images, use a lower learning rate, or clip gradients: `cbs=GradientClip`.")

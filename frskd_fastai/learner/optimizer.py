@@ -13,14 +13,14 @@ from fastai.basics import *
 # %% ../../nbs/learner/optimizer.ipynb #d9666811
 def join_opt(
     learn:Learner, # Learner with an optimizer
-    module:nn.Module, # Its parameters join, unless they are there
+    module:nn.Module, # Module whose parameters join, unless they are already there
 ):
-    "Put the parameters of `module` into the optimizer's last group, treated as `Learner.create_opt` treats the model's"
+    "Add the parameters of `module` to the optimizer's last group, as `create_opt` would"
     opt = learn.opt
     have = {id(p) for pg in opt.param_lists for p in pg}
     new = [p for p in module.parameters() if id(p) not in have]
     if new: _append(learn, new, module)
-    slow = getattr(opt, 'slow_weights', None) # fastai's `Lookahead` pairs them with the parameters by their places
+    slow = getattr(opt, 'slow_weights', None) # fastai's `Lookahead` pairs them with the parameters by position
     if slow:
         late = opt.param_lists[-1][len(slow[-1]):]
         slow[-1] = L([*slow[-1], *(p.detach().clone() for p in late)])
@@ -30,17 +30,17 @@ def _append(learn, new, module):
     lists = opt.param_lists
     lists[-1] = type(lists[-1])([*lists[-1], *new])
     opt.param_lists = lists
-    for p in new: opt.state[p] = {} # an own one each: after `learn.load` the states are a plain dict
+    for p in new: opt.state[p] = {} # one dict each: after `learn.load`, `opt.state` is a plain dict
     if not learn.wd_bn_bias:
         for p in norm_bias_params(module, True): opt.state[p]['do_wd'] = False
     if learn.train_bn:
         for p in norm_bias_params(module, False): opt.state[p]['force_train'] = True
 
 def leave_opt(
-    learn:Learner, # Learner, with an optimizer or not
-    module:nn.Module, # Its parameters leave
+    learn:Learner, # Learner with or without an optimizer
+    module:nn.Module, # Module whose parameters leave
 ):
-    "Take the parameters of `module` and their state out of the optimizer; not those that it shares with the model"
+    "Remove `module`'s parameters and their state from the optimizer, but not shared ones"
     opt,own = learn.opt,{id(p) for p in learn.model.parameters()}
     if opt is None: return
     leaving = [p for p in module.parameters() if id(p) not in own]

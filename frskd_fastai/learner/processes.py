@@ -1,4 +1,4 @@
-"""Prepare a module like `learn.model` when several processes train it together
+"""Distribute a side module over several processes, like `learn.model`
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/processes.html.md"""
 
@@ -15,55 +15,59 @@ from torch.nn.parallel import DistributedDataParallel
 # %% ../../nbs/learner/processes.ipynb #81564c5f
 def prepare_like_model(
     learn:Learner, # Learner in a fit
-    module:nn.Module, # Trains beside `learn.model`
-)->nn.Module: # `module`, or its wrapper
-    """Put `module` on the device of `learn.model` and, where that is distributed, into a `DistributedDataParallel` of
-    its own, with BatchNorm synchronised as `distrib_ctx(sync_bn=...)` says"""
+    module:nn.Module, # Module that trains beside `learn.model`
+)->nn.Module: # `module`, or its `DistributedDataParallel`
+    """Move `module` to the model's device and, if the model is distributed, wrap it in DDP too
+
+    Its BatchNorm is synchronised if `distrib_ctx(sync_bn=...)` says so"""
     device = one_param(learn.model).device
     module.to(device)
     if not isinstance(learn.model, DistributedDataParallel) or not trainable_params(module): return module
-    trainer = getattr(learn, 'distributed_trainer', None) # None: the user's own wrapper
+    trainer = getattr(learn, 'distributed_trainer', None) # None if the user wrapped the model
     synced = any(isinstance(o, nn.SyncBatchNorm) for o in learn.model.modules())
     sync_bn = trainer.sync_bn if trainer else synced
-    if sync_bn and device.type!='cpu': nn.SyncBatchNorm.convert_sync_batchnorm(module) # it works on GPUs only
+    if sync_bn and device.type!='cpu': nn.SyncBatchNorm.convert_sync_batchnorm(module) # it works only on GPUs
     settings = trainer and trainer.accelerator.ddp_handler # `distrib_ctx(kwargs_handlers=[...])`
     return DistributedDataParallel(module, **(settings.to_kwargs() if settings else {}))
 
 def model_autocast(
     learn:Learner, # Learner in a fit
-): # Context
-    "The autocast of `accelerate launch --mixed_precision`, for the wrapped model; fastai's `MixedPrecision` is another"
+): # Context manager
+    "Return the autocast set by `accelerate launch --mixed_precision`, if any"
     trainer = getattr(learn, 'distributed_trainer', None)
     return trainer.accelerator.autocast() if trainer else nullcontext()
 
 def unwrap_model(
-    learn:Learner, # Learner in a fit that ends by an exception
+    learn:Learner, # Learner whose fit ended with an exception
 ):
-    "Do what fastai's `DistributedTrainer` does after a fit: model and data loaders are as before it"
+    "Unwrap model and data loaders, as fastai's `DistributedTrainer` does after a normal fit"
     trainer = getattr(learn, 'distributed_trainer', None)
     if trainer and isinstance(learn.model, DistributedDataParallel): trainer.after_fit()
 
 def broadcast_buffers(
-    module:nn.Module, # The same on all processes
+    module:nn.Module, # Module with the same structure on all processes
 ):
-    "Give all processes rank 0's buffers; BatchNorm's statistics differ after a step, until the next forward pass"
+    """Copy rank 0's buffers to all processes
+
+    After a step, BatchNorm's statistics differ until the next forward pass"""
     for b in module.buffers(): torch.distributed.broadcast(b, 0)
 
 def check_batches(
-    dl, # Data loader of the processes, for training
+    dl, # Training data loader, distributed over the processes
 ):
-    "`ValueError` where each process's part of the samples is less than a batch, and would be dropped"
+    "Raise `ValueError` if a process gets less than a batch, which would be dropped"
     n = getattr(dl, 'n', None) or getattr(getattr(dl, 'dl', None), 'n', None)
     if n and getattr(dl, 'drop_last', False) and math.ceil(n/num_distrib())<dl.bs:
-        raise ValueError(f"FRSKD: {n} training samples on {num_distrib()} processes make no batch of {dl.bs} for each. "
+        raise ValueError(f"FRSKD: {n} training samples are too few for a batch of {dl.bs} on each of {num_distrib()} "
+                         "processes. "
                          "Use more images or a smaller batch size.")
 
 def check_parallel(
     learn:Learner, # Learner in `before_fit`
 ):
-    "`ValueError` for what can't be trained by several devices at once; the model is unwrapped then"
+    "Raise `ValueError` for unsupported ways to train on several devices"
     if isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1:
-        if hasattr(learn, 'parallel_trainer'): learn.model = learn.model.module # fastai doesn't after an exception
+        if hasattr(learn, 'parallel_trainer'): learn.model = learn.model.module # after an exception, fastai doesn't
         raise ValueError("FRSKD does not support `DataParallel`: its replicas share the hooks that read the feature "
                          "maps. Use one process per GPU: `with learn.distrib_ctx(): learn.fit(...)`.")
     if hasattr(learn, 'lr_finder') and num_distrib()>1:

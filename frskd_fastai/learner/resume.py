@@ -1,4 +1,4 @@
-"""A fit that goes on where it was interrupted
+"""Continue an interrupted fit after its last complete epoch
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/resume.html.md"""
 
@@ -19,16 +19,16 @@ from .nonfinite import count_not_finite, not_finite
 from .training_state import *
 
 # %% ../../nbs/learner/resume.ipynb #resm0001
-class CheckpointError(RuntimeError): "A checkpoint can't be read or written; one line says why"
-class NoCheckpoint(CheckpointError): "There are checkpoints, and none that can be used"
-class OtherTraining(CheckpointError): "A checkpoint is sound, and of another training"
+class CheckpointError(RuntimeError): "A checkpoint can't be read or written; the message is one line"
+class NoCheckpoint(CheckpointError): "There are checkpoints, but none can be used"
+class OtherTraining(CheckpointError): "A checkpoint is intact, but from another training run"
 
 # %% ../../nbs/learner/resume.ipynb #7f227540
 def write_whole(
-    file:Path, # In a folder that is there
+    file:Path, # A file in an existing folder
     data:bytes,
 ):
-    "Write `data` to `file`, at once for all who look at it, and for good"
+    "Write `data` to `file` atomically, and force it to the disk"
     tmp = file.with_name(f'.{file.name}.tmp')
     try:
         with open(tmp, 'wb') as f:
@@ -39,50 +39,50 @@ def write_whole(
     except BaseException:
         with suppress(OSError): tmp.unlink()
         raise
-    if os.name=='posix': # the name, too
+    if os.name=='posix': # force the new name to the disk too
         d = os.open(file.parent, os.O_RDONLY)
         try: os.fsync(d)
         finally: os.close(d)
 
 # %% ../../nbs/learner/resume.ipynb #resm0003
 def read_sound(
-    learn:Learner, # Whose `learn.save` wrote it
+    learn:Learner, # Learner whose `learn.save` wrote it
     data:bytes, # Content of the file
 )->dict:
-    "Read a checkpoint; an exception where it is damaged"
-    with zipfile.ZipFile(io.BytesIO(data)) as z: bad = z.testzip() # torch doesn't look at the checksums
+    "Read a checkpoint; raises an exception if it is damaged"
+    with zipfile.ZipFile(io.BytesIO(data)) as z: bad = z.testzip() # torch doesn't verify the checksums
     if bad: raise ValueError(bad)
     return read_checkpoint(learn, io.BytesIO(data))
 
 def shapes(
     weights:dict, # Tensors by name
 )->dict: # Tuples
-    "List the shapes of `weights`"
+    "Return the shapes of `weights`"
     return {k:tuple(v.shape) for k,v in weights.items()}
 
 def first_difference(
-    theirs:dict, # What a file has
-    ours:dict, # What is here
+    theirs:dict, # Values in a checkpoint
+    ours:dict, # Values here
 )->str:
-    "Say which key has another value in the two; empty where none has"
+    "Describe the first key whose values differ; empty if none do"
     k = first(k for k in [*ours,*theirs] if theirs.get(k)!=ours.get(k))
-    return f"{k} is {theirs.get(k, 'not there')} in it, {ours.get(k, 'not there')} here" if k else ''
+    return f"{k} is {theirs.get(k, 'missing')} in the checkpoint, {ours.get(k, 'missing')} here" if k else ''
 
 # %% ../../nbs/learner/resume.ipynb #29a06498
 def _number(file):
-    "Fit and epoch in the name of a checkpoint; None for any other file"
+    "Return fit and epoch from the name of a checkpoint; None for any other file"
     m = re.fullmatch(r'(\d+)-(\d+)\.pth', file.name)
     return m and tuple(map(int, m.groups()))
 
 class Resumable(TrainingOnly, SkipToEpoch):
-    "Keep a checkpoint of each epoch in a folder; a fit that finds one there goes on after it"
+    "Save a checkpoint after each epoch; a fit that finds one continues after it"
     def __init__(self,
-        path:str|Path, # Folder for this training's checkpoints, and nothing else; made where it isn't there
-        about:dict|None=None, # What else must be the same to go on: names and numbers, strings or None
+        path:str|Path, # Folder for the checkpoints of this run only; created if it doesn't exist
+        about:dict|None=None, # Other settings that must match the checkpoint: numbers, strings or None by name
     ):
         super().__init__(0)
         self.path,self.about,self.fit_no = Path(path),about or {},0
-        self.at_start = {} # what wasn't finite when the training began, see `count_not_finite`
+        self.at_start = {} # non-finite weights when the run began, see `count_not_finite`
         self._paused,self._state = [],None
 
     @property
@@ -92,7 +92,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
         return sorted(filter(_number, self.path.iterdir()), key=_number, reverse=True)
 
     @property
-    def _idle(self): # validation, prediction, or a search that will be undone
+    def _idle(self): # validation, prediction, or `lr_find`, which is undone
         return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
 
     @property
@@ -113,13 +113,13 @@ class Resumable(TrainingOnly, SkipToEpoch):
         if self._state is None: self.at_start = count_not_finite(self._weights)
         fit = -1 if self._state is None else self._state['fit']
         if   fit==self.fit_no: self._skip_to = self._state['epoch']
-        elif fit>self.fit_no:  self._skip_to = self.n_epoch # of a later fit: this one is done
+        elif fit>self.fit_no:  self._skip_to = self.n_epoch # the checkpoint is of a later fit: this one is done
         else:
             self._state = None
             self._save(0)
         if not self._skip_to: return self._restore()
         if fit==self.fit_no and not rank_distrib():
-            print(f'{self._skip_to} of {self.n_epoch} epochs are done, as {self.path} has it')
+            print(f'Resuming from {self.path}: {self._skip_to} of {self.n_epoch} epochs are done')
         self._pause()
 
     def before_epoch(self):
@@ -135,19 +135,19 @@ class Resumable(TrainingOnly, SkipToEpoch):
 
     @property
     def _worth(self):
-        "Has the epoch left sound weights, and trained at all? If not, what is kept is from before"
+        "Check whether the epoch trained at all and left finite weights"
         lost = not_finite(self._weights, self.at_start)
         return not lost and not any(vars(cb).get('trained_nothing') for cb in self.learn.cbs)
 
     def _pause(self):
-        "Leave the other callbacks out of the epochs that are done"
+        "Switch the other callbacks off for the epochs that are done"
         self._paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
         for cb in self._paused: cb.run = False
         bar = vars(self.learn.progress).get('mbar') if hasattr(self.learn, 'progress') else None
-        if bar: bar.update(0) # it starts at none other
+        if bar: bar.update(0) # the progress bar must start at 0
 
     def _restore(self):
-        "The last thing before the first epoch"
+        "Switch the callbacks on and restore their states, right before the first epoch to train"
         for cb in self._paused: cb.run = True
         state,self._state,self._paused = self._state,None,[]
         if state is None or state['fit']!=self.fit_no: return
@@ -156,37 +156,37 @@ class Resumable(TrainingOnly, SkipToEpoch):
 
     # -- Files -------------------------------------------------------------------------------
     def _save(self, epoch):
-        "Keep the state after `epoch` epochs of this fit"
+        "Save the state after `epoch` epochs of this fit"
         draws = of_all_processes(random_states(self.dls))
         state = dict(fit=self.fit_no, epoch=epoch, length=self._length, about=self.about,
                      at_start=self.at_start, callbacks=callback_states(self.learn), random=draws)
-        buffer = io.BytesIO() # in memory first: torch's writer can end the process on a full disk
+        buffer = io.BytesIO() # in memory first: on a full disk, torch's writer can crash the process
         save_with(self.learn.save, self.learn, 'resume', state, buffer)
         if rank_distrib(): return
         file = self.path/f'{self.fit_no}-{epoch:04}.pth'
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(file, buffer.getbuffer())
-            mine = [o for o in self.files if _number(o)<=(self.fit_no,epoch)] # a newer one was of no use
+            mine = [o for o in self.files if _number(o)<=(self.fit_no,epoch)] # a newer one was unusable
             for o in [*mine[2:], *self.path.glob('.*.pth.tmp')]: o.unlink()
         except OSError as e:
             last = f"; the last good one is {self.files[0]}" if self.files else ''
             raise CheckpointError(f"FRSKD: can't write the checkpoint {file}: {e.strerror or e}{last}") from e
 
     def _newest(self):
-        "Read the newest checkpoint that can be used; None where there is none. One of this fit is loaded"
+        "Read the newest usable checkpoint, and load it if it is of this fit; None if there is none"
         why = None
         for file in self.files:
             if why: print(f"{why}; trying {file}")
             try: return self._read(file)
             except CheckpointError as e: why = e
-            if isinstance(why, OtherTraining): break # to begin anew would write over it
+            if isinstance(why, OtherTraining): break # starting over would overwrite it
         if why is None: return None
-        raise NoCheckpoint(f"{why}; there is no other one to go on with. "
-                           f"To start from the beginning, remove {self.path}")
+        raise NoCheckpoint(f"{why}; no other checkpoint can be used. "
+                           f"To start over, remove {self.path}")
 
     def _read(self, file):
-        "Read one checkpoint; nothing is loaded where it is damaged or of another training"
+        "Read one checkpoint; one that is damaged or of another run is not loaded"
         what = f"FRSKD: the checkpoint {file}"
         try:
             data = file.read_bytes()
@@ -195,27 +195,27 @@ class Resumable(TrainingOnly, SkipToEpoch):
             at_start = state['at_start']
             other = self._differs(saved['model'], state)
         except OSError as e: raise CheckpointError(f"{what} can't be read ({e.strerror or e})") from e
-        except Exception as e: raise CheckpointError(f"{what} is damaged, or none of a resumable fit") from e
-        if other: raise OtherTraining(f"{what} is of another training: {other}")
-        self.at_start = at_start # the training's, whatever the program has loaded since
+        except Exception as e: raise CheckpointError(f"{what} is damaged or not from `Resumable`") from e
+        if other: raise OtherTraining(f"{what} is from another training run: {other}")
+        self.at_start = at_start # from the start of the run, whatever the program has loaded since
         if state['fit']==self.fit_no: self._load(data, what)
         return state
 
     def _load(self, data, what):
-        other,buffer = f"{what} is of another training",io.BytesIO(data)
+        other,buffer = f"{what} is from another training run",io.BytesIO(data)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', message='Could not load the optimizer state')
                 self.learn.load(buffer)
         except UserWarning as e:
-            reason = "another optimizer, or FRSKDCallback is missing in one of the two"
+            reason = "the optimizer differs, or only one of the two has an FRSKDCallback"
             raise OtherTraining(f"{other}: {reason}") from e
         except Exception as e:
             reason = str(e).strip().splitlines()[-1].strip().removeprefix('FRSKD: ').replace(f' in {buffer}', '')
-            raise OtherTraining(f"{other}: {reason.split('. ')[0]}") from e # its advice is for `learn.load`
+            raise OtherTraining(f"{other}: {reason.split('. ')[0]}") from e # the rest is advice for `learn.load`
 
     def _differs(self, weights, state):
-        "Say in what a checkpoint differs from this training; empty where in nothing"
+        "Describe how a checkpoint differs from this run; empty if it doesn't"
         length = [(state['length'],self._length)] if state['fit']==self.fit_no else []
         pairs = [(state['about'],self.about), *length, (shapes(weights),shapes(self._weights))]
         differs = first(filter(None, (first_difference(*o) for o in pairs)))
@@ -225,9 +225,11 @@ class Resumable(TrainingOnly, SkipToEpoch):
 
 # %% ../../nbs/learner/resume.ipynb #775c7233
 def data_id(
-    *parts:list, # Items for training and validation: pairs (file, label) or (file, file)
+    *parts:list, # Lists of items, for training and validation: pairs (file, label) or (file, file)
 )->str:
-    "Digest names, sizes and labels of files; the folder's place doesn't count, and no file is read"
+    """Compute a digest of the names, sizes and labels of files, without reading them
+
+    It doesn't depend on where their folder is"""
     files = [o for part in parts for item in part for o in item if isinstance(o, Path)]
     root = os.path.commonpath([f.parent for f in files])
     def _say(o): return f'{os.path.relpath(o, root)} {o.stat().st_size}' if isinstance(o, Path) else str(o)

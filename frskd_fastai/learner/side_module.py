@@ -1,4 +1,4 @@
-"""A module that trains beside any Learner's model
+"""Train a second module beside any Learner's model
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/side_module.html.md"""
 
@@ -19,17 +19,17 @@ from .processes import *
 
 # %% ../../nbs/learner/side_module.ipynb #a42c3bf0
 class SideModuleCallback(FitScopes):
-    "A module, `trained`, that trains beside the model; `siblings` are callbacks that come and go with this one"
+    "Train the module `trained` beside the model"
     # Before `GradientAccumulation` divides the loss, after `MixUp` has swapped the loss function, inside
     # `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
     order,run_valid = GradientAccumulation.order-1,False
-    key = 'side_module' # Of its entry in a checkpoint
+    key = 'side_module' # Name of its entry in a checkpoint
     def __init__(self,
-        siblings:list=(), # Other callbacks
+        siblings:list=(), # Callbacks that are added and removed with this one
     ):
         super().__init__()
         self.siblings,self.attach_ctx = siblings,ExitStack()
-        self.trained=self.prepared = None # The module; the same as several processes train it, in a fit
+        self.trained=self.prepared = None # The module; the same, wrapped for distributed training, in a fit
 
     def attach(self):
         for name in 'create_opt','save','load':
@@ -44,15 +44,15 @@ class SideModuleCallback(FitScopes):
         if self.trained is not None: leave_opt(self.learn, self.trained)
 
     def set_module(self,
-        module:nn.Module|None, # Trains from now on, in place of the one before
+        module:nn.Module|None, # Replaces the current module; None removes it
     ):
-        "Let `module` train beside the model"
+        "Train `module` beside the model from now on"
         if self.trained is not None and module is not self.trained: leave_opt(self.learn, self.trained)
         self.trained,self.prepared = module,None
         self.join()
 
     def join(self):
-        "See to it that the module is in the optimizer"
+        "Make sure that the module is in the optimizer"
         if self.trained is not None and self.learn.opt is not None: join_opt(self.learn, self.trained)
 
     def _create_opt(self, create_opt):
@@ -68,18 +68,18 @@ class SideModuleCallback(FitScopes):
         self.train_ctx.enter_context(PatchedMethod(self.learn, 'parameters', self._parameters))
 
     def _parameters(self, parameters, *args):
-        "What `GradientClip` clips"
+        "Yield the parameters that `GradientClip` clips, with those of the module"
         yield from parameters(*args)
         if self.trained is not None: yield from self.trained.parameters()
 
     def prepare(self):
-        "Prepare the module as the model is, once a fit; on all processes in the same step"
+        "Prepare the module like the model, once per fit; on all processes in the same step"
         if self.prepared is None: self.prepared = prepare_like_model(self.learn, self.trained)
 
     @property
     def distributed(self): return isinstance(self.prepared, DistributedDataParallel)
 
-    def before_step(self): self.join() # into an optimizer that has come since
+    def before_step(self): self.join() # a callback may have replaced the optimizer
 
     def after_fit(self):
         if self.learn.lock.locked(): return
@@ -94,19 +94,19 @@ class SideModuleCallback(FitScopes):
 
     # -- Checkpoints -------------------------------------------------------------------------
     def entry(self)->dict:
-        "What a checkpoint keeps of the module"
+        "Return what a checkpoint keeps of the module"
         return {} if self.trained is None else dict(trained=self.trained.state_dict())
 
     def module_for(self,
-        entry:dict, # Of a checkpoint
-        file, # For messages
+        entry:dict, # Entry of a checkpoint
+        file, # Its file, for messages
     )->nn.Module|None:
-        "The module that `entry` can be loaded into; `ValueError` where this one can't"
+        "Return the module to load `entry` into; raises `ValueError` if they don't match"
         if entry and self.trained is not None: check_saved(file, entry['trained'], self.trained.state_dict())
         return self.trained if entry else None
 
     def restore(self,
-        entry:dict|None, # Of a checkpoint; None where it has none
+        entry:dict|None, # Entry of a checkpoint; None if it has none
     ):
         "Load `entry`, after the model has been loaded"
         if entry: self.trained.load_state_dict(entry['trained'])

@@ -1,4 +1,4 @@
-"""What a training hands on to its next epoch beside the weights: random states and what callbacks know
+"""Save and restore random states and the states of callbacks
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/training_state.html.md"""
 
@@ -13,7 +13,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 
 # %% ../../nbs/learner/training_state.ipynb #69d2921c
-def _own_dl(dl): return vars(dl).get('dl', dl) # of fastai's `DistributedDL`
+def _own_dl(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps one
 
 def _loader_state(dl):
     generator = getattr(dl, 'generator', None)
@@ -23,43 +23,43 @@ def _loader_state(dl):
 def random_states(
     dls, # `DataLoaders`
 )->dict:
-    "Read the random states of Python, numpy, torch and of `dls`"
+    "Return the random states of Python, numpy, torch and the data loaders"
     states = get_random_states()
     name,keys,*rest = states['numpy_state']
     states['numpy_state'] = name,keys.tolist(),*rest
     return {**states, 'loaders':[_loader_state(_own_dl(dl)) for dl in dls]}
 
 def restore_random(
-    dls, # `DataLoaders`, as many as there were
+    dls, # `DataLoaders` like those of `random_states`
     states:dict, # From `random_states`
 ):
-    "Set all random states"
+    "Restore the random states of `random_states`"
     states = dict(states)
     for dl,s in zip(map(_own_dl, dls), states.pop('loaders')):
         if s['rng'] is not None:
             dl.rng = random.Random()
             dl.rng.setstate(s['rng'])
         if s['generator'] is not None: dl.generator.set_state(s['generator'])
-    if len(states['torch_cuda_state'])!=torch.cuda.device_count(): # of another machine
+    if len(states['torch_cuda_state'])!=torch.cuda.device_count(): # saved with another number of GPUs
         states['torch_cuda_state'] = torch.cuda.get_rng_state_all()
     set_random_states(**states)
 
 def of_all_processes(
     o, # Anything that can be pickled
 )->list:
-    "Collect `o` of each process, in all of them"
+    "Gather `o` from all processes, on each of them"
     if num_distrib()<2: return [o]
     res = [None]*num_distrib()
     torch.distributed.all_gather_object(res, o)
     return res
 
 # %% ../../nbs/learner/training_state.ipynb #82502139
-# Asked of the class: a callback finds its Learner's attributes as its own, and so the model's
+# Ask the class: a callback also has all attributes of its Learner, and so those of the model
 def _has_state(cb): return hasattr(type(cb), 'state_dict')
 
 def _number(o): return o.item() if isinstance(o, (Tensor,np.generic)) else o
 
-# fastai's own tensor types can't be read back safely
+# `weights_only=True` can't load fastai's own tensor types
 def _plain(o): return to_detach(o, gather=False).as_subclass(Tensor)
 
 def _recorder_state(r):
@@ -76,7 +76,7 @@ def _restore_recorder(r, s):
 def callback_states(
     learn:Learner, # In a fit, at the end of an epoch
 )->dict:
-    "Read what its callbacks hand on to the next epoch"
+    "Return the state that the callbacks need in the next epoch"
     s = dict(train_iter=learn.train_iter, recorder=_recorder_state(learn.recorder))
     s['own'] = {cb.name:cb.state_dict() for cb in learn.cbs if _has_state(cb)}
     trackers = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
@@ -90,7 +90,7 @@ def restore_callbacks(
     learn:Learner, # In a fit, before an epoch
     s:dict, # From `callback_states`
 ):
-    "Give its callbacks their state back"
+    "Restore the states of the callbacks"
     learn.train_iter = s['train_iter']
     _restore_recorder(learn.recorder, s['recorder'])
     for cb in learn.cbs:

@@ -1,4 +1,4 @@
-"""Read the student's feature maps while it trains
+"""Read the student's feature maps during the forward pass
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/student/features.html.md"""
 
@@ -16,67 +16,70 @@ from .probe import *
 
 # %% ../../nbs/student/features.ipynb #9196df0d
 Level = namedtuple('Level', 'name channels size kind prefix', defaults=('BCHW',0))
-Level.__doc__ = """A feature level: module `name`, number of `channels`, `size` (height, width) of its map when it was
-found; `kind` of its output, 'BCHW', 'BHWC' or 'BNC', and the number of `prefix` tokens"""
+Level.__doc__ = """A feature level: a module of the student and the layout of its output
+
+`name` of the module, number of `channels`, `size` (height, width) of the map when the level was found, `kind` of output
+('BCHW', 'BHWC' or 'BNC'), and number of `prefix` tokens before the patches"""
 
 def as_map(
-    o, # What the module of `level` returned
+    o, # Output of the level's module
     level:Level,
-    scale:tuple|None=None, # Height and width of the images over those that the level was found with, where known
+    scale:tuple|None=None, # Image (height, width) relative to that at which the level was found; None if unknown
 )->Tensor: # B×C×H×W
-    "Lay `o` out as a feature map; `ValueError` where it is none"
+    "Convert `o` to a B×C×H×W feature map; raises `ValueError` if it isn't one"
     dims = 3 if level.kind=='BNC' else 4
     if not (isinstance(o, Tensor) and o.ndim==dims and o.is_floating_point()):
         what = f"a tensor of shape {tuple(o.shape)}" if isinstance(o, Tensor) else f"a {type(o).__name__}"
-        raise ValueError(f"FRSKD: level {level.name!r} returns {what}; a feature map is a tensor of shape "
+        raise ValueError(f"FRSKD: level {level.name!r} returns {what}, not a feature map of shape "
                          f"{'×'.join(level.kind)}. Name another module: `FRSKDCallback(levels=[...])`.")
     if level.kind=='BCHW': return o
     if level.kind=='BHWC': return o.permute(0,3,1,2)
     return o[:,level.prefix:].transpose(1,2).unflatten(2, _grid(o.shape[1]-level.prefix, level, scale))
 
 def _grid(n, level, scale):
-    "Height and width of the map that `n` patch tokens are"
+    "Height and width of the map that `n` patch tokens form"
     h,w = level.size
-    if scale is None: # images of any size
+    if scale is None: # the image size is unknown
         h = max(1, round(math.sqrt(n*h/w)))
         if n%h==0: return h,n//h
-        raise ValueError(f"FRSKD: level {level.name!r} returns {n} patch tokens, which are no grid with the sides' "
-                         f"ratio {level.size}. Train with images of one shape.")
+        raise ValueError(f"FRSKD: level {level.name!r} returns {n} patch tokens, which don't form a grid with "
+                         f"the aspect ratio of {level.size}. Train with images of one shape.")
     sides = [{math.floor(o*s),math.ceil(o*s)} if s!=1 else {o} for o,s in zip((h,w), scale)]
     grid = first((a,b) for a,b in itertools.product(*sides) if a*b==n)
     if grid: return grid
     refuse_tokens(level.name, n, round(h*scale[0])*round(w*scale[1]))
 
 def refuse_tokens(
-    name:str, # Of the level
-    n:int, # Patch tokens that it returns
-    want:int, # Those that the images have
+    name:str, # Name of the level
+    n:int, # Number of patch tokens that it returns
+    want:int, # Number of patches in the image
 ):
-    "`ValueError` where a network leaves out or merges tokens, so that they are no map"
-    raise ValueError(f"FRSKD: level {name!r} returns {n} patch tokens, where images of this size have {want}: the "
-                     "network drops or merges tokens in training (`patch_drop_rate`?). Train with all tokens, or name "
-                     "levels that have them: `FRSKDCallback(levels=[...])`.")
+    "Raise `ValueError` for a network that drops or merges tokens, which then form no map"
+    raise ValueError(f"FRSKD: level {name!r} returns {n} patch tokens, but images of this size have {want}: the "
+                     "network drops or merges tokens during training (`patch_drop_rate`?). Turn this off, or name "
+                     "levels that keep all tokens: `FRSKDCallback(levels=[...])`.")
 
 # %% ../../nbs/student/features.ipynb #6b048217
 class UncopiedHook:
-    "A hook that calls `f`. Its copy, or what a file has of it, does nothing, holds nothing and needs no package"
+    "Call `f` as a hook; copies and pickles of it do nothing and don't need this package"
     def __init__(self, f, *args): self.f,self.args = f,args
     def __call__(self, *args): return self.f(*self.args, *args)
     def __reduce__(self): return getattr, (nullcontext(), '__exit__') # takes anything, returns None
 
 def image_size(
-    inputs, # Of a model: tensors, or lists and dicts of them
-)->tuple|None: # Height and width; None where there are no images
-    "The size of the first images, B×C×H×W, in `inputs`"
+    inputs, # Inputs of a model: tensors, or lists and dicts of them
+)->tuple|None: # Height and width; None if there are no images
+    "Return the size of the first B×C×H×W images in `inputs`"
     return first(tuple(o.shape[-2:]) for o in flatten_tensors(inputs) if o.ndim==4)
 
 class FeatureHooks:
-    """Hooks on modules of `model` that keep their live outputs of one forward pass. A context manager: inside it they
-    are on the model"""
+    """Keep the live outputs of modules of `model` in one forward pass
+
+    As a context manager, it puts its hooks on the model and takes them off at the end"""
     def __init__(self,
         model:nn.Module, # The student
         levels:list, # `Level`s, or module names as in `model.named_modules()`, largest map first
-        size:tuple|None=None, # Height and width of the images that the levels were found with
+        size:tuple|None=None, # Height and width of the images with which the levels were found
     ):
         self.model,self.size = model,size
         self.levels = L(o if isinstance(o, Level) else Level(o, None, None) for o in levels)
@@ -87,7 +90,7 @@ class FeatureHooks:
         self.clear()
 
     def attach(self)->'FeatureHooks':
-        "Put the hooks on the model; the maps will be those of its last forward pass"
+        "Put the hooks on the model; they keep the maps of its last forward pass"
         self.remove()
         begin,end = UncopiedHook(self._begin),UncopiedHook(self._end)
         whole = [self.model.register_forward_pre_hook(begin), self.model.register_forward_hook(end, always_call=True)]
@@ -95,7 +98,7 @@ class FeatureHooks:
         return self
 
     def detach(self):
-        "Take the hooks off the model; the maps stay"
+        "Take the hooks off the model, but keep the maps"
         for h in self._handles: h.remove()
         self._handles = []
 
@@ -116,13 +119,13 @@ class FeatureHooks:
     def pop(self,
         levels:list|None=None, # Some of the levels; default: all
     )->list:
-        "The maps of the last forward pass, B×C×H×W, largest first; they are let go of here, and freed with the step"
+        "Return the maps of the last forward pass, B×C×H×W, largest first, and release them"
         levels = ifnone(levels, self.levels)
         scale = self._scale
         return [as_map(o, lv, scale) for o,lv in zip(self.outputs(levels), levels)]
 
     def outputs(self, levels=None):
-        "What the modules returned, as `pop` gives it"
+        "Return the modules' outputs as they are, and release them"
         try: return self._outputs(ifnone(levels, self.levels))
         finally: self.clear()
 
@@ -139,18 +142,18 @@ class FeatureHooks:
         return [maps[n] for n in names]
 
     def find(self):
-        "The levels as the last forward pass had them"
+        "Return the levels with the channels and sizes of the last forward pass"
         maps = [as_map(o, lv, self._scale) for o,lv in zip(self._outputs(self.levels), self.levels)]
         return L(lv._replace(channels=m.shape[1], size=tuple(m.shape[-2:])) for lv,m in zip(self.levels, maps))
 
     @property
     def _scale(self):
-        "Height and width of the images over those that the levels were found with"
+        "Image (height, width) relative to that at which the levels were found"
         if self.size and self.seen_size: return tuple(a/b for a,b in zip(self.seen_size, self.size))
 
     def clear(self):
         "Forget the maps"
-        self._maps,self._twice,self.out = {},set(),None # `out`: what the forward pass returned
+        self._maps,self._twice,self.out = {},set(),None # `out`: the model's output
 
     def remove(self):
         "Take the hooks off the model and forget the maps"
@@ -163,7 +166,7 @@ class FeatureHooks:
 
 # %% ../../nbs/student/features.ipynb #e47a2024
 class PreactHooks(FeatureHooks):
-    "`FeatureHooks` whose `pop` also gives each level's map before the ReLU that ends it, if one does"
+    "`FeatureHooks` whose `pop` also returns each level's map before the ReLU that ends it"
     def __init__(self, model, levels, size=None):
         super().__init__(model, levels, size)
         relus = [m for m in model.modules() if isinstance(m, (nn.ReLU,nn.ReLU6))]
@@ -175,7 +178,7 @@ class PreactHooks(FeatureHooks):
         x, = inputs
         self._x = x.clone() if relu.inplace else x
         for n,o in self._maps.items():
-            if o is x and relu.inplace: self._pre[n] = self._x # the ReLU that follows the level overwrites its map
+            if o is x and relu.inplace: self._pre[n] = self._x # an in-place ReLU after the level overwrites its map
 
     def _after(self, relu, inputs, out): self._last = out,self._x
 
@@ -184,7 +187,7 @@ class PreactHooks(FeatureHooks):
         if self._last is not None and self._last[0] is out: self._pre[name] = self._last[1]
 
     def pop(self, levels=None):
-        "The maps of the last forward pass, and the same before the ReLU: two lists, largest first"
+        "Return two lists of maps, largest first: those of the levels, and the same before the ReLU"
         pre,scale,levels = dict(self._pre),self._scale,ifnone(levels, self.levels)
         maps = super().pop(levels)
         return maps,[as_map(pre[lv.name], lv, scale) if lv.name in pre else o for lv,o in zip(levels, maps)]
@@ -196,11 +199,11 @@ class PreactHooks(FeatureHooks):
 # %% ../../nbs/student/features.ipynb #5421fce5
 def get_level(
     model:nn.Module, # The student
-    name:str, # Dotted name, as in `model.named_modules()`
+    name:str, # Dotted name from `model.named_modules()`
 )->nn.Module:
-    "The module `name` of `model`; `ValueError` with near matches where there is none"
+    "Return the module `name` of `model`; a `ValueError` suggests similar names"
     if not isinstance(name, str):
-        raise ValueError(f"FRSKD: a level is named by a string, as in `learn.model.named_modules()`, got {name!r}")
+        raise ValueError(f"FRSKD: a level must be a module name from `learn.model.named_modules()`, got {name!r}")
     modules = dict(uncompiled(model).named_modules())
     if name and name in modules: return modules[name]
     near = difflib.get_close_matches(name, [o for o in modules if o], n=5, cutoff=0.4)
@@ -210,16 +213,16 @@ def get_level(
                      + " `[n for n,_ in learn.model.named_modules()]` lists all names.")
 
 def flatten_tensors(o)->list:
-    "The tensors in `o`, a tensor or lists and dicts of them"
+    "List the tensors in `o`: a tensor, or nested lists and dicts of them"
     if isinstance(o, Tensor): return [o]
     return [t for v in (o.values() if isinstance(o, dict) else o if is_listy(o) else ()) for t in flatten_tensors(v)]
 
 # %% ../../nbs/student/features.ipynb #5e1d0a02
 def comes_from(
     pred, # A prediction
-    out, # What a forward pass returned: a tensor, or tensors in a list or dict
-)->bool: # True where neither has a graph to tell by
-    "Was `pred` computed from `out`?"
+    out, # Output of a forward pass: a tensor, or tensors in a list or dict
+)->bool: # Also True if one of the two has no autograd graph
+    "Check whether `pred` was computed from `out`"
     nodes = {o.grad_fn for o in flatten_tensors(out)} - {None}
     if pred is out or not nodes or getattr(pred, 'grad_fn', None) is None: return True
     queue,seen = [pred.grad_fn],{pred.grad_fn}

@@ -16,23 +16,24 @@ from .probe import *
 from .search import *
 
 # %% ../../nbs/student/levels.ipynb #obs00002
-_dense_levels = ("for segmentation the levels are found by themselves in a `DynamicUnet` (`unet_learner`) only. Name "
-                 "those of this network, two modules or more whose maps lead to its prediction: "
+_dense_levels = ("for segmentation, levels are found automatically only in a `DynamicUnet` (`unet_learner`). Name at "
+                 "least two modules of this network whose maps lead to its prediction: "
                  "`FRSKDCallback(levels=[...])`.")
 
-_no_decoder = ("fastai made this `DynamicUnet` without decoder blocks: it looks for changes of resolution among the "
-               "children of the body, and this body is one piece. Take another architecture, for instance a ResNet, or "
-               "the body's pieces: `DynamicUnet(nn.Sequential(*body[0]), n_out, size)`.")
+_no_decoder = ("this `DynamicUnet` has no decoder blocks: fastai looks for changes of resolution among the children of "
+               "the body, and this body has only one. Use another architecture, for example a ResNet, or unpack the "
+               "body: `DynamicUnet(nn.Sequential(*body[0]), n_out, size)`.")
 
 def _listed(levels): return ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in levels)
 
 class Observer:
-    """Notes what each module of a model returns in a forward pass, and keeps these outputs as `FeatureHooks` do. The
-    images get a gradient there, for autograd's graph to lead back to them; it changes no other gradient"""
+    """Record what each module of a model returns in a forward pass, and keep these outputs
+
+    The images require a gradient there, so that autograd's graph leads back to them; no other gradient changes"""
     def __init__(self,
         model:nn.Module, # The student
-        levels:int|list=4, # How many levels to find (the deepest ones), or the names of the modules
-        hooks:type=FeatureHooks, # What keeps the outputs
+        levels:int|list=4, # How many of the deepest levels to find, or a list of module names
+        hooks:type=FeatureHooks, # Class that keeps the outputs
     ):
         self.model,self.levels = model,levels
         self.decoder = decoder_names(uncompiled(model), levels) if isinstance(levels, Integral) else []
@@ -54,17 +55,17 @@ class Observer:
         return self
 
     def detach(self):
-        "Take the hooks off the model; what was seen stays"
+        "Take the hooks off the model, but keep what was recorded"
         self._eagerly.__exit__()
         for h in self._handles: h.remove()
         self._handles = []
         self.hooks.detach()
 
     def probe(self, *xb):
-        "Run the model on `xb`, in evaluation mode and without a trace; its output"
+        "Run the model on `xb` in eval mode, without changing it, and return its output"
         if self.trace:
             try: return self._run(xb)
-            except Exception: self.trace = False # it doesn't run with gradients of images, or not at all
+            except Exception: self.trace = False # it may not run with gradients of the images
         return self._run(xb)
 
     def _run(self, xb):
@@ -72,12 +73,12 @@ class Observer:
         with probing(self.model, grad=self.trace), forget, self: return self.model(*xb)
 
     def clear(self):
-        "Forget what was seen"
+        "Forget what was recorded"
         self.hooks.clear()
         self.calls,self.grids,self.images,self.nodes,self.tokens,self.convs,self.operations = {},{},[],{},{},0,0
 
     def remove(self):
-        "Take the hooks off the model and forget what was seen"
+        "Take the hooks off the model and forget what was recorded"
         self.detach()
         self.clear()
 
@@ -111,19 +112,19 @@ class Observer:
         if lv is not None and out.ndim==4:
             if is_attention(out.detach()): lv = None
             else: grids[lv.size] = None
-        if not grids and isinstance(out, Tensor) and out.ndim==4 and len(out)%bs==0: # a map for each patch
+        if not grids and isinstance(out, Tensor) and out.ndim==4 and len(out)%bs==0: # one map per patch
             grid = patch_grid(len(out)//bs, hw)
             if grid: grids[grid] = None
         if isinstance(out, Tensor) and out.ndim==3 and len(out)==bs:
             self.tokens[name] = out.shape[1],math.prod(last(grids) or (0,)),out.grad_fn
-        if name in self.calls: lv = None # run twice, it has no single map
+        if name in self.calls: lv = None # it ran twice, so it has no single map
         if lv is not None: self.nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
         inp = read_level(name, first_map, bs, hw, grids)
         self.calls[name] = dict(order=len(self.calls), inp=inp, out=lv, convs=self.convs, trunk=None)
 
     def _see_trunk(self):
-        """Note of each call whether all that the images contribute to the prediction passes through its output; None
-        where autograd can't tell"""
+        """Set `trunk` of each call: do all paths from the images to the prediction pass through it?
+        None if autograd can't tell"""
         root = pred_node(self.out)
         hidden = not self.images or root is None or 'hidden' in self.nodes.values()
         trunk = None if hidden else trunk_nodes(root, self.images)
@@ -132,12 +133,12 @@ class Observer:
         self.nodes = {}
 
     def _check_tokens(self):
-        "`ValueError` where tokens were left out or merged on the way to an output, so that they are no map"
+        "Raise `ValueError` if the network dropped or merged tokens, which then form no map"
         for name,(n,full,node) in self.tokens.items():
             if n<full and picks_entries(node, self.images): refuse_tokens(name, n, full)
 
-    def find(self)->L: # of `Level`s, largest map first
-        "The feature levels; `ValueError` where there are fewer than two"
+    def find(self)->L: # `Level`s, largest map first
+        "Return the feature levels; raises `ValueError` if there are fewer than two"
         self._see_trunk()
         if self.search: self._check_tokens()
         model,levels,unsure = uncompiled(self.model),self.levels,False
@@ -153,7 +154,7 @@ class Observer:
         return L(found)
 
     def refuse_dense(self):
-        "`ValueError` for a network for segmentation whose levels must be named"
+        "Raise `ValueError` for a segmentation network whose levels must be named"
         unet = isinstance(uncompiled(self.model), DynamicUnet)
         raise ValueError(f"FRSKD: {_no_decoder if unet else _dense_levels}")
 
@@ -165,30 +166,30 @@ class Observer:
             if n not in kept or n in self.hooks._twice: self.hooks.outputs([Level(n, None, None)]) # raises
             return self.calls[n]['out'] or as_map(kept[n], Level(n, None, None)) # the latter raises
         found = [_level(n) for n in names]
-        return sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of one size keep the user's order
+        return sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of equal size keep the user's order
 
     def _too_few(self, found):
         dense = isinstance(self.out, Tensor) and self.out.ndim==4
         if dense and isinstance(self.levels, Integral): self.refuse_dense()
         h,w = self.size
-        raise ValueError("FRSKD needs at least two feature levels, maps B×C×H×W of falling resolution; the model has "
-                         f"{_listed(found) or 'none'} for {self.bs} images of {h}×{w}. "
+        raise ValueError("FRSKD needs at least two feature levels (B×C×H×W maps of decreasing resolution), but the "
+                         f"model has {_listed(found) or 'none'} for {self.bs} images of {h}×{w}. "
                          "Modules that run more than once don't count. Use larger images, or name the modules: "
                          "`FRSKDCallback(levels=[...])`.")
 
 def refuse_inputs(
-    inputs, # Of a model
+    inputs, # Inputs of a model
 ):
-    "`ValueError` for a network that takes no images"
+    "Raise `ValueError` for a network without images as input"
     shapes = ', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))
-    raise ValueError(f"FRSKD serves networks for images, B×C×H×W; these inputs are of shape {shapes}.")
+    raise ValueError(f"FRSKD needs images of shape B×C×H×W as input, got {shapes}. Use a network for images.")
 
 def module_operations(
     m:nn.Module,
-    inputs:tuple, # Of its forward pass
-    out, # What it returned
-)->int: # Two a multiply-add
-    "The operations of a convolution, a linear layer or an attention's projections; 0 for anything else"
+    inputs:tuple, # Inputs of its forward pass
+    out, # Its output
+)->int: # A multiply-add counts as two
+    "Count the operations of convolutions, linear layers and attention's projections; else 0"
     if isinstance(m, nn.MultiheadAttention): return 8*out[0].numel()*m.embed_dim
     if isinstance(m, nn.modules.conv._ConvTransposeNd): return 2*inputs[0].numel()*m.weight[0].numel()
     if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)): return 2*out.numel()*m.weight[0].numel()
@@ -198,7 +199,7 @@ def check_names(
     model:nn.Module, # The student
     levels:int|list, # As for `find_levels`
 ):
-    "`ValueError` where named levels aren't modules of `model`"
+    "Raise `ValueError` if a named level is not a module of `model`"
     if isinstance(levels, Integral): return
     for n in levels: get_level(model, n)
     if len(set(levels))<len(levels): raise ValueError(f"FRSKD: a level is named twice: {list(levels)}")
@@ -207,10 +208,11 @@ def check_names(
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
-    levels:int|list=4, # How many levels to find (the deepest ones), or the names of the modules
+    levels:int|list=4, # How many of the deepest levels to find, or a list of module names
 )->tuple: # `L` of `Level`s, largest map first, and the model's output
-    """Run `model` once on `xb`, in evaluation mode and without a trace, and find its feature levels. `ValueError` where
-    there are fewer than two"""
+    """Find the feature levels of `model` in one forward pass on `xb`, without changing the model
+
+    The model runs in eval mode. Raises `ValueError` if there are fewer than two levels"""
     check_names(model, levels)
     observer = Observer(model, levels)
     pred = observer.probe(*xb)
@@ -218,18 +220,18 @@ def find_levels(
 
 # %% ../../nbs/student/levels.ipynb #a59d86ef
 def list_levels(
-    learn:Learner, # Learner with the data and the model
+    learn:Learner, # Learner with data and model
     levels:int|list|None=None, # As for `find_levels`; default: those of the Learner's `FRSKDCallback`, or 4
 )->L: # `Level`s, largest map first
-    "Print the levels that FRSKD would use, with the shapes of their maps for one image; changes nothing"
+    "Print the levels that FRSKD would use, with the shapes of their maps for one image"
     b = sample_batch(learn)
-    if b is None: raise ValueError("FRSKD: the training data loader has no batch to look for levels with.")
+    if b is None: raise ValueError("FRSKD: the training data loader is empty, and finding levels needs a batch.")
     if levels is None: levels = getattr(getattr(learn, 'frskd', None), 'levels', 4)
     found,_ = find_levels(learn.model, *b[0], levels=levels)
     kinds = dict(BCHW='', BHWC=', channels last', BNC=', tokens')
     width = max(len(o.name) for o in found)
     for o in found:
         shape = '×'.join(map(str, (1,o.channels,*o.size)))
-        prefix = f" ({o.prefix} of them before the patches)" if o.prefix else ''
+        prefix = f" (and {o.prefix} class or register tokens)" if o.prefix else ''
         print(f"{o.name:{width}}  {shape}{kinds[o.kind]}{prefix}")
     return found

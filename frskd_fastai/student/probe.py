@@ -1,4 +1,4 @@
-"""Forward passes that change nothing
+"""Run a model without changing it
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/student/probe.html.md"""
 
@@ -17,7 +17,7 @@ from fastai.torch_core import get_random_states, set_random_states
 def preserve_rng(
     dl=None, # Data loader that may be read inside the context
 ):
-    "Restore the random states of Python, numpy and torch afterwards, and those of the data loader `dl`"
+    "Restore the random states of Python, numpy, torch and the data loader `dl` on exit"
     states,rng,gen = get_random_states(),deepcopy(getattr(dl, 'rng', None)),getattr(dl, 'generator', None)
     gen_state = gen.get_state() if isinstance(gen, torch.Generator) else None
     try: yield
@@ -28,10 +28,10 @@ def preserve_rng(
 
 @contextmanager
 def probing(
-    *models:nn.Module, # Networks that run inside the context
-    grad:bool=False, # With gradients?
+    *models:nn.Module, # Networks to run inside the context
+    grad:bool=False, # Compute gradients?
 ):
-    "Run `models` in evaluation mode; restores train/eval flags and random states"
+    "Run `models` in eval mode; restores train/eval flags and random states"
     flags = [(m,m.training) for model in models for m in model.modules()]
     try:
         for m in models: m.eval()
@@ -41,10 +41,10 @@ def probing(
 
 # %% ../../nbs/student/probe.ipynb #91010928
 def sample_batch(
-    learn:Learner, # Learner with the data and the model
-    n:int=2, # How many samples of the inputs; of the targets it is all
-)->tuple|None: # Inputs and targets, tuples on the model's device; None where there is no batch (an exported Learner)
-    "Draw the first `n` inputs and all targets of a training batch, so that training sees the same batches as without"
+    learn:Learner, # Learner with data and model
+    n:int=2, # How many inputs to return; the targets are always all of the batch's
+)->tuple|None: # Inputs and targets, tuples on the model's device; None if there is no batch (an exported Learner)
+    "Draw the first `n` inputs and all targets of a batch, without changing later batches"
     dl = learn.dls.train
     try: empty = len(dl)==0
     except TypeError: empty = False
@@ -54,21 +54,21 @@ def sample_batch(
     n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     few = lambda o: o[:n].as_subclass(Tensor) if isinstance(o, Tensor) else o
     xb,yb = to_device((apply(few, b[:n_inp]),list(b[n_inp:])), one_param(learn.model).device)
-    return tuple(xb),tuple(yb) # a target's type says what it is
+    return tuple(xb),tuple(yb) # the types of the targets are needed to tell the task
 
 # %% ../../nbs/student/probe.ipynb #prob0002
 def uncompiled(
-    model:nn.Module, # Perhaps one that `torch.compile` made
+    model:nn.Module, # Compiled or not
 )->nn.Module:
-    "The module that `torch.compile` wrapped, whose names and submodules are the model's own"
+    "Return the module inside a `torch.compile` wrapper, or `model` itself"
     return getattr(model, '_orig_mod', model)
 
 def is_compiled(model:nn.Module)->bool:
-    "Does `torch.compile` run `model`?"
+    "Check whether `model` is compiled by `torch.compile`"
     return uncompiled(model) is not model or getattr(model, '_compiled_call_impl', None) is not None
 
 class Eagerly:
-    "Context in which a compiled `model` runs as it was written, so that hooks inside it are called"
+    "Run a compiled `model` uncompiled inside this context, so that its hooks are called"
     def __init__(self,
         model:nn.Module, # Compiled or not
     ): self.model,self.kept = model,None

@@ -1,4 +1,4 @@
-"""Which of the modules that have run are feature levels?
+"""Choose the feature levels among the modules of a forward pass
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/student/search.html.md"""
 
@@ -15,20 +15,20 @@ from .features import *
 
 # %% ../../nbs/student/search.ipynb #2d049f02
 def patch_grid(n, hw):
-    "The grid of `n` patches in an image of height and width `hw`, or None"
+    "Return the grid of `n` patches in an image of height and width `hw`, or None"
     h = round(math.sqrt(n*hw[0]/hw[1]))
     if n>=4 and h and n%h==0 and h*hw[1]==n//h*hw[0]: return h,n//h
 
 def read_level(
-    name:str, # Of a module
+    name:str, # Name of the module
     o, # Its output
-    bs:int, # Number of images
-    hw:tuple, # Their height and width
-    grids=(), # Sizes of maps seen before: patches that tokens may stand for
+    bs:int, # Batch size
+    hw:tuple, # Height and width of the images
+    grids=(), # Sizes of earlier maps; tokens may form a grid of one of these sizes
 )->Level|None:
-    "The level that `o` can be, or None"
+    "Return the `Level` for the output `o`, or None if it isn't a feature map"
     if not (isinstance(o, Tensor) and o.is_floating_point() and o.ndim in (3,4) and len(o)==bs): return None
-    fits = lambda h,w: abs(h*hw[1]-w*hw[0])<=max(hw) # the image's proportions, up to a pixel
+    fits = lambda h,w: abs(h*hw[1]-w*hw[0])<=max(hw) # the image's aspect ratio, up to a pixel
     if o.ndim==4:
         _,c,h,w = o.shape
         if not fits(h, w) and fits(c, h): return Level(name, w, (c,h), 'BHWC')
@@ -37,44 +37,44 @@ def read_level(
     # class and register tokens come first
     grid = first(g for g in reversed(list(grids)) if 0<=n-g[0]*g[1]<=8 and g!=(1,1))
     if grid: return Level(name, c, grid, 'BNC', n-grid[0]*grid[1])
-    grid = patch_grid(n, hw) if grids else None # tokens that were pooled have a grid that no map had
+    grid = patch_grid(n, hw) if grids else None # pooled tokens have a grid that no map had
     if grid: return Level(name, c, grid, 'BNC')
 
 def _is_global_pool(m, size):
     return size==(1,1) and bool(re.search('(Adaptive|Global|Select).*Pool', type(m).__name__))
 
 def is_attention(o):
-    "Whether the rows of the maps `o` are weights: not negative, with a sum of 1, as softmax leaves them"
+    "Check whether the rows of `o` look like softmax weights: non-negative, with a sum of 1"
     if o.shape[-1]<2 or not o.numel() or abs(o[0,0,0].sum()-1)>1e-2: return False
     return bool((o>=0).all() and ((o.sum(-1)-1).abs()<1e-2).all())
 
 # %% ../../nbs/student/search.ipynb #6fd1632d
 def pred_node(pred):
-    "The autograd node of the first tensor in the prediction `pred` that has one, or None"
+    "Return the autograd node of the first tensor in `pred` that has one, or None"
     if isinstance(pred, Tensor): return pred.grad_fn
     if isinstance(pred, dict): pred = list(pred.values())
     return first(filter(None, map(pred_node, pred))) if isinstance(pred, (tuple,list)) else None
 
 def trunk_nodes(pred, images):
-    "The autograd nodes on every path from the node `pred` back to the nodes `images`; none where no path leads there"
-    order,seen,stack = [],set(),[(pred,False)] # `order`: a node comes after those that it was computed from
+    "Return the autograd nodes that all paths from node `pred` to nodes `images` share"
+    order,seen,stack = [],set(),[(pred,False)] # `order`: each node comes after its inputs
     while stack:
         o,done = stack.pop()
         if done: order.append(o)
         elif o not in seen:
             seen.add(o)
             stack += [(o,True)] + [(i,False) for i,_ in o.next_functions if i is not None]
-    at = {} # positions of the nodes on the paths
+    at = {} # positions of the nodes that lead to the images
     for o in order:
         if o in images or any(i in at for i,_ in o.next_functions): at[o] = len(at)
-    trunk,low = set(),len(at) # a node is bypassed if an edge leads from a later node to an earlier one, at `low`
+    trunk,low = set(),len(at) # an edge from a later node to an earlier one, at `low`, bypasses a node
     for o in reversed(at):
         if at[o]<=low: trunk.add(o)
         low = min([low, *(at[i] for i,_ in o.next_functions if i in at)]) if o not in images else -1
     return trunk
 
 def picks_entries(node, images):
-    "Are entries picked by an index on the way from the nodes `images` to `node`, as networks do that leave out tokens?"
+    "Check whether indexing picks entries between `images` and `node`, as token dropping does"
     todo,leads = [(node,False)],{} # `leads`: does a node lead back to the images?
     while todo:
         o,done = todo.pop()
@@ -87,12 +87,12 @@ def picks_entries(node, images):
 
 # %% ../../nbs/student/search.ipynb #7d1f0c52
 def _spread(os, n):
-    "`n` of `os` at equal distances, the last one among them"
+    "Return `n` evenly spaced items of `os`, including the last"
     n = min(n, len(os))
     return [os[-(-(i+1)*len(os)//n)-1] for i in range(n)]
 
 def _feature_info(model, calls, n):
-    "The deepest `n` levels that a timm network in `model` names; none where it names none"
+    "Return the deepest `n` levels that a timm network in `model` names; empty if it names none"
     for name,m in model.named_modules():
         info = getattr(m, 'feature_info', None)
         if not (isinstance(info, list) and info and all(isinstance(o, dict) for o in info)): continue
@@ -107,13 +107,15 @@ def decoder_names(
     model:nn.Module, # The student
     n:int, # How many
 )->list: # Module names, largest map first
-    "The last `n` decoder blocks of a `DynamicUnet`; all that a network names itself, in `level_names`; or none"
+    "Return a network's own `level_names`, or the last `n` decoder blocks of a `DynamicUnet`"
     if hasattr(model, 'level_names'): return list(model.level_names)
     return [name for name,m in model.named_modules() if isinstance(m, UnetBlock)][::-1][:n]
 
 def _blocks(model, calls, n):
-    """`n` of the transformer blocks in `model`: most children of one kind and output, one after the other. Of those
-    that don't return tokens themselves, the last module inside that does"""
+    """Return `n` evenly spaced transformer blocks
+
+    They are the longest row of children with one class and output shape. If they don't return tokens themselves, the
+    last module inside each that does is taken"""
     found = []
     tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # as they finish
     for name,m in model.named_modules():
@@ -127,7 +129,7 @@ def _blocks(model, calls, n):
     return _spread(found, n)
 
 def _pieces(name, m, calls):
-    "The modules below `m` that are taken as one piece, by name"
+    "Return names and modules of the pieces in `m`"
     c,kids = calls.get(name),list(m.named_children())
     def _shrinks(inp, out): return any(i>2*o+1+(o>3) for i,o in zip(inp.size, out.size))
     whole = c and c['out'] and (not kids or (c['inp'] and not _shrinks(c['inp'], c['out'])))
@@ -135,8 +137,9 @@ def _pieces(name, m, calls):
     return [p for n,k in kids for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
 def _falling(pieces):
-    """Of `pieces` those of falling resolution, without the stem. At equal resolution one on the trunk comes first,
-    then the one with more channels, then the last one"""
+    """Return the pieces of decreasing resolution, without the stem
+
+    At equal resolution, one on the trunk wins; of those beside it, the one with the most channels; then the last one"""
     found = []
     def _rank(c):
         if c['trunk'] is None: return ()
@@ -150,13 +153,14 @@ def _falling(pieces):
     return body if len(body)>1 else [c for c in found if c['convs']>0]
 
 def _ordered(model, calls):
-    """The calls of the pieces before the global pooling, in the order in which they finish. For those on the trunk,
-    `convs` leaves out a side branch that ran before it, on maps that aren't larger"""
+    """Return the calls of the pieces before the global pooling, in the order of finishing
+
+    For pieces on the trunk, `convs` doesn't count a side branch that ran before it, on maps that aren't larger"""
     pieces = sorted(((calls[n],m) for n,m in _pieces('', model, calls)), key=lambda o: o[0]['order'])
     start = first(c['order'] for c,_ in pieces if c['trunk'])
     res,own,convs = [],[],0
     for i,(c,m) in enumerate(pieces):
-        goes_on = any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # so this pooling is a side branch's
+        goes_on = any(o['trunk'] and o['out'].size!=(1,1) for o,_ in pieces[i+1:]) # so a pooling is a side branch's
         if _is_global_pool(m, c['out'].size) and (c['trunk'] or not goes_on): break
         own.append((c,c['convs']-convs))
         convs = c['convs']
@@ -165,22 +169,22 @@ def _ordered(model, calls):
     return res
 
 def _in_attention(c, tokens):
-    "Whether a call beside the trunk gives heads×tokens×..., for one of the numbers of `tokens`"
+    "Check whether a call beside the trunk returns heads×tokens×..., for a number in `tokens`"
     return c['trunk'] is False and c['out'].kind=='BCHW' and c['out'].size[0] in tokens
 
 def _search(model, calls, n):
-    "The deepest `n` levels of falling resolution"
+    "Return the deepest `n` levels of decreasing resolution"
     tokens = {math.prod(o.size)+o.prefix for o in (c['out'] for c in calls.values()) if o and o.kind=='BNC'}
     pieces = [c for c in _ordered(model, calls) if not _in_attention(c, tokens)]
     trunk = _falling([c for c in pieces if c['trunk']])
     if len(trunk)<2: return [c['out'] for c in _falling(pieces)[-n:]]
     found = _falling(pieces[first(i for i,c in enumerate(pieces) if c['trunk']):])
-    # a network of several paths has more levels than its trunk, and they lead back to it or end with as many channels
+    # several paths: there are more levels than on the trunk, and they lead back to it or end with as many channels
     several = len(found)>len(trunk) and (found[-1]['trunk'] or found[-1]['out'].channels>=trunk[-1]['out'].channels)
     return [c['out'] for c in (found if several else trunk)[-n:]]
 
 def _uncertain(model, calls, found):
-    "Whether a level in `found` is beside the trunk, or a later map of its size that is has as many channels or more"
+    "Check whether a level is beside the trunk, or a later map there is as large and as wide"
     if any(calls[lv.name]['trunk'] is False for lv in found): return True
     if len({lv.size for lv in found})==1: return False # transformer blocks
     beside = [c for c in _ordered(model, calls) if c['trunk'] is False]
@@ -191,10 +195,10 @@ def _uncertain(model, calls, found):
 
 def search(
     model:nn.Module, # The student
-    calls:dict, # What an `Observer` has noted of its modules, by name
+    calls:dict, # What an `Observer` recorded of its modules, by name
     n:int, # How many levels
-)->tuple: # `Level`s, largest map first, and whether they are uncertain
-    "Find the deepest `n` levels: those that timm names, those of falling resolution, or transformer blocks"
+)->tuple: # `Level`s, largest map first, and whether the choice is uncertain
+    "Find the deepest `n` levels: timm's own, of decreasing resolution, or transformer blocks"
     found = _feature_info(model, calls, n)
     if len(found)>=2: return found,False
     found = _search(model, calls, n)
