@@ -132,7 +132,7 @@ def test_sync_check(repo, monkeypatch):
     assert rc == 1 and 'make export' in out
     bad = {'README.md':'differs', 'nbs/index.ipynb':'differs',
            'frskd_fastai/callback.py':'differs', 'frskd_fastai/method/frskd.py':'differs',
-           'frskd_fastai/stale.py':'no notebook makes it', 'frskd_fastai/method/stale.py':'no notebook makes it'}
+           'frskd_fastai/stale.py':'no notebook exports it', 'frskd_fastai/method/stale.py':'no notebook exports it'}
     for f,what in bad.items(): assert f'\n  {f}: {what}' in out
     assert out.count('\n  ') == len(bad), out
     assert state() == before
