@@ -188,7 +188,7 @@ def test_link(monkeypatch):
         base+'callback.html#frskdcallback.after_fit':'../callback.md#frskdcallback'}
     for link,to in leads.items(): assert site.link(page, link)==to
     for link in 'gone.ipynb', '../method/gone.ipynb#x', f'{git}/blob/main/gone.py':
-        said = f'some.ipynb: {re.escape(link)} leads nowhere'
+        said = f'some.ipynb: broken link {re.escape(link)}'
         with pytest.raises(SystemExit, match=said): site.link(page, link)
 
 # In a browser
