@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLD := .venv-oldest/bin
 META := settings.ini setup.py pyproject.toml
-# The minimum versions in settings.ini, such as fastai==2.8.10, which can't show its transforms with a newer fasttransform
+# The minimum versions in settings.ini, such as fastai==2.8.10; with newer fasttransform, it can't show transforms
 OLDEST := $(shell sed -n 's/^requirements *= *//p' settings.ini | sed 's/>=/==/g') fasttransform==0.0.2
 # Tests of nbdev's output, which differs between releases; the oldest fastcore comes with an older nbdev
 NBDEVS := packaging docs
