@@ -1,6 +1,7 @@
-"""Compare plain training with FRSKD on CamVid: a small U-Net from scratch, on some of the images, downsized.
+"""Compare plain training with FRSKD on CamVid.
 
-Each run appends one row to a CSV file.
+The model is a small U-Net from scratch, the data some of the images at a reduced size. Each run appends a row to a CSV
+file.
 
     python benchmarks/camvid_study.py PATH --arms plain default ramp --seeds 0 1 2 [--epochs 30] [--out FILE]
     python benchmarks/camvid_study.py --table [--out FILE]
@@ -25,7 +26,7 @@ def small(pretrained=False):
     return nn.Sequential(ConvLayer(3, c[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(c[-1], 2))
 
 def find_data(path, codes, images, valid, size):
-    "Return a DataBlock and its files: `images` evenly spaced training images, the first `valid` validation images"
+    "Return a DataBlock and its files: `images` spaced training images, `valid` for validation"
     from fastai.vision.all import DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files
     files = get_image_files(path/'train/images').sorted()
     files = files[:: max(1, len(files)//images)][:images] + get_image_files(path/'val/images').sorted()[:valid]

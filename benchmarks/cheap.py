@@ -26,7 +26,7 @@ class PooledSelfTeacher(nn.Module):
     def forward(self, feats, preact=False): return feats,self.layers(pooled(feats))
 
 class GatedSelfTeacher(nn.Module):
-    "`PooledSelfTeacher` that refines the student's maps: each channel times a gate computed from the pooled maps"
+    "A `PooledSelfTeacher` whose refined maps are the student's, each channel times a gate"
     def __init__(self, channels, n_out, hidden=1024, depth=2):
         super().__init__()
         self.channels = channels

@@ -1,16 +1,16 @@
-"""Measure how strongly each feature loss pulls on the student. `default_beta` is based on these numbers.
+"""Measure how strongly each feature loss pulls on the student.
 
     python benchmarks/feature_loss_scale.py
 
 Prints the gradient norm of each feature loss at the student's body, weighted by its default β, relative to that of
 the student's label loss. Data and student are those of `schedule_study.py cifar`; four epochs with trust (no gate),
-measured in the middle of each.
+measured in the middle of each. `default_beta` is based on these numbers.
 """
 import argparse
 from schedule_study import *
 
 class Scale(Callback):
-    "Record the ratio of the gradient norms (feature loss over label loss) in one batch per epoch"
+    "Records the ratio of gradient norms, feature loss to label loss, in one batch per epoch"
     order,run_valid = FRSKDCallback.order-1,False # before FRSKD adds its losses, while its hooks hold the maps
     def __init__(self): self.ratios = []
     def after_loss(self):

@@ -37,7 +37,7 @@ def weights_file():
     return file
 
 def images_folder(path):
-    "Return the folder with `train` and `valid`; a zip is unpacked once, into the temporary folder"
+    "Return the folder with `train` and `valid`; unpacks a zip into the temporary folder once"
     path = Path(path)
     if path.suffix!='.zip': return path
     out = Path(tempfile.gettempdir())/f'finetune-{path.stem}'
@@ -70,13 +70,13 @@ def calibration_error(p, y, bins=15):
     return 100*sum(o.item() for o in gaps)
 
 def scores(p, y):
-    "Compute accuracy and calibration error in percent, and the loss, from probabilities N×C and labels"
+    "Compute accuracy, loss and calibration error from probabilities N×C and labels"
     loss = F.nll_loss(p.clamp(min=1e-12).log(), y).item()
     right = (p.argmax(1)==y).float().mean().item()
     return dict(accuracy=round(100*right, 2), loss=round(loss, 4), ece=round(calibration_error(p, y), 2))
 
 def judge(learn):
-    "Predict the validation set with each trained network; returns probabilities by name, and the labels"
+    "Predict the validation set; returns each network's probabilities by name, and the labels"
     student,teacher,ys = [],[],[]
     for x,y in learn.dls.valid:
         if hasattr(learn, 'frskd'):

@@ -7,7 +7,7 @@ before the first step (imports, data and weights)."""
 import argparse, json, os, subprocess, sys
 
 def step(arch, size, bs, width):
-    "Train three steps; returns memory in MiB before the first step, at the peak, and the difference"
+    "Train three steps; returns memory in MiB before them, at the peak, and the difference"
     import resource, warnings; warnings.filterwarnings('ignore')
     from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders,
         TensorImage, TensorMask, models, set_seed, torch, unet_learner)

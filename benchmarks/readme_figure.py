@@ -1,4 +1,6 @@
-"""Draw the attention maps on the documentation's first page: photographs at 128 px, after `finetune.py`'s training.
+"""Draw the attention maps on the documentation's first page.
+
+The network is that of `finetune.py`, the photographs have 128 px.
 
     python benchmarks/readme_figure.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 15 \\
         --lr 8e-3

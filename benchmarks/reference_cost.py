@@ -1,4 +1,4 @@
-"""Measure training steps with the reference implementation's self-teacher, and with the cost study's candidates.
+"""Time training steps with the reference implementation's self-teacher, or other variants.
 
     python benchmarks/reference_cost.py resnet18 --before f2a1ed1 --out benchmarks/results/bench_resnet18.csv
     python benchmarks/reference_cost.py candidates --out benchmarks/results/candidates.csv
@@ -25,7 +25,7 @@ CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w
     'w1 d1 f1','w1 d1 f2','shared f1','bottle f1','w1122 d1 f1','w.5 d1 f1']
 
 def before(commit):
-    "Return a function that builds the paper's callback with `SelfTeacher` and `attention_loss` of `commit`"
+    "Build the paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
     d = Path(tempfile.mkdtemp())
     cmd = ['git','archive',commit,'frskd_fastai']
     tar = subprocess.run(cmd, capture_output=True, check=True, cwd=here.parent).stdout

@@ -1,4 +1,4 @@
-"""Compare plain training with FRSKD for several schedules, self-teachers and numbers of epochs.
+"""Compare plain training with FRSKD for several schedules, self-teachers and epochs.
 
 `FRSKDCallback`'s defaults are based on this study.
 
@@ -34,7 +34,7 @@ from frskd_fastai.all import *
 from frskd_fastai.method.teacher import BiFPNLayer
 
 class Shared(SelfTeacher):
-    "Both passes share laterals and node convolutions; fusion weights and BatchNorms stay separate"
+    "Both passes share laterals and node convolutions, but not fusion weights and BatchNorms"
     def __init__(self, channels, n_out, width, depth):
         super().__init__(channels, n_out, width, depth)
         layer, = self.layers
@@ -165,7 +165,9 @@ VARIANTS = { # callback and schedule of the arms that don't use `FRSKDCallback` 
     **{f'warm weights {n}':(WarmWeights,partial(WarmUpWeights, n)) for n in (300,1000)}}
 
 def cifar(per_class, zip_path):
-    "Read 33 classes of CIFAR-100: images and labels for training and test, the unused training ones; number of classes"
+    """Read 33 classes of CIFAR-100 as tensors
+
+    Returns images and labels for training, for test, and those training images that aren't used; number of classes."""
     zf,classes = zipfile.ZipFile(zip_path),{}
     parts = {'train':([],[]), 'test':([],[]), 'unused':([],[])}
     count = defaultdict(int)
@@ -254,7 +256,7 @@ def judge(learn, data):
     return round(acc*100, 2),round(loss, 4)
 
 def refined(learn):
-    "Compute the refined model's accuracy in percent and loss on the validation set; NaN if plain"
+    "Compute the refined model's validation accuracy in percent and loss; NaN if plain"
     if not hasattr(learn, 'frskd'): return math.nan,math.nan
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.frskd.refined().validate()
     return round(acc*100, 2),round(loss, 4)
@@ -270,7 +272,7 @@ def mean_se(o, n=2, sign=''):
     return f'{o.mean():{sign}.{n}f}' + (f' ± {o.std()/len(o)**.5:.{n}f}' if len(o)>1 else '')
 
 def table(args):
-    "Print mean ± standard error over the seeds, with the paired differences from plain training"
+    "Print mean ± standard error over the seeds, and paired differences from plain training"
     d = pd.read_csv(args.out)
     d = d[d.data==args.data].set_index(['arm','epochs','seed'])
     budgets = sorted(d.index.unique('epochs'))

@@ -1,4 +1,4 @@
-"""Compare plain training, more epochs, label smoothing, MixUp and CutMix, each with and without FRSKD.
+"""Compare training recipes with and without FRSKD: more epochs, label smoothing, MixUp, CutMix.
 
     python benchmarks/worth.py few --epochs 20 60  # trains what is missing; appends a row per network to --out
     python benchmarks/worth.py few --times         # times a step of each method in --arms; needs an idle machine
@@ -13,11 +13,11 @@ The settings:
 - `digits`: the digits that come with the package, 1,437 images, ResNet-18
 - `camvid`: 160 half-size images, resized to 72×96, a small U-Net from scratch
 
-An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`. The
-methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone) and
-the cheaper self-teachers of `cheap.py`. `plain longer` trains for as many more epochs as FRSKD takes more time,
-according to `--times`. Arms with the same seed share the initial student and the order of the data. Runs use one CPU
-thread, or the GPU if there is one.
+An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`.
+The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone)
+and the cheaper self-teachers of `cheap.py`. `plain longer` trains for so many more epochs that it takes as long as
+`plain frskd` according to `--times`. Arms with the same seed share the initial student and the order of the data.
+Runs use one CPU thread, or the GPU if there is one.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
@@ -32,7 +32,8 @@ The rule for choosing `FRSKDCallback`'s default, written before any method had a
   and budget (number of epochs), is out.
 - Of the others, the default is the one with the highest gain divided by relative training time, averaged over all
   settings and budgets.
-- If all are out, the default is the one that is worse in the fewest; among equals, the one with the highest average.
+- If all are out, the default is the one that is worse in the fewest of them; among equals, the one with the highest
+  average.
 """
 import argparse, time
 from fastai.vision.all import *
@@ -75,7 +76,7 @@ class TensorLoader(DataLoader):
             if len(i)==self.bs or not self.drop_last: yield self.x[i],self.y[i]
 
 class Setting:
-    "Data, student and training of one setting; `more_dls` holds further evaluation data by name"
+    "Data, student and training of a setting; `more_dls` has further evaluation data by name"
     segmentation,lr,loss_kw,more_dls = False,5e-3,{},{}
     def __init__(self, args): self.args = args
     def loss_func(self, recipe):
@@ -224,7 +225,7 @@ def run(args):
 
 # -- Time per step ----------------------------------------------------------------------------------------------
 def measure(args, setting, rounds=7, steps=6):
-    "Time training steps of all methods in turns; appends ratios to plain (median, quartiles) to `--times-out`"
+    "Time training steps of all methods in turns; appends the ratios to plain to `--times-out`"
     class Timer(Callback):
         order,run_valid = 99,False
         def before_fit(self): self.times = []
@@ -260,7 +261,7 @@ def times(args, setting, method):
 
 # -- Results ----------------------------------------------------------------------------------------------------
 def results(args):
-    "Yield, per setting, budget, arm and network, the rows and paired differences from plain training"
+    "Yield rows and paired differences from plain per setting, budget, arm and network"
     d = pd.read_csv(args.out)
     part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
     d = d[d.part==part].assign(metric=d.miou.fillna(d.accuracy)) # the larger set if there are two
@@ -287,7 +288,7 @@ def table(args):
         print('| '+' | '.join(map(str, cells))+' |')
 
 def figure(args):
-    "Plot gain over plain training against relative training time, one panel per setting and budget"
+    "Plot gain against training time, relative to plain; one panel per setting and budget"
     rows = list(results(args))
     panels = list(dict.fromkeys((s,e) for s,e,*_ in rows))
     n = (len(panels)+2)//3

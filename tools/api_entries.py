@@ -19,7 +19,7 @@ empty = inspect.Parameter.empty
 stars = {inspect.Parameter.VAR_POSITIONAL:'*', inspect.Parameter.VAR_KEYWORD:'**'}
 
 def default_text(o):
-    "Format a default value: '…' if its repr says nothing (`<function ...>`), None if there is no default"
+    "Format a default value, '…' if its repr is like `<function ...>`; None without a default"
     s = None if o is empty else getattr(o, '__name__', repr(o))
     return '…' if s and '<' in s else s
 
@@ -29,7 +29,7 @@ def type_text(o):
     return re.sub(r'\b(\w+\.)+', '', inspect.formatannotation(o)).replace('NoneType', 'None')
 
 def code(s):
-    "Format as HTML code; in backticks, nbdev would link a parameter to a function of the same name"
+    "Format as HTML code, since nbdev would link a name in backticks to a function"
     return '<code>' + html.escape(s).replace('*', '&#42;').replace('_', '&#95;') + '</code>'
 
 @cache
@@ -40,13 +40,13 @@ def first_lines(file):
     return methods | {o.name:o.lineno for o in nodes}
 
 class Entry(BasicMarkdownRenderer):
-    "Renders an API entry: call, docstring, a list of parameters (no wide table), documented methods"
+    "Renders an API entry: call, docstring, a list of parameters, documented methods"
     def __init__(self, sym, **kwargs):
         self.prop = isinstance(sym, property)
         super().__init__(sym, **kwargs)
 
     def params(self):
-        "Yield name, type, default (or None) and comment of each parameter, then of the return value"
+        "Yield name, type, default (or None) and comment of each parameter and the return value"
         for k,p in getattr(self.dm, 'dm', {}).items():
             name = stars.get(p.get('kind'), '')+k
             yield name, type_text(p['anno']), default_text(p['default']), p['docment'] or ''
@@ -92,7 +92,7 @@ class Entry(BasicMarkdownRenderer):
         return '\n\n'.join(filter(None, [title, link, call, self.docs, *self.rows(), *methods]))
 
 class exec_entries(exec_show_docs):
-    "Documents the module's objects instead of the notebook's, so that a dataclass's comments are found"
+    "Documents the module's objects, not the notebook's, to find the comments of dataclasses"
     def begin(self):
         super().begin()
         names = [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in c.directives_]
@@ -101,7 +101,7 @@ class exec_entries(exec_show_docs):
         self.k.user_ns['show_doc'] = entry
 
 class Lookup(NbdevLookup):
-    "Links names in backticks, but not plain words: `train` may be an option, so only `train()` is linked"
+    "Links names in backticks, but of plain words only calls: `train` may be an option"
     def _link_sym(self, m): return m[0] if re.fullmatch('`[a-z]+`', m[0]) else super()._link_sym(m)
 
 def add_links(cell):

@@ -25,7 +25,7 @@ def few_digits(n=20):
     return [f for c in files('train') for f in c[:n]],[f for c in files('valid') for f in c]
 
 def table(rows):
-    "Yield lines with each network's accuracy, loss and calibration error, averaged over the seeds"
+    "Yield lines with each network's accuracy, loss and calibration error, means over the seeds"
     d = pd.DataFrame(rows).set_index(['arm','seed'])
     yield f'{"":16} {"accuracy":>8} {"vs. plain":>16} {"loss":>6} {"calibration error":>18}'
     for arm,name in names.items():

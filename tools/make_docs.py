@@ -1,4 +1,4 @@
-"""Build the documentation site: nbdev processes the notebooks, we write Markdown, Zensical builds HTML.
+"""Build the documentation site: nbdev runs on the notebooks, Zensical on the resulting Markdown.
 
     python tools/make_docs.py [FOLDER]      default: _docs
 
@@ -72,7 +72,7 @@ def plain_table(s):
     return '<div class="output">' + re.sub(r'\n\s*', '\n', s) + '</div>'
 
 class Page:
-    "A page made from the file `src`; `md` is its path on the site, `text` its Markdown, `files` its images"
+    "A page of the file `src`: `md` is its path on the site, `text` its Markdown, `files` images"
     def __init__(self, src, md=None):
         self.src,self.files = Path(src),{}
         if self.src.suffix=='.ipynb': return self.notebook()
@@ -160,7 +160,7 @@ class Site:
         self.ids = {p.md.as_posix():p.ids() for p in self.pages.values()}
 
     def link(self, page, href):
-        "Resolve `href` of `page` to a URL on the site, or on GitHub for files that aren't on the site"
+        "Resolve `href` of `page` to a URL on the site, or on GitHub if the site lacks the file"
         path,_,anchor = href.partition('#')
         if path.startswith(cfg['doc_url']): return self.entry(page, path.removeprefix(cfg['doc_url']), anchor)
         repo = re.fullmatch(re.escape(cfg['git_url']) + r'/(?:blob|tree)/main/?(.*)', path)
@@ -178,7 +178,7 @@ class Site:
         return f'{cfg["git_url"]}/{kind}/main/{file.as_posix()}' + (f'#{anchor}' if anchor else '')
 
     def entry(self, page, path, anchor):
-        "Resolve nbdev's link for a name; if the name has no entry of its own, link to its class or page"
+        "Resolve nbdev's link of a name to its entry, or else to that of its class or its page"
         md = Path(path).with_suffix('.md').as_posix()
         while anchor and anchor not in self.ids[md]: anchor = anchor.rpartition('.')[0]
         return relative(page, md, anchor)
@@ -211,13 +211,15 @@ def relative(page, md, anchor): return os.path.relpath(md, page.md.parent) + (f'
 # The site
 
 def scheme(name, prefers, icon, other):
-    "Configure the colour scheme for readers who prefer it, and its button to the `other` scheme"
+    "Configure a colour scheme and its button that switches to the `other` scheme"
     toggle = dict(icon=f'lucide/{icon}', name=f'Switch to the {other} scheme')
     media = f'(prefers-color-scheme: {prefers})'
     return dict(scheme=name, media=media, primary='indigo', accent='indigo', toggle=toggle)
 
 def config(nav):
-    "Configure Zensical in MkDocs Material's format; without font and `repo_url`, pages load nothing external"
+    """Configure Zensical in the format of MkDocs Material
+
+    Without a font and `repo_url`, pages load nothing from other servers."""
     features = '''navigation.tabs navigation.indexes navigation.footer navigation.top
         toc.follow content.code.copy search.highlight'''.split()
     palette = [scheme('default', 'light', 'moon', 'dark'), scheme('slate', 'dark', 'sun', 'light')]

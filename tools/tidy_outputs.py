@@ -1,9 +1,9 @@
-"Reduce the notebooks' printed outputs to what a terminal shows: carriage returns overwrite progress bars"
+"Reduce the notebooks' printed outputs to what a terminal shows, without overwritten progress bars"
 import json
 from pathlib import Path
 
 def screen(line):
-    "Return `line` as a terminal shows it: text after a carriage return overwrites what was there"
+    "Return `line` as a terminal shows it: a carriage return starts overwriting it"
     shown = ''
     for s in line.split('\r'): shown = s + shown[len(s):]
     return shown.rstrip(' ')
