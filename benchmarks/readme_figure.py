@@ -1,11 +1,14 @@
-"""Draw the attention maps of the first page: photographs at 128 px, after the fine-tuning of `finetune.py`.
+"""Draw the attention maps on the documentation's first page.
+
+The network is that of `finetune.py`, the photographs have 128 px.
 
     python benchmarks/readme_figure.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 15 \\
         --lr 8e-3
 
-The figure becomes the output of the cells in `CELLS` that would draw it (`learn.frskd.show_attention`). The tests don't
-run these cells, because neither the photographs nor the weights come with the package; a hidden cell after each of them
-makes the same call for the page's own Learner. `make export` copies the figure to README.md. The photographs are of the Grocery Store Dataset (Klasson, Zhang and Kjellström, WACV 2019; MIT licence).
+The figure is saved as the output of the cells in `CELLS`, which call `learn.frskd.show_attention`. The tests skip
+these cells, because the package contains neither the photographs nor the weights. A hidden cell after each one makes
+the same call with the page's own Learner. `make export` copies the figure to README.md. The photographs are from the
+Grocery Store Dataset (Klasson, Zhang and Kjellström, WACV 2019; MIT licence).
 """
 import base64, io, json
 from fastai.vision.all import *
@@ -33,6 +36,6 @@ def main(args):
 if __name__=='__main__':
     p = options(__doc__)
     p.add_argument('--n', type=int, default=2, help='number of photographs')
-    p.add_argument('--notebooks', type=Path, default=Path('nbs'), help='folder of the notebooks')
+    p.add_argument('--notebooks', type=Path, default=Path('nbs'), help='folder with the notebooks')
     p.add_argument('--png', help='also write the figure to this file')
     main(p.parse_args())

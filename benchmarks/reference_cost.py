@@ -1,11 +1,16 @@
-"""What the reference implementation's self-teacher costs beside the package's, and the cost study's candidates.
+"""Time training steps with the reference implementation's self-teacher, or other variants.
 
     python benchmarks/reference_cost.py resnet18 --before f2a1ed1 --out benchmarks/results/bench_resnet18.csv
     python benchmarks/reference_cost.py candidates --out benchmarks/results/candidates.csv
 
-`frskd-bench` in a script, with other variants: `reference` is `tests/reference.py`, the reference implementation
-written out node by node, with its attention loss; `before` is the paper's settings with the modules of an earlier
-commit, read from git. `candidates` measures the variants of `schedule_study.py` on its student, as it trains it.
+This is `frskd-bench` with other variants:
+
+- `reference`: the paper's settings with the self-teacher and attention loss of the reference implementation, written
+  out node by node (`tests/reference.py`)
+- `before`: the paper's settings with the modules of an earlier commit, read from git
+- `default, compiled`: the default with `compile=True`
+
+With `candidates` in place of a network, it measures the self-teachers of `schedule_study.py` on that script's student.
 """
 import argparse, io, subprocess, sys, tarfile, tempfile
 from importlib import import_module
@@ -20,14 +25,14 @@ CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w
     'w1 d1 f1','w1 d1 f2','shared f1','bottle f1','w1122 d1 f1','w.5 d1 f1']
 
 def before(commit):
-    "The paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
+    "Build the paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
     d = Path(tempfile.mkdtemp())
     cmd = ['git','archive',commit,'frskd_fastai']
     tar = subprocess.run(cmd, capture_output=True, check=True, cwd=here.parent).stdout
     with tarfile.open(fileobj=io.BytesIO(tar)) as t: t.extractall(d)
     (d/'frskd_fastai').rename(d/'before')
     sys.path.insert(0, str(d))
-    def module(name): # in a folder, or in none as before the rebuild
+    def module(name): # older commits have no subfolders
         file = next((d/'before').rglob(f'{name}.py'))
         return import_module('.'.join(file.relative_to(d).with_suffix('').parts))
     teacher,loss = module('teacher').SelfTeacher,module('losses').attention_loss
@@ -35,10 +40,10 @@ def before(commit):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('arch')
+    p.add_argument('arch', help="network, as for `frskd-bench`, or 'candidates'")
     for o,n in dict(size=224, bs=8, rounds=4, steps=1).items(): p.add_argument(f'--{o}', type=int, default=n)
-    p.add_argument('--before', metavar='COMMIT')
-    p.add_argument('--compile', action='store_true')
+    p.add_argument('--before', metavar='COMMIT', help='also measure the modules of this commit')
+    p.add_argument('--compile', action='store_true', help='also measure the compiled default')
     p.add_argument('--out', type=Path)
     a = p.parse_args()
     kw = dict(size=a.size, bs=a.bs)

@@ -1,10 +1,10 @@
-"""What a prediction of the refined model costs, in units of the student's.
+"""Measure how long the refined model takes for a prediction, relative to the student.
 
     python benchmarks/refined_cost.py --out benchmarks/results/refined_cost.csv
 
-Student and refined model predict by turns in one process, on one thread, without gradients; the quotient of each pair
-of times counts, and its median and quartiles are reported. Operations are those of convolutions and linear layers for
-one image. Networks have fastai's head and random weights.
+Student and refined model predict in turns, in one process, on one thread, without gradients. `time` is the median ratio
+of their times, `low` and `high` are its quartiles. `operations` is the ratio of the FLOPs of convolutions and linear
+layers for one image. The networks have fastai's head and random weights.
 """
 import argparse
 from fastai.vision.all import *
@@ -13,6 +13,7 @@ from frskd_fastai.build import operations
 from frskd_fastai.cli.measure import prediction_times
 
 def learner(arch, size, n_classes=10, bs=2):
+    "Train `arch` with FRSKD for an epoch on random images, which builds its self-teacher"
     items = [(torch.randn(3, size, size), i%n_classes) for i in range(2*bs)]
     dls = DataLoaders(DataLoader(items, bs=bs), DataLoader(items, bs=bs))
     dls.c = n_classes

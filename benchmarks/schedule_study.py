@@ -1,24 +1,32 @@
-"""Plain training against FRSKD with several schedules and self-teachers, at several lengths: the study behind
-`FRSKDCallback`'s defaults.
+"""Compare plain training with FRSKD for several schedules, self-teachers and epochs.
+
+`FRSKDCallback`'s defaults are based on this study.
 
     python benchmarks/schedule_study.py cifar  --arms plain default constant --epochs 5 20 60 --seeds 0 1 2
     python benchmarks/schedule_study.py digits --arms plain default --epochs 5 10 20 --seeds 0 1 2
 
-`cifar` is 33 classes of CIFAR-100 (`../shared/data/cifar100-1.zip`), the first `--per-class` training images of each
-and all 3,300 test images, with random crops and flips, and a small ResNet for 32×32 images. `digits` is the set that
-comes with the package, with torchvision's ResNet-18 as `frskd-train` uses it. `cifar-bottleneck` is `cifar` with
-bottleneck blocks, whose maps have four times the channels of their 3×3 convolutions. Every run is `fit_one_cycle` with
-fastai's Adam, on one CPU thread; the arms of one seed share the initial student and the order of the data. A row per
-run is appended to `--out`; runs that are there already are skipped. `--table` prints the table from that file.
+The data sets:
 
-The gate of the default schedule is chosen by a rule written before the runs of `gate_study.csv` (2026-11-26), which are
-the first with the feature loss that weighs a pooled level as the paper does. Candidates: `default` (no gate),
-`length 500`, `length 1000`, `slow trust`, and `unfrozen` (fine-tuning only; elsewhere it is `default`). Settings:
-digits, 2 and 5 epochs, seeds 0 to 5; CIFAR with 50 images a class, 5, 20 and 60 epochs, judged on the unused images,
-seeds 0 to 2; the fine-tuning of `finetune.py`, 5 epochs, seeds 0 to 2. A candidate must not be worse than plain
-training by more than the standard error of the paired difference in any of them, and must keep 90% of the default's
-gain at 60 epochs; of those that do, the one with the highest mean difference over the settings is taken. Settings are
-run in this order, and one who has failed is not run in the next.
+- `cifar`: 33 classes of CIFAR-100 (`../shared/data/cifar100-1.zip`), the first `--per-class` training images of each
+  and all 3,300 test images, with random crops and flips; the student is a small ResNet for 32×32 images
+- `cifar-bottleneck`: the same with a student of bottleneck blocks, whose maps have four times the channels of their
+  3×3 convolutions
+- `digits`: the digits that come with the package; the student is torchvision's ResNet-18, as in `frskd-train`
+
+Every run is `fit_one_cycle` with fastai's Adam on one CPU thread. Arms with the same seed share the initial student and
+the order of the data. Each run appends a row to `--out`; runs that are already there are skipped. `--table` prints the
+table from that file.
+
+The rule that chose the gate of the default schedule was written before the runs of `gate_study.csv` (2026-11-26), the
+first with a feature loss that weights pooled levels as the paper does:
+
+- Candidates: `default` (then without a gate; now the arm `no gate`), `length 500`, `length 1000`, `slow trust` and
+  `unfrozen` (which differs from `default` in fine-tuning only).
+- Settings, in this order: digits, 2 and 5 epochs, seeds 0 to 5; CIFAR with 50 images per class, 5, 20 and 60 epochs,
+  judged on the unused images, seeds 0 to 2; the fine-tuning of `finetune.py`, 5 epochs, seeds 0 to 2.
+- A candidate must not be worse than plain training by more than the standard error of the paired difference in any
+  setting, and must keep 90% of the default's gain at 60 epochs. One that fails is not run in the remaining settings.
+- Of the candidates that pass, the one with the highest mean difference over the settings is chosen.
 """
 import argparse, io, os, time, zipfile
 from fastai.vision.all import *
@@ -26,7 +34,7 @@ from frskd_fastai.all import *
 from frskd_fastai.method.teacher import BiFPNLayer
 
 class Shared(SelfTeacher):
-    "The two passes share laterals and their nodes' convolutions, but neither fusion weights nor the nodes' BatchNorms"
+    "Both passes share laterals and node convolutions, but not fusion weights and BatchNorms"
     def __init__(self, channels, n_out, width, depth):
         super().__init__(channels, n_out, width, depth)
         layer, = self.layers
@@ -39,12 +47,13 @@ class Shared(SelfTeacher):
                 if isinstance(m, nn.Conv2d): down[j] = m
 
 class SharedLayer(BiFPNLayer):
+    "The layer of `Shared`: computes each lateral once for both passes"
     def _lateral(self, i, f, up, down):
         p = self.laterals[i](f)
         return p if up is None else p*up[0], None if down is None else p*down[0]
 
 class Bottleneck(SelfTeacher):
-    "Nodes that work on a quarter of the channels: 1×1, BatchNorm, ReLU, depthwise 3×3, 1×1, BatchNorm"
+    "Nodes on a quarter of the channels: 1×1, BatchNorm, ReLU, depthwise 3×3, 1×1, BatchNorm"
     def __init__(self, channels, n_out, width, depth):
         super().__init__(channels, n_out, width, depth)
         for nodes in (self.layers[0].up_nodes,self.layers[0].down_nodes):
@@ -56,8 +65,8 @@ class Bottleneck(SelfTeacher):
                     nn.Conv2d(d//4, d, 1, bias=False), nn.BatchNorm2d(d))
 
 class TrustBoth(FRSKDCallback):
-    "Follows the self-teacher as far as both networks know the training set: exp(−label losses of both)"
-    name = 'frskd' # `learn.frskd`, whatever the class is called
+    "Trust from both networks: exp(−sum of their label losses)"
+    name = 'frskd' # keeps the attribute `learn.frskd` in a subclass
     def enter_fit(self):
         super().enter_fit()
         self.ready = Trust()
@@ -65,23 +74,23 @@ class TrustBoth(FRSKDCallback):
     def factor(self): return super().factor*self.ready.factor()
     def after_loss(self):
         super().after_loss()
-        self.ready.update(-self.losses['student']) # plain cross-entropy here, so a log-probability
+        self.ready.update(-self.losses['student']) # −cross-entropy is a mean log-probability
 
 class TrustStudent(TrustBoth):
-    "Follows the self-teacher as far as the student itself knows the training set"
+    "Trust from the student alone: exp(−its label loss)"
     @property
     def factor(self): return self.ready.factor()
 
 class Unfrozen(FRSKDCallback):
-    "The student follows the self-teacher only when its body trains: not in the first phase of `fine_tune`"
+    "A factor of 0 while the body is frozen, as in the first epoch of `fine_tune`"
     name = 'frskd'
     @property
     def factor(self): return 0. if self.learn.opt.frozen_idx>0 else super().factor
 
-no_gate = partial(Trust, full=1) # as all that was run before 2026-11-26
+no_gate = partial(Trust, full=1) # the default schedule until 2026-11-26
 
 class WarmUp(Trust):
-    "Trust times min(1, step/`warm`), steps counted since the self-teacher was built"
+    "Trust × min(1, step/`warm`); counts steps since the self-teacher was built"
     def __init__(self, warm):
         super().__init__(full=1)
         self.warm = warm
@@ -90,11 +99,11 @@ class WarmUp(Trust):
     def factor(self, pct=0.): return super().factor(pct)*self.gate
 
 class WarmUpWeights(WarmUp):
-    "Leaves the gradient into the student's body out of the warm-up, which is in the losses' weights"
+    "Warms up α and β only, by `WarmWeights`, not the gradient into the student's body"
     def factor(self, pct=0.): return Trust.factor(self, pct)
 
 class WarmWeights(FRSKDCallback):
-    "For `WarmUpWeights`"
+    "Multiplies α and β by the gate of `WarmUpWeights`"
     name = 'frskd'
     def build_for(self, seen, inputs, targets):
         super().build_for(seen, inputs, targets)
@@ -102,6 +111,7 @@ class WarmWeights(FRSKDCallback):
         method.weights = lambda factor=1.: type(method).weights(method, factor*self.trust.gate)
 
 def callback(arm):
+    "Build the callback of `arm`"
     kwargs,(cls,schedule) = ARMS.get(arm, {}),VARIANTS.get(arm, (FRSKDCallback,no_gate))
     cb = cls(**kwargs)
     if 'schedule' not in kwargs: cb.trust = schedule()
@@ -109,7 +119,7 @@ def callback(arm):
 
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 
-W1 = dict(width=1., depth=2, finest=0) # the self-teacher of the default until 2026-11-24
+W1 = dict(width=1., depth=2, finest=0) # the default self-teacher until 2026-11-24
 ARMS = {
     'plain':        None,
     'default':      dict(),
@@ -126,7 +136,7 @@ ARMS = {
     'w2 d1 l3':     dict(width=2., depth=1, finest=0, levels=3),
     'w2 d1 l2':     dict(width=2., depth=1, finest=0, levels=2),
     'deep d1':      dict(width=[.5,.5,2.,2.], depth=1, finest=0),
-    'w2 d1 f1':     dict(width=2., depth=1, finest=1),     # what `default` is for this student
+    'w2 d1 f1':     dict(width=2., depth=1, finest=1),     # the default for this student
     'w1.5 d1 f1':   dict(width=1.5, depth=1, finest=1),
     'w1 d1 f2':     dict(width=1., depth=1, finest=2),
     'shared f1':    dict(teacher=partial(Shared, width=2., depth=1), finest=1),     # as `w2 d1 f1`
@@ -136,7 +146,7 @@ ARMS = {
     'w1 d1 f1 r':   dict(width=1., depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1 r':  dict(width=.5, depth=1, finest=1, schedule=ramp),
     'w.5 d1 f1':    dict(width=.5, depth=1, finest=1),
-    # Trust in something else than the self-teacher, and other gates: see `VARIANTS`
+    # Other definitions of trust, and gates: see `VARIANTS`
     **{o:dict() for o in ('trust both','trust student','warm 100','warm 300','warm 1000','warm weights 300',
                           'warm weights 1000','slow trust','length 1000','length 500','unfrozen')},
     'hint':         dict(W1, feature_loss='hint'),         # another feature loss, or none
@@ -144,7 +154,7 @@ ARMS = {
     'nofeature':    dict(W1, beta=0.),
 }
 
-VARIANTS = { # callback and schedule of the arms that have others than `FRSKDCallback` and `no_gate`
+VARIANTS = { # callback and schedule of the arms that don't use `FRSKDCallback` with `no_gate`
     'default':       (FRSKDCallback,Trust),
     'trust both':    (TrustBoth,no_gate),
     'trust student': (TrustStudent,no_gate),
@@ -155,7 +165,9 @@ VARIANTS = { # callback and schedule of the arms that have others than `FRSKDCal
     **{f'warm weights {n}':(WarmWeights,partial(WarmUpWeights, n)) for n in (300,1000)}}
 
 def cifar(per_class, zip_path):
-    "33 classes of CIFAR-100 as tensors: images and labels for training, for test, and the unused ones for training"
+    """Read 33 classes of CIFAR-100 as tensors
+
+    Returns images and labels for training, for test, and those training images that aren't used; number of classes."""
     zf,classes = zipfile.ZipFile(zip_path),{}
     parts = {'train':([],[]), 'test':([],[]), 'unused':([],[])}
     count = defaultdict(int)
@@ -170,7 +182,7 @@ def cifar(per_class, zip_path):
     return *[(to_x(x),tensor(y)) if x else ([],[]) for x,y in parts.values()],len(classes)
 
 class CropFlip(Callback):
-    "Random 32×32 crops of the image padded by 4, and flips, on the batch"
+    "Pad the batch by 4 pixels, crop each image at random to 32×32, and flip half of them"
     order,run_valid = -5,False
     def before_batch(self):
         x,n = F.pad(self.x, (4,4,4,4)),len(self.x)
@@ -180,6 +192,7 @@ class CropFlip(Callback):
         self.learn.xb = (torch.where(flip, x, x.flip(3)),)
 
 class Block(nn.Module):
+    "A basic residual block"
     def __init__(self, ni, nf, stride):
         super().__init__()
         self.convs = nn.Sequential(ConvLayer(ni, nf, stride=stride), ConvLayer(nf, nf, act_cls=None))
@@ -188,18 +201,20 @@ class Block(nn.Module):
     def forward(self, x): return self.act(self.convs(x) + self.idconv(x))
 
 class BottleneckBlock(Block):
+    "A bottleneck block: its 3×3 convolution has a quarter of the channels"
     def __init__(self, ni, nf, stride):
         super().__init__(ni, nf, stride)
         layers = ConvLayer(ni, nf//4, 1),ConvLayer(nf//4, nf//4, stride=stride),ConvLayer(nf//4, nf, 1, act_cls=None)
         self.convs = nn.Sequential(*layers)
 
 def small_resnet(n_out, widths=(16,32,64,128), block=Block):
-    "A ResNet-10 for 32×32 images: 3×3 stem, one block a stage"
+    "Build a ResNet-10 for 32×32 images: 3×3 stem, one block per stage"
     stages = [block(i, o, 1 if k==0 else 2) for k,(i,o) in enumerate(zip((widths[0],)+widths, widths))]
     head = nn.AdaptiveAvgPool2d(1),Flatten(),nn.Linear(widths[-1], n_out)
     return nn.Sequential(ConvLayer(3, widths[0]), *stages, *head)
 
 def learner(data, args, seed, arm):
+    "Build the seeded Learner of `arm`"
     set_seed(seed)
     cbs = [] if ARMS[arm] is None else [callback(arm)]
     if args.data=='digits':
@@ -215,6 +230,7 @@ def learner(data, args, seed, arm):
     return learn
 
 def run(args):
+    "Train all arms that have no row in `--out` yet"
     torch.set_num_threads(1)
     data = cifar(args.per_class, args.zip) if args.data!='digits' else None
     out = Path(args.out)
@@ -234,29 +250,29 @@ def run(args):
         print(row, flush=True)
 
 def judge(learn, data):
-    "Accuracy in percent and loss on the training images that were not used; NaN where there are none"
+    "Compute accuracy in percent and loss on the unused training images; NaN if there are none"
     if data is None or not len(data[2][0]): return math.nan,math.nan
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.validate(dl=DataLoader(list(zip(*data[2])), bs=500))
     return round(acc*100, 2),round(loss, 4)
 
 def refined(learn):
-    "Accuracy in percent and loss of the refined model on the validation set; NaN for plain training"
+    "Compute the refined model's validation accuracy in percent and loss; NaN if plain"
     if not hasattr(learn, 'frskd'): return math.nan,math.nan
     with learn.no_bar(), learn.no_logging(): loss,acc = learn.frskd.refined().validate()
     return round(acc*100, 2),round(loss, 4)
 
 class NoValid(Callback):
-    "Validate in the last epoch only"
+    "Validate from epoch `n` on only, counted from 1"
     def __init__(self, n): self.n = n
     def before_validate(self):
         if self.epoch<self.n-1: raise CancelValidException
 
 def mean_se(o, n=2, sign=''):
-    "Mean and standard error, in words; `n` decimals"
+    "Format mean ± standard error with `n` decimals"
     return f'{o.mean():{sign}.{n}f}' + (f' ± {o.std()/len(o)**.5:.{n}f}' if len(o)>1 else '')
 
 def table(args):
-    "Mean accuracy and its standard error over the seeds; for FRSKD also the paired difference from plain training"
+    "Print mean ± standard error over the seeds, and paired differences from plain training"
     d = pd.read_csv(args.out)
     d = d[d.data==args.data].set_index(['arm','epochs','seed'])
     budgets = sorted(d.index.unique('epochs'))
@@ -281,13 +297,13 @@ if __name__=='__main__':
     p.add_argument('--arms', nargs='+', default=['plain','default','constant'], choices=list(ARMS))
     p.add_argument('--epochs', nargs='+', type=int, default=[5,20,60])
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
-    p.add_argument('--lr', type=float, default=5e-3)
-    p.add_argument('--per-class', type=int, default=100)
-    p.add_argument('--zip', default='../shared/data/cifar100-1.zip')
+    p.add_argument('--lr', type=float, default=5e-3, help='maximum learning rate')
+    p.add_argument('--per-class', type=int, default=100, help='training images per class of CIFAR-100')
+    p.add_argument('--zip', default='../shared/data/cifar100-1.zip', help='images of CIFAR-100')
     p.add_argument('--out', default='benchmarks/results/schedule_study.csv')
-    p.add_argument('--unused', action='store_true', help='judge on the training images that are not used as well')
+    p.add_argument('--unused', action='store_true', help='also measure on the unused training images')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     args = p.parse_args()
     if args.data!='digits' and not args.table and not Path(args.zip).exists():
-        p.error(f'{args.zip} is not there; --zip names an archive with cifar100/{{train,test}}/CLASS/*.png')
+        p.error(f'{args.zip} not found. Set --zip to an archive with cifar100/{{train,test}}/CLASS/*.png')
     table(args) if args.table else run(args)

@@ -1,34 +1,39 @@
-"""What FRSKD is worth: plain training, more epochs, label smoothing, MixUp and CutMix, each without and with FRSKD.
+"""Compare training recipes with and without FRSKD: more epochs, label smoothing, MixUp, CutMix.
 
-    python benchmarks/worth.py few --epochs 20 60        # trains what is missing; a row per network goes to --out
-    python benchmarks/worth.py few --times # measures a step of each method of --arms; on a machine without other load
+    python benchmarks/worth.py few --epochs 20 60  # trains what is missing; appends a row per network to --out
+    python benchmarks/worth.py few --times         # times a step of each method in --arms; needs an idle machine
     python benchmarks/worth.py --table
     python benchmarks/worth.py --figure benchmarks/results/worth.png
 
 The settings:
 
 - `few`, `many`: 33 classes of CIFAR-100, 50 or 500 training images of each, a thin ResNet-10
-- `wide`: as `many`, with the paper's ResNet-18, in batches of 256; bfloat16 where there is a GPU
-- `groceries`: 81 classes, 10 photographs of each at 128 px, a pretrained EfficientNet-Lite0 by `fine_tune`
-- `digits`: the digits of the package, 1,437 images, ResNet-18
-- `camvid`: 160 images at half size, made 72×96, a small U-Net from scratch
+- `wide`: like `many`, with the paper's ResNet-18 and batches of 256; bfloat16 on a GPU
+- `groceries`: 81 classes, 10 photographs of each at 128 px, a pretrained EfficientNet-Lite0, `fine_tune`
+- `digits`: the digits that come with the package, 1,437 images, ResNet-18
+- `camvid`: 160 half-size images, resized to 72×96, a small U-Net from scratch
 
-An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or with a method (`frskd`, `paper`, `no features`,
-`no soft labels`, `label loss`: the self-teacher's label loss alone; and cheaper self-teachers, see `cheap.py`), as in
-`mixup frskd`. `plain longer` trains for as many more epochs as take FRSKD's time, by the ratio that `--times` has
-measured. The arms of one seed share the student's first weights and the order of the data. One CPU thread, or a GPU if
-there is one.
+An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`.
+The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone)
+and the cheaper self-teachers of `cheap.py`. `plain longer` trains for so many more epochs that it takes as long as
+`plain frskd` according to `--times`. Arms with the same seed share the initial student and the order of the data.
+Runs use one CPU thread, or the GPU if there is one.
 
-A run with a method is judged as `student`, as `refined` model (the self-teacher's logits) and as `average` of their
-probabilities; on the validation set, and for `few` also on the training images that it didn't get. `accuracy` is of
-images, or of pixels; `miou` the mean IoU; `ece` the expected calibration error; all in percent.
+A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
+their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
+`accuracy` counts images, or pixels in `camvid`; `miou` is the mean IoU, `ece` the expected calibration error. All three
+are in percent.
 
-The rule for `FRSKDCallback`'s default, written before the first row of a method was there (2026-11-26): the methods are
-the candidates, judged by their student's accuracy (mean IoU in `camvid`; the unused images in `few`) over plain
-training with the recipe `plain`, three seeds or more. One that is worse than plain by more than the standard error of
-the paired difference, in any setting and budget, is out. Of the others, the one with the highest mean over all settings
-and budgets of gain over relative time is the default; if all are out, the one that is worse in the fewest, and of
-these, that with the highest mean.
+The rule for choosing `FRSKDCallback`'s default, written before any method had a row (2026-11-26):
+
+- The candidates are the methods, with the recipe `plain` and at least three seeds. Their gain is the student's accuracy
+  (mean IoU in `camvid`; on the unused images in `few`) minus that of plain training.
+- A candidate that is worse than plain training by more than the standard error of the paired difference, in any setting
+  and budget (number of epochs), is out.
+- Of the others, the default is the one with the highest gain divided by relative training time, averaged over all
+  settings and budgets.
+- If all are out, the default is the one that is worse in the fewest of them; among equals, the one with the highest
+  average.
 """
 import argparse, time
 from fastai.vision.all import *
@@ -44,24 +49,24 @@ METHODS = {
     'no features':    partial(FRSKDCallback, beta=0.),
     'no soft labels': partial(FRSKDCallback, alpha=0.),
     'label loss':     partial(FRSKDCallback, alpha=0., beta=0.)}
-CHEAP = { # self-teachers that might cost less; see `cheap.py`
+CHEAP = { # cheaper self-teachers, see `cheap.py`
     'pooled':          partial(FRSKDCallback, teacher=PooledSelfTeacher, beta=0.),
     'pooled 3 layers': partial(FRSKDCallback, teacher=partial(PooledSelfTeacher, depth=3), beta=0.),
     'pooled 2048':     partial(FRSKDCallback, teacher=partial(PooledSelfTeacher, hidden=2048), beta=0.),
     'gated':           partial(FRSKDCallback, teacher=GatedSelfTeacher),
     'top-down':        partial(FRSKDCallback, teacher=TopDownSelfTeacher),
     'second steps':    EverySecondStep,
-    'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to that of the last level
+    'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to the size of the last one
 METHODS.update(CHEAP)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
 
 def parse_arm(arm):
-    "Recipe, method or None, and whether it trains for longer"
+    "Split an arm into recipe, method (or None) and whether it trains for longer"
     recipe,_,method = arm.partition(' ')
     return recipe,METHODS.get(method),method=='longer'
 
 class TensorLoader(DataLoader):
-    "Batches of images and labels that are in memory, on the GPU if there is one"
+    "Makes batches from tensors that stay on `device`"
     def __init__(self, x, y, device, **kwargs):
         self.x,self.y = x.to(device),y.to(device)
         super().__init__(range(len(x)), device=device, **kwargs)
@@ -71,7 +76,7 @@ class TensorLoader(DataLoader):
             if len(i)==self.bs or not self.drop_last: yield self.x[i],self.y[i]
 
 class Setting:
-    "Data, student and way of training; `more_dls` are further data to judge on, by name"
+    "Data, student and training of a setting; `more_dls` has further evaluation data by name"
     segmentation,lr,loss_kw,more_dls = False,5e-3,{},{}
     def __init__(self, args): self.args = args
     def loss_func(self, recipe):
@@ -80,7 +85,7 @@ class Setting:
         cbs = [{'mixup':MixUp, 'cutmix':CutMix}[recipe]()] if recipe in ('mixup','cutmix') else []
         return cbs if method is None else [*cbs,method()]
     def fit(self, learn, epochs): learn.fit_one_cycle(epochs, self.lr)
-    def keep(self, y): return y>=0 # the labels that count
+    def keep(self, y): return y>=0 # which labels count
 
 class Cifar(Setting):
     def __init__(self, args, per_class, student=small_resnet, bs=64, amp=False):
@@ -93,7 +98,8 @@ class Cifar(Setting):
         train = TensorLoader(self.x, self.y, device, bs=self.bs, shuffle=True, drop_last=True)
         dls = DataLoaders(train, TensorLoader(self.xv, self.yv, device, bs=500), device=device)
         cbs = [CropFlip(), *self.callbacks(recipe, method)]
-        fused = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)) # fastai's takes longer than the rest
+        # On a GPU, fastai's optimizer takes longer than the rest of the step
+        fused = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
         opt_func = fused if device.type=='cuda' else Adam
         learn = Learner(dls, self.student(self.c), loss_func=self.loss_func(recipe), opt_func=opt_func, cbs=cbs)
         learn.to_channelslast(use_amp=False)
@@ -139,12 +145,13 @@ class CamVid(Setting):
         kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
         return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
     def callbacks(self, recipe, method):
-        if recipe in ('mixup','cutmix'): raise SystemExit("worth.py: fastai's MixUp and CutMix label whole images")
+        if recipe in ('mixup','cutmix'):
+            raise SystemExit("worth.py: MixUp and CutMix don't support segmentation. Drop these arms.")
         if method==FRSKDCallback.paper: method = partial(method, segmentation=True)
         return super().callbacks(recipe, method)
     def keep(self, y): return y!=self.void
 
-SETTINGS = { # and the numbers of epochs
+SETTINGS = { # name: (class, budgets in epochs)
     'few':       (partial(Cifar, per_class=50), [20,60]),
     'many':      (partial(Cifar, per_class=500), [20]),
     'wide':      (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [60]),
@@ -153,14 +160,14 @@ SETTINGS = { # and the numbers of epochs
     'camvid':    (CamVid, [20,60])}
 
 def make_learner(setting, seed, recipe, method):
-    "A Learner of one seed; the second one is for the training, whatever its making has drawn"
+    "Build a seeded Learner, ready to train"
     set_seed(seed)
     learn = setting.learner(seed, recipe, method)
-    set_seed(seed)
+    set_seed(seed) # training starts from the same random state, however many numbers the building has drawn
     return learn
 
 def scores(p, y, segmentation):
-    "Accuracy, mean IoU, loss and calibration error of probabilities N×C"
+    "Compute accuracy, mean IoU, loss and calibration error from probabilities N×C and labels"
     res = finetune.scores(p, y)
     if not segmentation: return dict(res, miou=math.nan)
     c = p.shape[1]
@@ -169,7 +176,7 @@ def scores(p, y, segmentation):
     return dict(res, miou=round(100*(table.diag()/union)[table.sum(1)>0].mean().item(), 2))
 
 def judge(setting, learn, dl):
-    "Scores of each network that a training has given"
+    "Evaluate each network of a training on `dl`"
     ps,ys = defaultdict(list),[]
     for x,y in dl:
         y = y.as_subclass(Tensor).cpu()
@@ -182,20 +189,20 @@ def judge(setting, learn, dl):
     return {k:scores(torch.cat(p), torch.cat(ys), setting.segmentation) for k,p in ps.items()}
 
 def networks(learn, x):
-    "Logits of the student and, if there is one, of the self-teacher"
+    "Compute the logits of the student and, if there is one, the self-teacher"
     if not hasattr(learn, 'frskd'):
         with torch.no_grad(): return [learn.model.eval()(x)]
     _,student,_,teacher = learn.frskd.run_both(x)
     return [student,teacher]
 
 def train(args, setting, epochs, seed, arm):
-    "Rows of one training"
+    "Train one arm and return its rows"
     recipe,method,longer = parse_arm(arm)
     if longer and math.isnan(times(args, args.setting, 'frskd')):
-        raise SystemExit(f'worth.py: no time of a step is known. Run `worth.py {args.setting} --times` first')
+        raise SystemExit(f'worth.py: no times measured yet. Run `worth.py {args.setting} --times` first.')
     n = round(epochs*times(args, args.setting, 'frskd')) if longer else epochs
     learn = make_learner(setting, seed, recipe, method)
-    start = time.process_time() # other processes may run beside this one
+    start = time.process_time() # CPU time, since other processes may be running
     learn.add_cb(NoValid(math.inf))
     with learn.no_bar(), learn.no_logging(): setting.fit(learn, n)
     about = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, trained_epochs=n)
@@ -216,9 +223,9 @@ def run(args):
         shown = rows[['arm','epochs','seed','part','network','accuracy','loss','cpu_seconds']]
         print(shown.to_string(index=False, header=False), flush=True)
 
-# -- Times of a step --------------------------------------------------------------------------------------------
+# -- Time per step ----------------------------------------------------------------------------------------------
 def measure(args, setting, rounds=7, steps=6):
-    "Training steps by turns: the median ratio to plain ones, with its quartiles; rows go to `--times-out`"
+    "Time training steps of all methods in turns; appends the ratios to plain to `--times-out`"
     class Timer(Callback):
         order,run_valid = 99,False
         def before_fit(self): self.times = []
@@ -246,18 +253,18 @@ def measure(args, setting, rounds=7, steps=6):
     print(rows.to_string(index=False))
 
 def times(args, setting, method):
-    "The median of the measured ratios; NaN where none was"
+    "Return the median of the measured time ratios to plain; NaN if there is none"
     if not args.times_out.exists(): return math.nan
-    setting = {'many':'few'}.get(setting, setting) # the same step
+    setting = {'many':'few'}.get(setting, setting) # their steps are the same
     d = pd.read_csv(args.times_out)
     return d[(d.setting==setting) & (d.method==method) & (d.device==args.device_name)].ratio.median()
 
 # -- Results ----------------------------------------------------------------------------------------------------
 def results(args):
-    "Per setting, budget, arm and network: the rows, and their paired differences from plain training"
+    "Yield rows and paired differences from plain per setting, budget, arm and network"
     d = pd.read_csv(args.out)
     part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
-    d = d[d.part==part].assign(metric=d.miou.fillna(d.accuracy)) # the larger set, where there are two
+    d = d[d.part==part].assign(metric=d.miou.fillna(d.accuracy)) # the larger set if there are two
     for (setting,epochs),g in d.groupby(['setting','epochs'], sort=False):
         plain = g[g.arm=='plain'].set_index('seed')
         for (arm,network),o in g.groupby(['arm','network'], sort=False):
@@ -265,12 +272,13 @@ def results(args):
             yield setting,epochs,arm,network,o,{k:(o[k]-plain[k]).dropna() for k in ('metric','loss','ece')}
 
 def relative_time(args, setting, epochs, arm, o):
-    "Of the training, in units of a plain one"
+    "Return the training time relative to plain training"
     method = arm.partition(' ')[2]
     if method=='longer': return (o.trained_epochs/epochs).mean()
     return times(args, setting, method or 'plain')
 
 def table(args):
+    "Print all results as a Markdown table"
     heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','seeds'
     print('| '+' | '.join(heads)+' |\n'+'|---'*len(heads)+'|')
     for setting,epochs,arm,network,o,diff in results(args):
@@ -280,7 +288,7 @@ def table(args):
         print('| '+' | '.join(map(str, cells))+' |')
 
 def figure(args):
-    "Gain over plain training against the time it takes, one panel a setting and budget"
+    "Plot gain against training time, relative to plain; one panel per setting and budget"
     rows = list(results(args))
     panels = list(dict.fromkeys((s,e) for s,e,*_ in rows))
     n = (len(panels)+2)//3
@@ -296,7 +304,8 @@ def figure(args):
             c = dict(zip(ARMS, plt.cm.tab20.colors))[arm]
             ax.errorbar(t, gain.mean(), gain.std()/len(gain)**.5 if len(gain)>1 else 0, fmt=marks[network], color=c,
                         label=arm if network=='student' else None)
-        ax.set(title=f'{panel[0]}, {panel[1]} epochs', xlabel='time, × plain', ylabel='gain over plain, points')
+        ax.set(title=f'{panel[0]}, {panel[1]} epochs', xlabel='training time, × plain',
+               ylabel='gain over plain training, points')
     axs.flat[0].legend(fontsize=7)
     fig.savefig(args.figure, dpi=110)
 
@@ -304,7 +313,7 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('setting', nargs='?', choices=SETTINGS)
     p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in CHEAP], choices=ARMS)
-    p.add_argument('--epochs', nargs='+', type=int, help="default: the setting's")
+    p.add_argument('--epochs', nargs='+', type=int, help="budgets; default: all budgets of the setting")
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--cifar', default='../shared/data/cifar100-1.zip')
     p.add_argument('--groceries', default='../shared/data/groceries.zip')
@@ -312,9 +321,9 @@ if __name__=='__main__':
     here = Path(__file__).parent/'results'
     p.add_argument('--out', type=Path, default=here/'worth.csv')
     p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
-    p.add_argument('--times', action='store_true', help='measure the times of a step and stop')
-    p.add_argument('--table', action='store_true', help='print the results and stop')
-    p.add_argument('--figure', type=Path, help='draw the results and stop')
+    p.add_argument('--times', action='store_true', help='time a step of each method and stop')
+    p.add_argument('--table', action='store_true', help='print the table from --out and stop')
+    p.add_argument('--figure', type=Path, help='plot the results to this file and stop')
     args = p.parse_args()
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
@@ -322,4 +331,4 @@ if __name__=='__main__':
     if args.table: table(args)
     elif args.figure: figure(args)
     elif args.setting: run(args)
-    else: p.error('name a setting')
+    else: p.error('SETTING is missing: name one, or use --table or --figure')

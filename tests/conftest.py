@@ -1,4 +1,4 @@
-"Small real images for the tests: handwritten digits, 32×32, as tensors"
+"Fixtures and helpers: Learners on small real images (handwritten digits, 32×32, as tensors)"
 import pickletools, warnings, zipfile
 warnings.filterwarnings('ignore', category=FutureWarning)
 import pytest, torch
@@ -6,10 +6,10 @@ from fastai.vision.all import *
 from fastai.vision.models.unet import DynamicUnet
 from sklearn.datasets import load_digits
 
-torch.backends.cudnn.allow_tf32 = False # on a GPU: the tests compare values of float32
+torch.backends.cudnn.allow_tf32 = False # the tests compare float32 values, also on a GPU
 
 class SmallNet(nn.Module):
-    "Three stages with BatchNorm and a linear head: 16, 8 and 4 pixels for 32-pixel images"
+    "Three stages with BatchNorm (16, 8 and 4 pixels for 32-pixel images) and a linear head"
     def __init__(self, n_out=10):
         super().__init__()
         self.stem = ConvLayer(3, 8)
@@ -21,7 +21,7 @@ def split(m): return L(m.stem, m.stages, m.head).map(params)
 
 VOID = 4
 def masks(x, y):
-    "Ink of the digit: 1 + its remainder by three; paper 0; what is between is not labelled"
+    "Make masks: ink is 1 + digit modulo 3, paper is 0, gray pixels between them are unlabelled"
     ink = x[:,0]
     return torch.where(ink>.6, 1+y[:,None,None]%3, torch.where(ink<.2, 0, VOID)).long()
 
@@ -43,7 +43,7 @@ def dls(digits):
 
 @pytest.fixture
 def make(dls, tmp_path):
-    "A seeded Learner on the digits"
+    "Build a seeded Learner on the digits"
     def _make(seed=0, **kw):
         set_seed(seed)
         model = kw.pop('model', None)
@@ -66,12 +66,12 @@ def weights(m): return {k:v.clone() for k,v in m.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 def pickled_modules(file):
-    "The modules that a file of `learn.export` imports from when it is loaded"
+    "List the modules that loading a file of `learn.export` imports"
     with zipfile.ZipFile(file) as z: data = z.read(first(n for n in z.namelist() if n.endswith('data.pkl')))
     modules = {arg.split(' ')[0] for op,arg,_ in pickletools.genops(data) if op.name=='GLOBAL'}
     assert 'fastai.learner' in modules
     return modules
 
 def pytest_pycollect_makeitem(collector, name, obj):
-    "`from fastai.vision.all import *` brings `test_eq`, `test_set` and the like, which are no tests of ours"
+    "Skip `test_eq` and other functions that `from fastai.vision.all import *` brings in"
     if getattr(obj, '__module__', '').startswith(('fastcore','fastai')): return []

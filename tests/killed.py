@@ -1,7 +1,7 @@
-"""Trainings that are killed: `python killed.py KIND KILLS FOLDER` trains undisturbed, then again and again
-with SIGKILL at random moments and `--resume`, until it has killed KILLS times, and prints what came of it as JSON
+"""Kill and resume trainings at random moments, for tests/test_resume.py: `python killed.py KIND KILLS FOLDER`
 
-It forks a process for each start: fastai is imported once. For tests/test_resume.py"""
+It first trains undisturbed, then trains again with SIGKILL at random moments and `--resume`, until it has killed KILLS
+processes. It prints the result as JSON. Each start is a fork, so that fastai is imported only once."""
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import pandas as pd, torch, torchvision
@@ -14,9 +14,10 @@ progress.ProgressCallback.run = False
 FAST = '--bs','16','--lr','1e-3','--seed','1'
 KINDS = dict(
     compare = ('--arch','wrn16_2','--size','16','--epochs','3','--compare',*FAST),
-    fine_tune = ('--arch','resnet18','--size','32','--epochs','2',*FAST)) # an epoch with a frozen body comes before
+    fine_tune = ('--arch','resnet18','--size','32','--epochs','2',*FAST)) # after one epoch with a frozen body
 
 def folder(root):
+    "Write 12 images of each of four digits"
     for c in '0123':
         for f in sorted((digits_data()/'train'/c).iterdir())[:12]:
             (root/c).mkdir(parents=True, exist_ok=True)
@@ -24,7 +25,7 @@ def folder(root):
     return root
 
 def fetch(url, **kw):
-    "In place of torchvision's download: a seeded network's weights"
+    "Replace torchvision's download by the weights of a seeded network"
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     weights = torchvision.models.resnet18().state_dict()
@@ -32,7 +33,7 @@ def fetch(url, **kw):
     return weights
 
 def start(argv, log):
-    "The command in a process of its own, as a group with those that load its images; its id"
+    "Fork the command, in a process group with its data loader workers; returns the process id"
     pid = os.fork()
     if pid: return pid
     os.setpgid(0, 0)
@@ -45,7 +46,7 @@ def start(argv, log):
         os._exit(code)
 
 def end(pid, after=None):
-    "The exit code; None where it was killed, `after` so many seconds"
+    "Wait for the exit code; kills the process `after` some seconds and returns None"
     t0 = time.time()
     while after is None or time.time()-t0<after:
         done,status = os.waitpid(pid, os.WNOHANG)
@@ -55,6 +56,7 @@ def end(pid, after=None):
     return None if os.waitpid(pid, 0)[1]==signal.SIGKILL else 0
 
 def outcome(out):
+    "Read the trained weights and the history, without times"
     learn = torch.load(out/'student.pkl', weights_only=False)
     return learn.model.state_dict(),pd.read_csv(out/'history.csv').drop(columns='time')
 
@@ -64,7 +66,7 @@ def same(a, b):
 if __name__=='__main__':
     kind,kills,root = sys.argv[1],int(sys.argv[2]),Path(sys.argv[3])
     torchvision.models._api.load_state_dict_from_url = fetch
-    defaults.cpus = int(kind=='fine_tune') # processes that load images
+    defaults.cpus = int(kind=='fine_tune') # data loader workers
     data,log,rng = folder(root/'data'),root/'log',random.Random(kind)
     train = lambda out: [data, *KINDS[kind], '--out', out]
     t0 = time.time()

@@ -1,14 +1,15 @@
-"""Processes that train together on the CPU: `python ranks.py RANK WORLD PORT FOLDER` is one of them; it runs
-the scenarios that it is told on its input, one a line, and keeps what they return in FOLDER
+"""Processes that train together on the CPU, for tests/test_distributed.py
 
-`Ranks` starts and tells them, for tests/test_distributed.py, which also calls some of the scenarios itself"""
+`python ranks.py RANK WORLD PORT FOLDER` runs one of them. It reads scenarios from its standard input, one per line, and
+saves their results in FOLDER. `Ranks` starts the processes and sends the scenarios. The tests also call some scenarios
+directly, in a single process."""
 import faulthandler, json, os, queue, signal, socket, subprocess, sys, threading, traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-# -- The side of the tests --------------------------------------------------------------------------------
+# -- In the test process ----------------------------------------------------------------------------------
 class Ranks:
-    "`n` processes; a context manager. `run` runs a scenario on all, and kills them when that takes too long"
+    "Context manager with `n` processes; `run` runs a scenario on all, and kills them if it takes too long"
     def __init__(self, folder, n=2, env=None):
         self.folder,self.n,self.env,self.procs = Path(folder),n,env or {},[]
 
@@ -33,17 +34,17 @@ class Ranks:
         self.said.put((r,None))
 
     def run(self, name, limit=60, ranks=None, **kw):
-        "What scenario `name` returns on each rank, and what each prints"
+        "Run scenario `name`; returns each rank's result, with its output in `printed`"
         import torch
         if not self.procs: self.start()
-        ranks = set(range(self.n)) if ranks is None else set(ranks) # those that are expected to end it
+        ranks = set(range(self.n)) if ranks is None else set(ranks) # those that are expected to finish
         for p in self.procs:
             p.stdin.write(json.dumps([name,kw])+'\n')
             p.stdin.flush()
         printed,done = ['']*self.n,set()
         while not ranks<=done:
             try: r,line = self.said.get(timeout=limit)
-            except queue.Empty: self.fail(f'{name} took more than {limit} s without a word')
+            except queue.Empty: self.fail(f'{name} printed nothing for {limit} s')
             if line is None and r in ranks: self.fail(f'{name}: rank {r} ended')
             if line=='=== done\n': done.add(r)
             elif line is not None: printed[r] += line
@@ -53,7 +54,7 @@ class Ranks:
 
     def fail(self, why):
         for p in self.procs:
-            if p.poll() is None: p.send_signal(signal.SIGABRT) # faulthandler writes where it is
+            if p.poll() is None: p.send_signal(signal.SIGABRT) # faulthandler prints the stack
         self.stop()
         logs = [f'-- rank {r}: {(self.folder/f"log-{r}").read_text()[:3000]}' for r in range(self.n)]
         raise AssertionError('\n'.join([why,*logs]))
@@ -73,7 +74,7 @@ class Ranks:
         for p in self.procs: p.kill()
         if self.procs: self.stop()
 
-# -- The side of the processes ----------------------------------------------------------------------------
+# -- In the started processes -----------------------------------------------------------------------------
 if __name__=='__main__' and sys.argv[1]!='script':
     rank,world,port,folder = sys.argv[1:]
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
@@ -91,7 +92,7 @@ from conftest import VOID, SmallNet, masks, n_hooks, small_unet, split, weights
 from sklearn.datasets import load_digits
 
 def on_cpu():
-    "fastai broadcasts indices through CUDA; without, the list is a tensor as it is"
+    "Patch fastai's broadcast of indices, which goes through CUDA"
     def _broadcast(self, t, rank):
         t = LongTensor(t)
         torch.distributed.broadcast(t, rank)
@@ -107,7 +108,7 @@ def data(n=64, bs=8, n_valid=20, shuffle=False, drop_last=False, dense=False):
     return DataLoaders(DataLoader(items[:n], bs=bs, shuffle=shuffle, drop_last=drop_last), DataLoader(items[n:], bs=bs))
 
 def learner(dls=None, path='.', frskd=None, sla=False, seed=None, cbs=None, **kw):
-    "A Learner; each rank has other initial weights, unless there is a `seed`"
+    "Build a Learner; without `seed`, each rank has different initial weights"
     set_seed(rank_distrib() if seed is None else seed)
     dls,model = dls or data(),kw.pop('model', None) or SmallNet()
     cb = (FRSKDSLACallback if sla else FRSKDCallback)(**(frskd or {}))
@@ -115,7 +116,7 @@ def learner(dls=None, path='.', frskd=None, sla=False, seed=None, cbs=None, **kw
     return Learner(dls, model, path=path, cbs=[cb, *L(cbs)], **kw)
 
 class Together(Callback):
-    "At each step: are gradients and parameters of both networks the same on all ranks?"
+    "Records at each step whether gradients and parameters of both networks are the same on all ranks"
     order,run_valid = 99,False
     def __init__(self): self.same = []
     def all(self): return [*self.learn.model.parameters(), *self.frskd.trained.parameters()]
@@ -128,27 +129,27 @@ class Together(Callback):
     def after_step(self): self.same.append((self.grads,self.look(self.all())))
 
 class BF16(MixedPrecision):
-    "fastai's `MixedPrecision` autocasts CUDA only; this does the CPU, at the same events and order"
+    "Autocasts the CPU at the events of fastai's `MixedPrecision`, which autocasts CUDA only"
     def before_fit(self):
         self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
         self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', enabled=False),L()
 
 class CutOnRank1(Callback):
-    "Fewer samples on rank 1"
+    "Keeps only `n` samples per batch on rank 1"
     run_valid = False
     def __init__(self, n): self.n = n
     def before_batch(self):
         if rank_distrib(): self.learn.xb,self.learn.yb = [o[:self.n] for o in self.xb],[o[:self.n] for o in self.yb]
 
 class Stop(Callback):
-    "Raises what stops a fit, in batch `n`"
+    "Raises `what` in batch `n`, to stop a fit"
     run_valid = False
     def __init__(self, n, what=CancelFitException, event='after_loss'): self.n,self.what,self.event = n,what,event
     def __call__(self, event):
         if event==self.event and self.learn.training and self.learn.train_iter>=self.n: raise self.what
 
 def end(learn, together=None):
-    "How things are after a fit"
+    "Describe the state after a fit"
     cb = learn.frskd
     left = [k for k in ('hooks','prepared','step_out') if getattr(cb, k) is not None]
     left += [k for k in ('_do_epoch','_call_one','parameters') if k in learn.__dict__]
@@ -167,8 +168,9 @@ def ctx(learn, **kw):
 
 @scenario
 def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
-    """A training, by `how`; `look` at the type of what the self-teacher's `look` returns; its wrapper left away,
-    if `unwrapped`"""
+    """Train in the way named by `how`
+
+    Records the dtypes of the outputs of the self-teacher's submodule `look`. `unwrapped` removes the DDP wrapper."""
     together,dtypes = Together(),set()
     learn = learner(data(n, bs, shuffle=True), **kw)
     learn.frskd.build()
@@ -197,7 +199,7 @@ def trains(how, n=64, bs=8, look=None, unwrapped=False, **kw):
 
 @scenario
 def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
-    "Steps on batches of `world_bs`, BatchNorm in evaluation mode: several processes must do what one does"
+    "Train on batches of `world_bs` with BatchNorm in eval mode, so that several processes equal one"
     class NoStatistics(Callback):
         order,run_valid = 99,False
         def before_train(self):
@@ -205,7 +207,7 @@ def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
             self.frskd.trained.eval()
     n_proc = max(num_distrib(), 1)
     dls = data(n, world_bs//n_proc)
-    if n_proc==1: # the samples of a step of several processes
+    if n_proc==1: # put the samples of both ranks into one batch
         items,half,bs = dls.train.dataset,n//2,world_bs//2
         order = [o for i in range(0, half, bs) for r in range(2) for o in range(r*half+i, r*half+min(i+bs, half))]
         dls = DataLoaders(DataLoader([items[i] for i in order], bs=world_bs), dls.valid)
@@ -222,14 +224,14 @@ def steps(world_bs=16, n=48, epochs=1, lr=.01, cbs=None, **kw):
 
 @scenario
 def resumes(path):
-    "A training with `Resumable`, undisturbed, and interrupted on all ranks in its second epoch"
+    "Train with `Resumable`, undisturbed and interrupted on all ranks in the second epoch"
     from frskd_fastai.learner.resume import Resumable
     res = {}
     for name,stops in ('whole',[None]),('parts',[9,None]):
         for stop in stops:
             set_seed(0)
             learn = learner(data(shuffle=True), seed=0)
-            set_seed(rank_distrib()) # each has random states of its own
+            set_seed(rank_distrib()) # each rank has its own random states
             stops_it = [] if stop is None else [Stop(stop, KeyboardInterrupt)]
             try:
                 with ctx(learn):
@@ -240,7 +242,7 @@ def resumes(path):
 
 @scenario
 def poisoned():
-    "Images that aren't finite, on rank 1 alone, in one step"
+    "Make the images of one step non-finite on rank 1"
     class Poison(Callback):
         run_valid = False
         def before_batch(self):
@@ -254,7 +256,7 @@ def poisoned():
 
 @scenario
 def segments():
-    "A U-Net: mean IoU over both ranks' images, and what one process measures"
+    "Train a U-Net; returns mean IoU over both ranks' images, and as one process measures it"
     loss,metrics = CrossEntropyLossFlat(axis=1, ignore_index=VOID),[MeanIoU(VOID),PixelAccuracy(VOID)]
     dls,model = data(n=32, dense=True),small_unet()
     learn = learner(dls, model=model, splitter=trainable_params, loss_func=loss, metrics=metrics)
@@ -273,7 +275,7 @@ def segments():
 
 @scenario
 def prints(path):
-    "A fit with all that prints and writes, in a folder for each rank"
+    "Fit with everything that prints and writes, in one folder per rank"
     path = Path(path)/str(rank_distrib()); path.mkdir()
     learn = learner(path=path, frskd=dict(columns=True))
     with ctx(learn):
@@ -285,7 +287,7 @@ def prints(path):
 
 @scenario
 def saves(path, file):
-    "Trains, saves, trains on, and loads what it has saved"
+    "Train, save, train on, and load the saved state"
     learn = learner(path=path)
     with ctx(learn), learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-2)
@@ -295,7 +297,7 @@ def saves(path, file):
             def after_epoch(self): self.learn.save(f'{file}-in-fit')
         learn.fit(1, 1e-2, cbs=SaveInFit())
         trained_on = end(learn)
-        if rank_distrib()==0: time.sleep(.5) # the others are at `load` before the file is there
+        if rank_distrib()==0: time.sleep(.5) # so that the others reach `load` before the file exists
         learn.save(f'{file}-late')
         learn.load(f'{file}-late')
         learn.load(file)
@@ -303,7 +305,7 @@ def saves(path, file):
 
 @scenario
 def loads(path, file):
-    "Loads what others have saved, and trains on"
+    "Load what other processes have saved, and train on"
     learn = learner(path=path, seed=5)
     with ctx(learn), learn.no_bar(), learn.no_logging():
         learn.load(file)
@@ -314,7 +316,7 @@ def loads(path, file):
 
 @scenario
 def best():
-    "SaveModelCallback, which loads at the end what rank 0 has saved"
+    "Fit with SaveModelCallback, which loads what rank 0 has saved"
     learn = learner(path=sys.argv[4])
     together = Together()
     with ctx(learn), learn.no_bar(), learn.no_logging():
@@ -323,7 +325,7 @@ def best():
 
 @scenario
 def lr_find():
-    "Refused, in time; the Learner goes on"
+    "Call `lr_find`, which is refused; then fit"
     learn = learner()
     learn.frskd.build()
     before = end(learn)
@@ -337,7 +339,7 @@ def lr_find():
 
 @scenario
 def too_few():
-    "Fewer images than a batch for each rank"
+    "Fit with fewer images than a batch per rank"
     dls = data(12, 8, drop_last=True)
     learn = learner(dls)
     with ctx(learn), learn.no_bar(), learn.no_logging():
@@ -350,7 +352,7 @@ def too_few():
 
 @scenario
 def own_wrapper():
-    "A model that the user has wrapped, without `distrib_ctx`"
+    "Fit a model that the user has wrapped, without `distrib_ctx`"
     torch.distributed.is_initialized() or torch.distributed.init_process_group('gloo')
     learn = learner(model=DistributedDataParallel(SmallNet()), splitter=trainable_params)
     together = Together()
@@ -359,7 +361,7 @@ def own_wrapper():
 
 @scenario
 def one_fails(how, seconds=8):
-    "Rank 1 leaves the fit by an exception and its process ends, or it hangs"
+    "Fit while rank 1 raises an exception and ends, or hangs"
     from accelerate.utils import InitProcessGroupKwargs
     from datetime import timedelta
     class Fail(Callback):
@@ -376,11 +378,11 @@ def one_fails(how, seconds=8):
         except ArithmeticError:
             res = end(learn)
             torch.save(res, Path(sys.argv[4])/'left-1.pth')
-            os._exit(1) # as the end of a script by an exception: the connections close
+            os._exit(1) # like a script that ends by an exception: the connections close
         except BaseException as e: res = {**end(learn), 'said':f'{type(e).__name__}: {e}', 'seconds':time.time()-t0}
     return res
 
-if __name__=='__main__' and sys.argv[1]=='script': # started by a launcher: what a user's script does
+if __name__=='__main__' and sys.argv[1]=='script': # started by a launcher, like a user's script
     on_cpu()
     learn,together = learner(),Together()
     with ctx(learn): learn.fine_tune(1, cbs=together)
@@ -393,4 +395,4 @@ elif __name__=='__main__':
         try: res = SCENARIOS[name](**kw) or {}
         except BaseException: res = dict(error=traceback.format_exc())
         torch.save(res, Path(folder)/f'{name}-{rank}.pth')
-        print('\n=== done', flush=True) # a progress bar ends without a new line
+        print('\n=== done', flush=True) # a progress bar ends without a newline

@@ -1,16 +1,19 @@
-"""The self-teacher and the losses written out as `shared/golden/README.md` states them, node by node, without any of
-the package's shortcuts, and with the reference's parameter names. Slow and plain: what the package is compared with
-where there is no golden file"""
+"""The self-teacher and losses, written out node by node as `shared/golden/README.md` defines them
+
+Slow and simple, without the package's optimizations, and with the reference implementation's parameter names. The tests
+compare the package with it where there is no golden file."""
 import math, torch
 import torch.nn as nn, torch.nn.functional as F
 
 class P(nn.Module):
+    "A path between maps: 1×1 convolution, BatchNorm, ReLU"
     def __init__(self, ni, nf):
         super().__init__()
         self.conv = nn.Sequential(nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), nn.BatchNorm2d(nf)))
     def forward(self, x): return F.relu(self.conv(x))
 
 class S(nn.Module):
+    "A node: depthwise-separable 3×3 convolutions, each with a BatchNorm, and ReLUs in between"
     def __init__(self, d, depth):
         super().__init__()
         blocks = []
@@ -21,11 +24,13 @@ class S(nn.Module):
     def forward(self, x): return self.conv(x)
 
 class SamePool(nn.Module):
+    "3×3 max pooling at stride 2, padded with zeros to half the size, rounded up"
     def forward(self, x):
         (t,b),(l,r) = [(o//2,o-o//2) for o in (max((math.ceil(s/2)-1)*2+3-s, 0) for s in x.shape[-2:])]
         return F.max_pool2d(F.pad(x, (l,r,t,b)), 3, 2)
 
 class Layer(nn.Module):
+    "A BiFPN layer"
     def __init__(self, c, d, depth, first, scaled):
         super().__init__()
         n = len(c)
@@ -55,6 +60,7 @@ class Layer(nn.Module):
         return [F.relu(o) for o in t]
 
 class Reference(nn.Module):
+    "The self-teacher"
     def __init__(self, channels, n_out, width=2, depth=2, repeat=1, n_channels=None):
         super().__init__()
         d = [n_channels or max(1, round(width*c)) for c in channels]
@@ -66,10 +72,12 @@ class Reference(nn.Module):
         return feats,self.fc(feats[-1].mean((2,3)))
 
 def kd(s, t, K):
+    "Compute the soft-label loss"
     p,q = (t.detach()/K).softmax(1),(s/K).softmax(1)
     return (p*(p.log()-q.log())).sum(1).mean()*K**2
 
 def attention(feats, refined):
+    "Compute the attention loss"
     def phi(x):
         a = (x**2).mean(1).flatten(1)
         return a/a.norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"What FRSKD costs: the command frskd-bench, no step that waits for the device, compiling, the import"
+"`frskd-bench` and the cost of FRSKD: no hidden synchronization with the GPU, compiling, import time"
 from contextlib import nullcontext
 import os, shlex, subprocess, sys
 from pathlib import Path
@@ -19,7 +19,7 @@ Narrow = partial(SelfTeacher, width=.25, depth=1)
 '''
 
 def test_command(tmp_path, capsys, monkeypatch):
-    "Every file it writes; a self-teacher of the user's, from the working directory"
+    "It writes all its files and accepts a self-teacher from a module in the working directory"
     (tmp_path/'mine.py').write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
@@ -54,7 +54,7 @@ def test_bad_options(args, capsys):
 
 # -- No hidden costs --------------------------------------------------------------------------------------
 class Waits(TorchDispatchMode):
-    "Notes what makes a GPU wait: `.item()`, `float()`, `bool()` of a tensor, indices by a mask, copies to the CPU"
+    "Records operations that make a GPU wait: `.item()`, `float()`, `bool()`, mask indexing, copies to the CPU"
     waiting = '_local_scalar_dense','nonzero','masked_select','equal.default'
     def __init__(self): super().__init__(); self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -69,7 +69,7 @@ OLD = "in a mode this torch (2.5) can't make a tensor another type, as fastai do
 watches = pytest.mark.skipif(not sees_subclasses(), reason=OLD)
 
 def watch_after_loss(learn, mode):
-    "Train under `mode`, but for the fit's first step, in which targets are checked; how many steps there were"
+    "Train under `mode` from the second step on (the first one checks the targets); returns the number of steps"
     frskd,events = learn.frskd,[]
     after_loss = frskd.after_loss
     def watched():
@@ -105,7 +105,7 @@ def test_no_step_waits_for_the_gpu(make):
     assert watch_after_loss(learn, Strict())==6
 
 def test_maps_are_released_after_the_step(make):
-    "The graph of a step, and with it the student's maps, is gone when the next one begins"
+    "The graph of a step, and with it the student's maps, is freed before the next step begins"
     import gc, weakref
     refs = []
     class Look(Callback):
@@ -123,9 +123,9 @@ def test_maps_are_released_after_the_step(make):
 
 # -- Compiling --------------------------------------------------------------------------------------------
 def test_compiled_is_the_same(make, monkeypatch):
-    """`compile=True` compiles self-teacher and losses, each whole and once; values and weights stay the same
+    """`compile=True` compiles the self-teacher and each loss whole and once, without changing values or weights
 
-    Here with the compiler's own front end, which needs no C++"""
+    Uses only the compiler's front end, which needs no C++."""
     compiled = torch.compile
     seen = []
     counters = torch._dynamo.utils.counters
@@ -166,7 +166,7 @@ def test_a_model_that_the_user_compiled(how, make):
 
 # -- The optimizer, the import ----------------------------------------------------------------------------
 def test_torchs_fused_optimizer(make):
-    "Both networks' parameters are in its groups"
+    "A fused torch optimizer has both networks' parameters in its groups"
     learn = make(cbs=FRSKDCallback(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)))
     learn.create_opt()
     before = weights(learn.model),weights(learn.frskd.build().teacher)
@@ -178,7 +178,8 @@ def test_torchs_fused_optimizer(make):
         assert all(not torch.equal(p, b[k]) for k,p in m.named_parameters() if 'fusion' not in k)
 
 def test_import_costs_little():
-    "`frskd_fastai.all` over fastai, in one process: the modules of this package alone"
+    """Importing `frskd_fastai.all` after fastai takes little time; measured in one process, for this package's modules
+    alone"""
     fastai,ours = 'from fastai.vision.all import *','from frskd_fastai.all import *'
     clock = 't.append(time.process_time())'
     code = f'import time; t = []; {clock}; {fastai}; {clock}; {ours}; {clock}; print((t[2]-t[1])/(t[1]-t[0]))'

@@ -1,4 +1,4 @@
-"FRSKDCallback on a Learner: ways of adding it, its place in the optimizer, what it does and leaves behind"
+"FRSKDCallback on a Learner: adding it, the optimizer, what it does in training, and what it leaves behind"
 import subprocess, sys
 import pytest, torch
 from fastai.vision.all import *
@@ -9,7 +9,7 @@ from conftest import SmallNet, n_hooks, pickled_modules, same, split, weights
 
 def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]
 def left(learn):
-    "What FRSKD could have left on a Learner after a fit"
+    "List everything that FRSKD could have left on a Learner after a fit"
     frskd = getattr(learn, 'frskd', None)
     watch = bool({'_do_epoch','_call_one'} & set(learn.__dict__))
     return dict(hooks=n_hooks(learn.model), watch=watch, taps=getattr(frskd, '_taps', None),
@@ -44,7 +44,7 @@ def test_ways_of_adding(make, way, opt_func):
     assert groups(learn.opt)==plain
     assert all(id(p) not in {id(o) for o in learn.opt.state} for p in cb.teacher.parameters())
     assert not hasattr(learn, 'frskd') and 'create_opt' not in learn.__dict__
-    learn.fit(1, 1e-2) # and it goes on plain
+    learn.fit(1, 1e-2) # training continues without FRSKD
     assert groups(learn.opt)==plain
 
 def _opt(make, model, opt_func):
@@ -154,7 +154,7 @@ def test_probing_changes_nothing(make):
     learn.model.stem.eval()
     before = weights(learn.model)
     learn.create_opt()
-    assert learn.frskd.teacher is None # nothing was run for that
+    assert learn.frskd.teacher is None # so no forward pass was run
     assert learn.frskd.build().teacher is not None
     assert same(before, weights(learn.model)) and all(p.grad is None for p in learn.model.parameters())
     assert not learn.model.stem[1].training and learn.model.stages.training and n_hooks(learn.model)==0
@@ -183,7 +183,7 @@ def test_errors_leave_the_learner_as_it_was(make):
     learn.fit(1)
 
 def test_errors_of_a_first_step_leave_the_learner_as_it_was(make):
-    "What only a batch shows is refused before the step trains anything"
+    "Errors that only a batch can reveal are raised before the first step trains anything"
     for kw,msg in ((dict(levels=['stages.1','head']),'shape'),):
         learn = make(cbs=FRSKDCallback(**kw)); learn.create_opt()
         before,params = groups(learn.opt),weights(learn.model)
@@ -224,7 +224,7 @@ def test_empty_training_set_is_told(make):
 
 # -- What it does in training --------------------------------------------------------------------
 def one_batch(learn, look):
-    "Train one batch; `look(learn)` after its backward pass"
+    "Train one batch; calls `look(learn)` after the backward pass"
     class Look(Callback):
         order = 100
         def after_backward(self): look(self.learn); raise CancelFitException
@@ -271,11 +271,11 @@ def test_alpha_and_beta_zero_with_a_detached_teacher_is_plain_training(make):
     assert plain.recorder.values[-1][1:]==learn.recorder.values[-1][1:]
 
 def test_a_schedule_of_zero_is_plain_training(make):
-    "Everything that the student gets from the self-teacher goes through the schedule's factor"
+    "With a schedule of 0, training equals plain training: everything the student gets is scaled by it"
     plain = make(); plain.fit_one_cycle(2, 1e-2)
     learn = make(cbs=FRSKDCallback(schedule=lambda pct: 0.)); learn.fit_one_cycle(2, 1e-2)
     assert same(weights(plain.model), weights(learn.model))
-    assert float(learn.frskd.losses['teacher'])<2.2 # while the self-teacher learned
+    assert float(learn.frskd.losses['teacher'])<2.2 # but the self-teacher learned
 
 def test_schedule_gets_the_part_of_the_fit(make):
     seen = []
@@ -295,13 +295,14 @@ def test_trust_follows_the_self_teachers_loss(make):
         assert abs(factor-math.exp(-mean)*6/1000)<1e-5
 
 class Shares(Callback):
-    "The part of trust in each step, and how many steps there were before it"
+    "Records trust's `share` and step count at each step"
     order,run_valid = 100,False
     def before_fit(self): self.seen = []
     def after_loss(self): self.seen.append((self.frskd.trust.share, self.frskd.trust.steps-1))
 
 def test_a_short_training_gets_a_part_of_trust(make, capsys):
-    "n/1000, n the steps of all fits until the end of this one; the line says so, in the fits whose body trains"
+    """A training of n steps gets n/1000 of trust, counted over all fits so far; the message says so once the body
+    trains"""
     learn,look = make(cbs=FRSKDCallback()),Shares()
     learn.logger = print
     learn.fit(2, 1e-3, cbs=look)
@@ -345,9 +346,9 @@ def test_lr_find_counts_no_steps(make, capsys):
     assert learn.frskd.trust.steps==6 and 'FRSKD' not in capsys.readouterr().out
 
 def test_the_line_about_short_trainings(make, capsys):
-    "Not where nothing is trained or nothing is printed; a fit that begins later has fewer steps"
+    "The message about short trainings appears only if something trains and prints; later fits count fewer steps"
     learn = make(cbs=FRSKDCallback())
-    learn.fit(1, 1e-3) # by `make`, nothing is printed
+    learn.fit(1, 1e-3) # `make` turns printing off
     learn.logger = print
     learn.fit(0, 1e-3)
     with learn.no_logging(): learn.fit(1, 1e-3)
@@ -432,13 +433,13 @@ def test_predict_tta_show_results(digits):
         assert learn.predict(file)[2].shape==(10,)
         steps = learn.frskd.steps
         assert len(learn.tta(n=1)[0])==360 and learn.frskd.steps.equals(steps) and len(steps)
-        learn.frskd.plot_losses() # they are kept
+        learn.frskd.plot_losses() # the losses are kept
         learn.show_results(max_n=2); plt.close('all')
         learn.summary()
 
 # -- Nothing left behind -------------------------------------------------------------------------
 class Stop(Callback):
-    "Raise `ex` in the third training batch, at `event`"
+    "Raises `ex` in the third training batch, at `event`"
     order = 20
     def __init__(self, ex, event): self.ex,self.event = ex,event
     def __call__(self, event):
@@ -472,7 +473,7 @@ def test_error_in_the_students_forward(make):
     learn.fit(1)
 
 def test_error_in_another_callbacks_start(make):
-    "Nothing watches between `before_fit` and the first epoch; the next start, removal or export cleans up"
+    "After an error in another callback's `before_fit`, the next fit, removal or export cleans up"
     learn = make(cbs=FRSKDCallback(columns=True))
     class Bad(Callback):
         order = 90
@@ -513,14 +514,14 @@ def test_columns(make):
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time']
 
 def test_predictions_in_the_middle_of_a_fit(make):
-    "A callback that predicts after each epoch fires `before_fit` and `after_fit` in the middle of the fit"
+    "A callback that predicts after each epoch triggers `before_fit` and `after_fit` during the fit"
     learn = make(cbs=FRSKDCallback(columns=True))
     rows,seen = [],[]
     learn.logger = rows.append
     class Predict(Callback):
         order = 100
         def after_epoch(self):
-            if not self.learn.lock.locked(): self.learn.get_preds() # which fires `after_epoch` too
+            if not self.learn.lock.locked(): self.learn.get_preds() # which triggers `after_epoch` too
         def after_loss(self):
             if self.training: seen.append(id(self.frskd.losses['teacher']))
     learn.fit(2, 1e-3, cbs=Predict())
@@ -575,7 +576,7 @@ def test_saved_and_exported_files_are_plain(tmp_path):
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'frskd.pkl'))
 
 def test_exported_student_needs_no_frskd(tmp_path):
-    "`load_learner` and `predict` in a process that can't import this package"
+    "`load_learner` and `predict` work in a process that can't import this package"
     learn = vision_learner(image_dls(), resnet18, pretrained=False, cbs=FRSKDCallback(), path=tmp_path)
     learn.create_opt()
     assert learn.frskd.build().teacher is not None

@@ -1,4 +1,4 @@
-"Saving, loading, resuming and deploying: what is in the files, and who can read them"
+"Saving, loading, resuming and exporting: what the files contain, and where they can be loaded"
 import io, os, subprocess, sys, textwrap
 from pathlib import Path
 import pytest, torch
@@ -9,11 +9,11 @@ from frskd_fastai.method.teacher import SelfTeacher
 from conftest import SmallNet, n_hooks, pickled_modules, same, weights
 
 ROOT = Path(__file__).parents[1]
-# What a machine without this package does: its import fails
+# Simulates a machine without this package: its import fails
 BLOCK = "import sys; sys.modules['frskd_fastai'] = None\n"
 
 def process(code, *args, cwd):
-    "Run `code` in a process of its own, with the tests' helpers importable"
+    "Run `code` in a new process that can import the test helpers"
     env = {**os.environ, 'PYTHONPATH':f'{ROOT}:{ROOT/"tests"}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
     argv = [sys.executable,'-c',textwrap.dedent(code).replace('BLOCK\n', BLOCK),*map(str, args)]
     done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
@@ -21,7 +21,7 @@ def process(code, *args, cwd):
     return done.stdout
 
 def test_model_files_are_plain(make, tmp_path):
-    "They load strictly into a Learner without FRSKD, on a machine without this package, and the reverse"
+    "Model files load strictly into a Learner without FRSKD, without this package installed, and vice versa"
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-2, cbs=SaveModelCallback(fname='callback'))
     learn.save('save', with_opt=False)
@@ -71,7 +71,7 @@ RESUME = '''
             learn = learner(1); learn.load(f'{opt}-{cb}'); learn.fit(2, 1e-2); keep(learn, 'resumed')
 '''
 def test_resuming_in_a_new_process_is_training_on(tmp_path):
-    "Bit for bit: student, self-teacher with its BatchNorm statistics, trust; with several optimizers"
+    "Resuming in a new process equals training on, bit for bit: both networks, BatchNorm statistics, trust"
     runs = 'Adam-frskd','torch-frskd','ranger-frskd','Adam-sla'
     for part in 'first','second': process(RESUME, part, *runs, cwd=tmp_path)
     for run in runs:
@@ -79,9 +79,10 @@ def test_resuming_in_a_new_process_is_training_on(tmp_path):
         assert a.keys()==b.keys() and not [k for k in a if not torch.equal(a[k], b[k])], run
 
 def test_two_fits_are_one_longer_one_without_a_break(make):
-    """What the file of the test above goes on with is a fit of four epochs
+    """Two fits equal one longer fit
 
-    Trust, too, where both are long enough for all of it"""
+    Together with the test above, resuming from the file equals a fit of four epochs. With trust, this holds if both
+    trainings are long enough for all of it (`full=1` here)."""
     ends = []
     for fits in [4],[2,2]:
         learn = make(cbs=FRSKDCallback(), opt_func=partial(SGD, mom=.9))
@@ -115,9 +116,7 @@ def test_a_checkpoint_of_another_self_teacher_is_refused(make, tmp_path):
         assert same(weights(other.frskd.trained), before[1])
 
 def test_checkpoints_and_learners_without_frskd(make):
-    """A checkpoint with a self-teacher gives a plain Learner its model, as fastai loads it
-
-    A plain one gives an FRSKD Learner its student"""
+    "A checkpoint with a self-teacher gives a plain Learner its model; a plain one gives an FRSKD Learner its student"
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-2); learn.save('frskd')
     plain = make(seed=1)
@@ -140,7 +139,7 @@ def test_save_and_load_are_the_learners_own_again(make):
 # -- Deploying ----------------------------------------------------------------------------------------------
 @pytest.fixture
 def exported(tmp_path, digits):
-    "A plain and an FRSKD Learner on image files, trained and exported"
+    "Export a plain and an FRSKD Learner after training on image files"
     from frskd_fastai.data.embedded import digits_data
     files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:16])
     kw = dict(item_tfms=Resize(32), bs=16, num_workers=0, seed=0)
@@ -154,7 +153,7 @@ def exported(tmp_path, digits):
     return learns,files[0]
 
 def test_exported_file(exported, tmp_path):
-    "A plain Learner's size, within 1%, no module of this package; it predicts where this isn't installed"
+    "The exported file is within 1% of a plain one, references no module of this package, and predicts without it"
     learns,file = exported
     sizes = {k:(tmp_path/f'{k}.pkl').stat().st_size for k in learns}
     assert abs(sizes['frskd']/sizes['plain']-1)<.01
@@ -170,7 +169,7 @@ def test_exported_file(exported, tmp_path):
     torch.testing.assert_close(tensor(eval(out.strip().split('\n')[-1])), here, rtol=1e-4, atol=1e-5)
 
 def test_a_loaded_self_teacher_follows_the_model(make):
-    "A fit whose epochs are all done moves the model to the data's device, and trains nothing"
+    "A fit without steps moves a loaded self-teacher to the data's device and trains nothing"
     a,b = make(cbs=FRSKDCallback()),make(1, cbs=FRSKDCallback())
     a.fit(1, 1e-3)
     a.save('a')
@@ -180,7 +179,7 @@ def test_a_loaded_self_teacher_follows_the_model(make):
 
 @pytest.mark.parametrize('how', ['torch.jit.trace','torch.export','ONNX'])
 def test_other_formats(how, exported):
-    "The trained student, with the callback still attached, has no trace of FRSKD, and its outputs are the same"
+    "Other formats of a student with the callback attached contain no trace of FRSKD and give equal outputs"
     learn,x = exported[0]['frskd'],torch.randn(3,3,32,32)
     model = learn.model.cpu().eval()
     with torch.no_grad(): y = model(x)

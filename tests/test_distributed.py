@@ -1,6 +1,6 @@
-"""Several processes, on the CPU: two train together by gloo, started once for nearly all tests
+"""Several processes on the CPU: two train together by gloo, started once for most tests
 
-The last tests start their own, by the launchers that users have. Every test has a time limit"""
+The last tests start their own processes with the launchers that users have. Every test has a time limit."""
 import contextlib, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import pandas as pd, pytest, torch
@@ -20,7 +20,7 @@ def pair(tmp_path_factory):
     with Ranks(tmp_path_factory.mktemp('ranks')) as r: yield r
 
 def check_ended(*ranks):
-    "After a fit: both networks the same on all ranks, weights and statistics; nothing left behind"
+    "After a fit, both networks are equal on all ranks (weights and statistics), and nothing is left behind"
     for o in ranks:
         assert same(o['model'], ranks[0]['model']) and same(o['trained'], ranks[0]['trained'])
         assert o['trust'] is None or torch.equal(o['trust'], ranks[0]['trust'])
@@ -31,9 +31,9 @@ WAYS = {'fit':8, 'fine_tune':8, 'accumulation':1, 'amp':8, 'clip':4, 'cut':4, 's
         'cancel':3, 'cancel epoch':3, 'cancel batch':3, 'stop early':8}
 @pytest.mark.parametrize('how', WAYS)
 def test_both_networks_stay_together(how, pair):
-    """Gradients and parameters are equal after every step, buffers at the end
+    """Gradients and parameters of both networks are equal on all ranks after every step, buffers at the end
 
-    With freezing, accumulation, autocast, a smaller batch on one rank, and fits that are cancelled"""
+    Also with freezing, accumulation, autocast, a smaller batch on one rank, and cancelled fits."""
     both = pair.run('trains', how=how)
     check_ended(*both)
     for o in both: assert o['same']==[(True,True)]*WAYS[how]
@@ -46,15 +46,15 @@ OPTIONS = [dict(n=21, bs=8), dict(n=35, bs=16),
            dict(frskd=dict(alpha=0, beta=0)), dict(frskd=dict(columns=True, width=.25))]
 @pytest.mark.parametrize('kw', OPTIONS, ids=shown)
 def test_all_of_the_method(kw, pair):
-    """Last batches that are smaller, on both ranks; every feature loss, label augmentation, no distillation
+    """Smaller last batches on both ranks, every feature loss, label augmentation and no distillation all work
 
-    Each parameter has its gradient, with `find_unused_parameters` off"""
+    `find_unused_parameters` is off, so every parameter has a gradient."""
     both = pair.run('trains', how='fit', **kw)
     check_ended(*both)
     for o in both: assert o['same'] and all(all(s) for s in o['same'])
 
 def test_unwrapped_they_would_drift_apart(pair, monkeypatch):
-    "The check above can fail: a self-teacher without its wrapper isn't the same on both ranks"
+    "Without its wrapper, the self-teacher differs between ranks: the check above can fail"
     both = pair.run('trains', how='fit', unwrapped=True)
     assert not same(both[0]['trained'], both[1]['trained']) and not any(all(s) for s in both[0]['same'])
 
@@ -64,7 +64,7 @@ STEPS = [dict(), dict(frskd=dict(schedule='constant')),
          dict(sla=True), dict(cbs='accumulate')]
 @pytest.mark.parametrize('kw', STEPS, ids=shown)
 def test_two_processes_step_as_one(kw, pair):
-    "Three steps on 2 × 8 images are three on 16, up to float32, trust among it; BatchNorm in evaluation mode"
+    "Three steps on 2 × 8 images equal three on 16 up to float32, including trust; BatchNorm in eval mode"
     one = ranks.steps(**kw)
     both = pair.run('steps', **kw)
     start = ranks.learner(seed=0, **{k:v for k,v in kw.items() if k!='cbs'})
@@ -83,7 +83,7 @@ def test_two_processes_step_as_one(kw, pair):
     if one['trust'] is not None: torch.testing.assert_close(both[0]['trust'], one['trust'])
 
 def test_a_unet_on_two_processes(pair):
-    "Both networks stay together, and the metrics are those of all images"
+    "A U-Net's networks stay equal on both ranks, and its metrics cover all images"
     both = pair.run('segments')
     for o in both:
         assert o['per']=='pixel' and len(o['same'])==4 and all(all(s) for s in o['same'])
@@ -98,7 +98,7 @@ def test_rank_0_alone_prints_and_writes(pair, tmp_path):
     assert a['values']==b['values'] and len(a['values'])==len(a['names'])-2 # the columns are means over both
 
 def test_checkpoints_move_between_one_process_and_several(pair, tmp_path):
-    "Both ways; the file is what one process writes, in the middle of a fit, too"
+    "Checkpoints move between one process and two, in both directions and during a fit; both write the same file"
     path = str(tmp_path)
     a,b = pair.run('saves', path=path, file='two')
     one = ranks.saves(path=path, file='one')
@@ -120,7 +120,7 @@ def test_checkpoints_move_between_one_process_and_several(pair, tmp_path):
     assert all(all(s) for s in there[0]['ended']['same'])
 
 def test_a_fit_goes_on(pair, tmp_path):
-    "`Resumable` on two processes: bit for bit, with the random states of each; rank 0 alone writes"
+    "`Resumable` resumes bit for bit on two processes, with each one's random states; only rank 0 writes"
     both = pair.run('resumes', path=str(tmp_path))
     for name in 'whole','parts': check_ended(*(o[name] for o in both))
     for o in both:
@@ -132,7 +132,7 @@ def test_a_fit_goes_on(pair, tmp_path):
     assert not same(both[0]['whole']['model'], weights(ranks.SmallNet()))
 
 def test_a_loss_that_is_not_finite_on_one_rank(pair):
-    "Its gradient would be everyone's: the step is left out on all"
+    "If one rank's loss isn't finite, all ranks skip the step, because gradients are shared"
     both = pair.run('poisoned')
     check_ended(*both)
     for o in both:
@@ -152,7 +152,7 @@ def test_lr_find_is_refused_in_time(pair):
     check_ended(*(o['ended'] for o in both))
 
 def test_too_few_images_for_all(pair):
-    "A share of less than a batch is told, where fastai trains nothing without a word"
+    "Too few images for a batch per rank raise an error; fastai would silently train nothing"
     both = pair.run('too_few')
     for o in both: assert '12 training samples are too few for a batch of 8 on each of 2 processes' in o['said']
     check_ended(*both)
@@ -165,7 +165,7 @@ def test_a_model_wrapped_by_hand(pair):
     assert all(same(both[0][k], both[1][k]) for k in ('model','trained'))
 
 def test_mixed_precision_of_the_launcher(tmp_path):
-    "Under `accelerate launch --mixed_precision bf16` both networks run in accelerate's autocast"
+    "`accelerate launch --mixed_precision bf16` runs both networks in accelerate's autocast"
     with Ranks(tmp_path, env=dict(ACCELERATE_MIXED_PRECISION='bf16')) as r:
         both = r.run('trains', how='fit', look='head')
     check_ended(*both)
@@ -174,9 +174,10 @@ def test_mixed_precision_of_the_launcher(tmp_path):
 
 @pytest.mark.parametrize('how', ['exception','hang'])
 def test_a_rank_that_fails_leaves_no_other_waiting(how, tmp_path):
-    """Its process ends: the others get an error at once. It hangs: at the process group's time limit
+    """A failing rank doesn't leave the others waiting
 
-    Hooks and wrappers are gone on all"""
+    If its process ends, the others get an error at once; if it hangs, at the process group's time limit. Hooks and
+    wrappers are removed on all ranks."""
     with Ranks(tmp_path) as r:
         o, = r.run('one_fails', how=how, seconds=6, ranks=[0])
         left = [o]
@@ -190,7 +191,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(how, tmp_path):
 # -- Without several processes ----------------------------------------------------------------------------
 @pytest.mark.parametrize('by_hand', [False,True])
 def test_data_parallel_is_refused(by_hand, make, monkeypatch):
-    "At the start of fit, on more than one device; the Learner is as it was"
+    "`DataParallel` on several devices is refused at the start of fit, and the Learner stays unchanged"
     learn = make(cbs=FRSKDCallback())
     class TwoDevices(DataParallel):
         def __init__(self, module, device_ids=None): super().__init__(module); self.device_ids = [0,1]
@@ -210,7 +211,7 @@ def test_data_parallel_is_refused(by_hand, make, monkeypatch):
     assert not same(weights(model), before)
 
 def test_data_parallel_on_one_device(make):
-    "It is a plain wrapper then"
+    "`DataParallel` on one device is a plain wrapper, so it works"
     learn = make(cbs=FRSKDCallback())
     with learn.parallel_ctx(): learn.fit(1, 1e-2)
     assert learn.frskd.level_names==['stages.0','stages.1','stages.2']
@@ -218,9 +219,9 @@ def test_data_parallel_on_one_device(make):
 
 @pytest.mark.parametrize('kw', [dict(),dict(feature_loss='overhaul'),dict(feature_loss='hint')], ids=str)
 def test_synchronised_batchnorm_takes_the_place(kw, make):
-    """What `sync_bn=True` does to both networks keeps their parameters: the optimizer goes on, checkpoints fit
+    """After `sync_bn=True` replaces the BatchNorms, parameters are the same, so optimizer and checkpoints still fit
 
-    Synchronised steps need GPUs"""
+    Synchronized steps themselves need GPUs."""
     learn = make(cbs=FRSKDCallback(**kw))
     learn.fit(1, 1e-2)
     cb = learn.frskd
@@ -239,9 +240,9 @@ def test_synchronised_batchnorm_takes_the_place(kw, make):
     learn.load('before')
     assert same(weights(cb.trained), before)
 
-@pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs: BatchNorm is synchronised on GPUs only')
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs: BatchNorm is synchronized on GPUs only')
 def test_synchronised_batchnorm(tmp_path):
-    "On two GPUs, both networks stay together with synchronised BatchNorm"
+    "On two GPUs, both networks stay equal with synchronized BatchNorm"
     with Ranks(tmp_path, env=dict(ACCELERATE_USE_CPU='0', RANKS_GPU='1')) as r:
         both = r.run('trains', how='sync_bn')
     check_ended(*both)
@@ -253,13 +254,13 @@ def end_when(p, until):
         if until():
             os.killpg(p.pid, signal.SIGTERM)
             p.wait(100)
-            # a data loader's process just begun holds the pipes
+            # a data loader worker that has just started holds the pipes
             with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
             return
         time.sleep(.01)
 
 def launch(*args, limit=150, until=None, **env):
-    "Run a command in a process group: killed after `limit` seconds, or sent SIGTERM when `until` says so"
+    "Run a command in a process group; kills it after `limit` seconds, or sends SIGTERM when `until` is true"
     env = {**os.environ, 'PYTHONPATH':f'{HERE.parent}:{HERE}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore',
            'GLOO_SOCKET_IFNAME':'lo', 'ACCELERATE_USE_CPU':'1', **env}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -277,9 +278,10 @@ ACCELERATE = ('-m','accelerate.commands.accelerate_cli','launch','--multi_gpu','
 TORCHRUN = '-m','torch.distributed.run','--standalone','--nproc-per-node','2'
 
 def test_frskd_train_under_accelerate(tmp_path):
-    """The same command, one folder of results: the first process finds the learning rate, rank 0 alone prints
+    """`frskd-train` under accelerate finds the learning rate once, prints once and writes one results folder
 
-    SIGTERM ends it, and it says how to go on. Few images, an odd number: last batch and accuracy are right"""
+    SIGTERM ends it with a message on how to resume. With few images, and an odd number of them, the last batch and
+    the accuracy are right."""
     out,folder = tmp_path/'out',tmp_path/'images'
     for part,n in ('train',11),('valid',3):
         for c in '01345':
@@ -312,7 +314,7 @@ def test_frskd_train_under_torchrun_tells_bad_input_once(tmp_path):
     assert '--bs 33 is the batch of all 2 processes' in err
 
 def test_torchrun_and_fine_tune(tmp_path):
-    "A user's script"
+    "A user's script with `fine_tune` runs under torchrun"
     code,printed,err = launch(*TORCHRUN, HERE/'ranks.py', 'script', tmp_path)
     assert code==0, err[-3000:]
     both = [torch.load(tmp_path/f'script-{r}.pth', weights_only=False) for r in range(2)]
@@ -320,15 +322,15 @@ def test_torchrun_and_fine_tune(tmp_path):
     assert both[0]['same'] and all(all(s) for s in both[0]['same'])
 
 def test_notebook_launcher(tmp_path):
-    """`notebook_launcher` forks processes that run a function, `distrib_ctx(in_notebook=True)` there
+    """`notebook_launcher` forks processes that train in `distrib_ctx(in_notebook=True)`
 
-    Without a GPU `debug_launcher` does the same"""
+    Without a GPU, `debug_launcher` does the same."""
     code,printed,err = launch('-c', f'''
 import sys; sys.argv = ['', '']
 from accelerate import debug_launcher
 import os, ranks, torch
 def train():
-    os.environ['RANK'] = os.environ['LOCAL_RANK'] = str(torch.distributed.get_rank()) # which `notebook_launcher` sets
+    os.environ['RANK'] = os.environ['LOCAL_RANK'] = str(torch.distributed.get_rank()) # as `notebook_launcher` sets them
     ranks.on_cpu()
     learn = ranks.learner()
     together = ranks.Together()

@@ -1,6 +1,7 @@
-"""A training step on a GPU that isn't there: torch's fake CUDA tensors have devices and types, but no values. Tensors
-on two devices raise an error, and so does reading a value, for which a real GPU would have to wait. The backward pass
-doesn't work here"""
+"""Training steps on torch's fake CUDA tensors, which have devices and types but no values
+
+Tensors on two devices raise an error, and so does reading a value, for which a real GPU would have to wait. The
+backward pass isn't supported."""
 from contextlib import contextmanager
 from functools import partial
 import pytest, torch, torch.nn.functional as F
@@ -26,7 +27,7 @@ each_autocast = pytest.mark.parametrize('dtype', [None,torch.float16,torch.bfloa
 
 @contextmanager
 def fake_cuda(dtype=None):
-    "Tensors are fake, under autocast to `dtype`; `torch.autocast` refuses where there is no GPU, its switches don't"
+    "Make tensors fake, under autocast to `dtype` (by its switches: `torch.autocast` refuses without a GPU)"
     before = torch.get_autocast_dtype('cuda')
     with FakeTensorMode():
         torch.set_autocast_enabled('cuda', dtype is not None)
@@ -38,7 +39,7 @@ def fake_cuda(dtype=None):
             torch.clear_autocast_cache()
 
 class Student(nn.Module):
-    "Three stages, the maps of which before and after the ReLU are kept, and a head"
+    "Three stages whose maps are kept from before and after the ReLU, and a head"
     def __init__(self, task):
         super().__init__()
         stage = lambda i,o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o))
@@ -54,7 +55,7 @@ class Student(nn.Module):
         return F.interpolate(x, size=(SIZE,SIZE)) if self.pixels else x.mean((2,3))
 
 def make_batch(task, b=6):
-    "Images, targets and a label loss"
+    "Make images, targets and a label loss"
     with torch.device('cuda'):
         x = torch.rand(b, 3, SIZE, SIZE)
         if isinstance(task, MultiLabel): return x,torch.rand(b, N_OUT).round(),F.binary_cross_entropy_with_logits
@@ -64,7 +65,7 @@ def make_batch(task, b=6):
 def own_loss(maps, refined): return sum((f.mean()-t.mean())**2 for f,t in zip(maps, refined))
 
 def make_frskd(task, feature_loss='attention', sla=False):
-    "The method; what the self-teacher reads is pooled"
+    "Build the method; the self-teacher reads pooled maps"
     dense = task.per=='pixel'
     with torch.device('cuda'):
         teacher = DenseSelfTeacher(CHANNELS, N_OUT, n_channels=8) if dense else SelfTeacher(CHANNELS, N_OUT, width=1.)
@@ -77,12 +78,12 @@ def make_frskd(task, feature_loss='attention', sla=False):
         return FRSKDSLA(teacher, task, joint_student=heads[0], joint_teacher=heads[1], **args)
 
 def check(values, shape=()):
-    "float32 on the GPU, whatever the autocast is"
+    "Check that losses are float32 on the GPU under any autocast"
     for k,v in values.items():
         assert (v.device.type,v.dtype,v.shape)==('cuda',torch.float32,shape), f'{k}: {v.device}, {v.dtype}, {v.shape}'
 
 def training(task, dtype, schedule='trust', feature_loss='attention', sla=False, steps=2):
-    "A few steps as the callback makes them, without its backward pass"
+    "Run a few steps as the callback does, without the backward pass"
     with torch.device('cuda'): student = Student(task)
     frskd,schedule = make_frskd(task, feature_loss, sla),make_schedule(schedule)
     schedule.will_train(steps)
@@ -128,7 +129,7 @@ def test_other_schedules(schedule):
         assert set(losses)-{'soft_label','feature'}=={'student','teacher'} and schedule.steps==2
 
 class Step:
-    "The events of a training step, for the callback and those beside it, in a fit whose first step is done"
+    "Run the events of a training step for the callback and those next to it, after the first step of a fit"
     def __init__(self, task, cb):
         levels = L(Level(f'stages.{i}', c, (SIZE>>i+1,)*2) for i,c in enumerate(CHANNELS))
         with torch.device('cuda'): student = Student(task)
@@ -161,9 +162,9 @@ class Step:
 @each_autocast
 @pytest.mark.parametrize('kind', [*TASKS,'sla'])
 def test_the_callbacks_step(kind, dtype, monkeypatch):
-    "Hooks, method, weights, the record of the losses, and the skipping of steps"
-    monkeypatch.setattr(nonfinite, 'count_not_finite', lambda tensors: {}) # it reads values, once a fit
-    monkeypatch.setattr(nn.Module, 'to', lambda self, device: self) # fake parameters are there, and can't be moved
+    "The callback's step never reads a value: hooks, method, weights, loss records, skipped steps"
+    monkeypatch.setattr(nonfinite, 'count_not_finite', lambda tensors: {}) # reads values, once per fit
+    monkeypatch.setattr(nn.Module, 'to', lambda self, device: self) # fake parameters can't be moved
     with fake_cuda(dtype):
         cb = (FRSKDSLACallback if kind=='sla' else FRSKDCallback)(columns=True)
         step = Step(TASKS.get(kind, TASKS['one_label']), cb)
@@ -175,7 +176,7 @@ def test_the_callbacks_step(kind, dtype, monkeypatch):
         assert {k:v.device.type for k,v in cb.log.sums.items()}==dict.fromkeys(cb.log.columns, 'cuda')
 
 def test_it_would_be_seen():
-    "Reading a value, and tensors of two devices"
+    "Reading a value, or mixing devices, would raise an error here"
     with fake_cuda():
         x,*_ = make_batch(TASKS['one_label'])
         for read in bool,float,torch.Tensor.item:

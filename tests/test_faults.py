@@ -1,5 +1,6 @@
-"""Bad input: images, folders, names, files of random bytes, numbers out of range. One clear line or handled; nothing
-lost, nothing written but below --out"""
+"""Bad input: images, folders, names, random bytes, numbers out of range
+
+Each is handled or gives one clear line. Nothing is lost, and nothing is written outside --out."""
 import errno, math, os, re, shutil, struct, zlib
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -18,7 +19,7 @@ def picture(seed=0, size=(20,20)):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    "Two classes of six images"
+    "Write two classes of six images"
     monkeypatch.setattr(ProgressCallback, 'run', False)
     monkeypatch.setattr(defaults, 'cpus', 0)
     monkeypatch.chdir(tmp_path)
@@ -28,11 +29,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path/'data'
 
 def state(root):
-    "All that is below `root`, but for r"
+    "List everything below `root` except `r`"
     files = [p for p in root.rglob('*') if root/'r' not in (p,*p.parents)]
     return {p:(p.lstat().st_mtime_ns,p.read_bytes() if p.is_file() else None) for p in files}
 def run(folder, tmp_path, *args, capsys):
-    "The exit code, and what it said, which is a line; only --out has changed"
+    "Run the command; returns exit code and message, which is one line. Only --out may change"
     before = state(tmp_path)
     code = command.main([str(folder), *'--arch wrn16_2 --size 16 --bs 4 --epochs 1 --lr 1e-3'.split(), *args,
                          '--out', str(tmp_path/'r')])
@@ -45,7 +46,7 @@ def run(folder, tmp_path, *args, capsys):
 
 # -- Images -----------------------------------------------------------------------------------------------
 def bomb(w, h):
-    "A PNG of a megabyte of zeros that says it is w×h"
+    "Make a PNG that claims to be w×h, from a megabyte of zeros"
     chunk = lambda t,d: struct.pack('>I', len(d))+t+d+struct.pack('>I', zlib.crc32(t+d))
     head = b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))
     return head+chunk(b'IDAT', zlib.compress(b'\0'*10**6))+chunk(b'IEND', b'')
@@ -66,7 +67,7 @@ def test_images_that_cannot_be_used_are_named(name, folder, tmp_path, capsys):
     assert code==2 and str(folder/'0'/name) in err and why in err
 
 def test_images_that_can_be_used(folder, tmp_path, capsys):
-    "Wrongly named, palette, with transparency, CMYK, gray, one bit, animated, of one pixel; other files are left out"
+    "Unusual images work: wrong extension, palette, transparency, CMYK, gray, one bit, animated, one pixel"
     im,d = picture(),folder/'0'
     im.save(d/'really.png', format='JPEG')
     im.convert('P').save(d/'palette.png')
@@ -76,7 +77,7 @@ def test_images_that_can_be_used(folder, tmp_path, capsys):
     for name in 'moving.gif','moving.webp','pages.tif': im.save(d/name, save_all=True, append_images=[im.rotate(90)]*3)
     im.resize((1,1)).save(d/'small.png'); im.resize((900,1)).save(d/'thin.png')
     (d/'readme.txt').write_text('hi'); (d/'.hidden.png').write_bytes(b'x'); (d/'folder.png').mkdir()
-    os.mkfifo(d/'pipe.png') # reading a pipe would wait for ever
+    os.mkfifo(d/'pipe.png') # reading a pipe would block forever
     assert run(folder, tmp_path, capsys=capsys)==(0,'')
     assert '20 training and 5 validation images of 2 classes' in (tmp_path/'r/summary.md').read_text()
 
@@ -95,13 +96,13 @@ def test_segmentation_too(name, tmp_path):
 # -- Folders and names --------------------------------------------------------------------------------------
 @pytest.mark.parametrize('how', ['to itself','to the class','to the root','to and fro','above'])
 def test_links_in_a_circle(how, folder, tmp_path, capsys):
-    "Their images would come again and again, with the labels of other classes"
+    "Circular symlinks are refused: their images would repeat forever, under the labels of other classes"
     link,to = {'to itself':('0/x','0/x'), 'to the class':('0/x','0'), 'to the root':('0/x','.'),
                'to and fro':('0/x','1'), 'above':('x','..')}[how]
     (folder/link).symlink_to(folder/to)
     if how=='to and fro': (folder/'1/y').symlink_to(folder/'0')
     code,err = run(folder, tmp_path, capsys=capsys)
-    if how=='to itself': # it leads nowhere
+    if how=='to itself': # a broken symlink
         assert code==0 and '10 training and 2 validation' in (tmp_path/'r/summary.md').read_text()
     else: assert code==2 and 'leads in a circle' in err
 
@@ -112,7 +113,9 @@ def test_links_that_lead_on(folder, tmp_path):
     assert Counter(c for _,c in train+valid)=={'0':6, '1':7, '2':6}
 
 def test_a_folder_that_cannot_be_read(folder, tmp_path, capsys, monkeypatch):
-    "Not passed over: a class would be missing. (Root may read all, so the refusal is simulated)"
+    """An unreadable folder is an error, since a class would be missing
+
+    Root may read everything, so the refusal is simulated."""
     scandir = os.scandir
     def refuse(p):
         if Path(p)==folder/'1': raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(p))
@@ -156,7 +159,7 @@ def test_out_that_cannot_be_written(out, folder, tmp_path, capsys, monkeypatch):
 # -- Files of random bytes ----------------------------------------------------------------------------------
 @pytest.mark.parametrize('seed', range(4))
 def test_checkpoints_of_random_bytes(seed, make, tmp_path):
-    "`learn.load` raises, and has changed nothing; so has `load_learner`"
+    "`learn.load` and `load_learner` raise on random bytes and change nothing"
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-3); learn.save('good')
     good = (tmp_path/'models/good.pth').read_bytes()
@@ -170,7 +173,7 @@ def test_checkpoints_of_random_bytes(seed, make, tmp_path):
     learn.fit(1, 1e-3)
 
 def test_a_checkpoint_runs_nothing(make, tmp_path):
-    "A pickle that would make a file when it is loaded"
+    "Loading a checkpoint runs no code: a malicious pickle would create a file"
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'evil'),)
     learn = make(cbs=FRSKDCallback())
@@ -192,7 +195,7 @@ def numeric(p): return [o for a in p._actions for o in a.option_strings if o in 
 COMMANDS = {'frskd-train':(command.main,parser), 'frskd-bench':(bench.main,bench.parser)}
 @pytest.mark.parametrize('main,parser', COMMANDS.values(), ids=COMMANDS)
 def test_numbers_out_of_range(main, parser, folder, tmp_path, capsys):
-    "Every numeric option: refused with its name, before anything is done"
+    "Every numeric option refuses values out of range by name, before anything is done"
     options,before = numeric(parser()),state(tmp_path)
     typed = [a for a in parser()._actions if a.option_strings and a.type not in (None,str,folder_name)]
     assert {'--bs','--size'}<=set(options) and all(a.option_strings[0] in options for a in typed)
@@ -205,7 +208,7 @@ def test_numbers_out_of_range(main, parser, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize('args', [['--size','1000000'],['--width','100000'],['--out',''],['--resume',''],['']], ids=str)
 def test_a_slip_of_the_finger(args, folder, tmp_path, capsys, monkeypatch):
-    "It would fill the machine's memory, or take the working directory"
+    "Typos that would fill the memory or overwrite the working directory are refused"
     monkeypatch.chdir(tmp_path)
     before = state(tmp_path)
     with pytest.raises(SystemExit) as e: command.main([*([str(folder)] if args!=[''] else []), *args])
@@ -217,9 +220,9 @@ EDGE = [('--lr 1e20',1,'start anew with a lower --lr, and --force'), ('--tempera
         ('--beta 1e30 --lr 1e30 --width 16',None,'')]
 @pytest.mark.parametrize('args,code,msg', EDGE)
 def test_numbers_at_the_edge(args, code, msg, folder, tmp_path, capsys):
-    "What torch can take is trained on, or told; never a traceback"
+    "Values at the limits either train or give an error, never a traceback"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # steps that are left out
+        warnings.simplefilter('ignore') # about skipped steps
         got,err = run(folder, tmp_path, *args.split(), capsys=capsys)
     assert (code is None or got==code) and msg in err and (got==0)==(tmp_path/'r/student.pkl').exists()
     if got==0:

@@ -1,4 +1,4 @@
-"What people do with a Learner while FRSKD trains: any loss and optimizer, copies in mid-epoch, checkpointing"
+"What users do with a Learner while FRSKD trains: other losses and optimizers, copies during an epoch, checkpointing"
 import io, math, pickle, warnings
 import pytest, torch
 from fastai.vision.all import *
@@ -10,21 +10,21 @@ from conftest import VOID, SmallNet, masks, n_hooks, pickled_modules, small_unet
 
 # -- Trust is a probability ----------------------------------------------------------------------
 class Spy:
-    "A loss function that keeps what it was called with in training: the student's logits, then the self-teacher's"
-    y_int = True # as fastai's cross-entropy: MixUp mixes losses, not labels
+    "A loss function that records its calls in training: the student's logits, then the self-teacher's"
+    y_int = True # as in fastai's cross-entropy: MixUp mixes losses, not labels
     def __init__(self, loss, **kw): self.loss,self.seen,self.reduction,self.kw = loss,[],'mean',kw
     def __call__(self, p, y):
         if torch.is_grad_enabled(): self.seen.append((p.detach().as_subclass(Tensor), y.as_subclass(Tensor)))
         return self.loss(p, y, reduction=self.reduction, **self.kw)
 
 class Factors(Callback):
-    "Trust after each step, as a training of any length would have it"
+    "Records trust after each step, without the rule for short trainings"
     order,run_valid = 100,False
     def before_fit(self): self.seen = []
     def after_batch(self): self.seen.append(float(self.frskd.factor/self.frskd.trust.share))
 
 def running(ps):
-    "exp of the running mean of log-probabilities, from each batch's mean log-probability"
+    "Compute exp of the running mean of the batches' mean log-probabilities"
     mean,out = None,[]
     for p in ps:
         mean = p if mean is None else .95*mean + .05*p
@@ -72,14 +72,14 @@ def labels_learner(make, digits, y, loss_func, n_out, **kw):
 
 def test_trust_of_several_labels_is_that_of_those_an_image_has(make, digits):
     y = F.one_hot(digits[1], 40).float() + F.one_hot(digits[1]+10, 40).float()
-    y[::3] = 0 # some images have none
+    y[::3] = 0 # some images have no label
     spy = Spy(lambda p, y, reduction: F.binary_cross_entropy_with_logits(p, y, reduction=reduction))
     spy.y_int,look = False,Factors()
     learn = labels_learner(make, digits, TensorMultiCategory(y), spy, 40)
     learn.fit(2, 1e-2, cbs=look)
     positive = [float(F.logsigmoid(p)[t>.5].mean()) for p,t in spy.seen[1::2]]
     torch.testing.assert_close(look.seen, running(positive), rtol=1e-4, atol=1e-6)
-    assert look.seen[-1]<look.seen[0]<.6 # the loss falls, since labels are rare, but these are not known
+    assert look.seen[-1]<look.seen[0]<.6 # the loss falls because labels are rare; the network has not learned them
 
 def test_trust_and_accuracy_leave_out_what_does_not_count(make, digits):
     y = digits[1].clone()
@@ -110,7 +110,7 @@ def test_trust_of_pixels_is_that_of_those_that_count(make, digits):
     torch.testing.assert_close(look.seen, running(logp), rtol=1e-4, atol=1e-6)
 
 def test_trust_asks_for_labels_that_it_can_read(make, dls):
-    "Targets that only the loss function knows are for the other schedules"
+    "Trust refuses targets that only the loss function can interpret; the other schedules accept them"
     for dl in dls: dl.dataset = [(x,(y,x.mean())) for x,y in dl.dataset]
     def pair(cbs):
         learn = make(cbs=cbs)
@@ -121,7 +121,7 @@ def test_trust_asks_for_labels_that_it_can_read(make, dls):
     learn.fit(1)
     assert learn.frskd.losses['soft_label']>0
 
-# -- Networks whose operations can't be counted --------------------------------------------------
+# -- Networks whose FLOPs can't be counted     --------------------------------------------------
 class Query(SmallNet):
     "Pools the last map by attention, with a query that is a view of a parameter"
     def __init__(self):
@@ -139,9 +139,9 @@ def test_a_query_that_is_a_view_of_a_parameter(make):
         learn.fit(1)
     assert len(learn.frskd.steps)==6 and all(p.requires_grad for p in learn.model.parameters())
 
-# -- Optimizers that come later ------------------------------------------------------------------
+# -- Optimizers replaced in a fit-----------------------------------------------------------------
 class Exchange(Callback):
-    "Puts another optimizer into the Learner in the second epoch"
+    "Replaces the Learner's optimizer in the second epoch"
     run_valid = False
     def __init__(self, event, order, make_opt):
         self.order,self.done,self.make_opt = order,False,make_opt
@@ -150,7 +150,7 @@ class Exchange(Callback):
         if self.epoch==1 and not self.done: self.done,self.learn.opt = True,self.make_opt(self.learn)
 
 class Moves(Callback):
-    "Has each step moved the self-teacher?"
+    "Records whether each step moved the self-teacher"
     order,run_valid = 90,False
     def before_fit(self): self.moved = []
     def before_step(self): self.before = self.frskd.teacher.head.weight.detach().clone()
@@ -173,7 +173,7 @@ def test_lookahead_knows_who_joins_and_leaves(make):
     n = [len(pg) for pg in split(learn.model)]
     sizes = lambda: ([len(o) for o in learn.opt.slow_weights],[len(o) for o in learn.opt.param_lists])
     learn.fit(1, 1e-2)
-    for width in 1.,2.: # another self-teacher each: nothing of the first may pull at the second
+    for width in 1.,2.: # a new self-teacher each time: nothing of the first may affect the second
         learn.fit(2, 1e-2, cbs=FRSKDCallback(width=width))
         assert sizes()==(n, n)
     learn.add_cb(FRSKDCallback())
@@ -196,7 +196,7 @@ def test_lookahead_of_a_checkpoint_without_self_teacher(make):
     learn.fit(1, 1e-2)
     assert [len(o) for o in learn.opt.slow_weights]==[len(o) for o in learn.opt.param_lists]
 
-# -- Copies, files and other passes in mid-epoch -------------------------------------------------
+# -- Copies, files and other passes in an epoch --------------------------------------------------
 class At(Callback):
     "Calls `f(learn)` at an event of the second training batch"
     run_valid = False
@@ -232,16 +232,16 @@ def test_a_copy_in_the_middle_of_the_forward_pass_holds_nothing(make):
     Copies.__qualname__ = 'Copies'
     learn = make(model=Copies(), cbs=FRSKDCallback())
     learn.fit(1)
-    assert not any(b'frskd' in o for o in made[::2]) # of the first step, too, in which all modules are looked at
+    assert not any(b'frskd' in o for o in made[::2]) # including the first step, which probes all modules
     copy = made[-1]
     assert copy(torch.randn(2,8,32,32)).shape==(2,32,4,4)
-    assert n_hooks(pickle.loads(made[-2]))==5 # the three levels' and the whole model's two, and none does anything
+    assert n_hooks(pickle.loads(made[-2]))==5 # three for the levels and two for the model, all inactive
     assert len(pickle.loads(made[-2])(torch.randn(2,3,32,32)))==2
 
 MOMENTS = [('before_batch',60),('after_pred',-10),('after_loss',0),('after_loss',60),('after_backward',0)]
 @pytest.mark.parametrize('event,order', MOMENTS)
 def test_another_pass_in_the_same_step_changes_nothing(make, event, order):
-    def other(learn): # in evaluation mode, so that the student itself isn't changed
+    def other(learn): # in eval mode, so that the student doesn't change
         with torch.no_grad():
             learn.model.eval()
             learn.model(torch.zeros_like(learn.x))
@@ -277,7 +277,7 @@ def test_an_export_in_a_fit_is_plain(tmp_path, event, columns):
     with loaded.no_bar(): assert loaded.predict(items[0])[2].shape==(10,)
 
 class TwoPasses(Learner):
-    "Looks at other images first, with the same model"
+    "Runs the same model on other images first"
     def _do_one_batch(self):
         if self.training: self.other = self.model(torch.zeros_like(self.x)).detach()
         super()._do_one_batch()
@@ -285,7 +285,7 @@ class TwoPasses(Learner):
 def test_the_maps_are_those_of_the_pass_that_made_the_prediction(make):
     same = []
     class Look(Callback):
-        order,run_valid = 4,False # just before FRSKD's
+        order,run_valid = 4,False # just before FRSKD
         def after_loss(self):
             maps = getattr(self.frskd.hooks, 'hooks', self.frskd.hooks)._maps
             same.append(torch.equal(self.model.head(maps['stages.2']), self.pred))
@@ -304,7 +304,7 @@ def test_a_prediction_of_another_pass_is_refused(make):
     class Scale(Callback):
         run_valid = False
         def after_pred(self): self.learn.pred = (self.pred*2)[:,:10]
-    learn.fit(1, cbs=Scale()) # it is still the same pass's
+    learn.fit(1, cbs=Scale()) # still the maps of the same pass
     class Calls(SmallNet):
         def forward(self, x, both=True):
             if self.training and both: return (self(x, False)+self(x.flip(-1), False))/2
@@ -314,7 +314,7 @@ def test_a_prediction_of_another_pass_is_refused(make):
 
 # -- Weights that change -------------------------------------------------------------------------
 class Ramp(Callback):
-    "From nothing to the whole, step by step"
+    "Ramps from 0 to 1, step by step"
     order,run_valid = 0,False
     def __init__(self, what, top): store_attr()
     def before_batch(self): setattr(self.learn.frskd, self.what, self.top*(self.train_iter>=3)*self.pct_train)
@@ -328,11 +328,11 @@ def test_a_weight_that_begins_at_nought(make, what, part, first, feature_loss):
     learn.fit(2, 1e-3, cbs=Ramp(what, 1.))
     steps = learn.frskd.steps
     assert list(steps.columns)==['student','teacher','soft_label','feature','factor'] and len(steps)==12
-    trained = part=='feature' and feature_loss!='attention' # a loss with parameters is computed always
+    trained = part=='feature' and feature_loss!='attention' # a loss with parameters is always computed
     assert steps[part].isna().tolist()==[i<3 and not trained for i in range(12)] and (steps[part][3:]>0).all()
     names = learn.recorder.metric_names[1:-1]
     shown = learn.recorder.values[0][list(names).index(f'{part}_loss')]
-    torch.testing.assert_close(float(shown), steps[part][:6].mean(), rtol=1e-5, atol=0) # over the steps that had it
+    torch.testing.assert_close(float(shown), steps[part][:6].mean(), rtol=1e-5, atol=0) # over the steps with it
     learn.frskd.plot_losses()
 
 def test_weights_that_the_user_sets_before_the_fit_stay(make):
@@ -342,7 +342,7 @@ def test_weights_that_the_user_sets_before_the_fit_stay(make):
     for _ in range(2):
         learn.fit(1)
         assert (cb.alpha,cb.beta,cb.temperature)==(.5,0,2.) and 'feature' not in cb.losses
-        learn.model,learn.opt = SmallNet(),None # another one: the self-teacher is built anew
+        learn.model,learn.opt = SmallNet(),None # a new model gets a new self-teacher
 
 def test_a_weight_that_is_taken_away_between_epochs(make):
     class Off(Callback):
@@ -354,7 +354,7 @@ def test_a_weight_that_is_taken_away_between_epochs(make):
 
 # -- Maps that can't be learned from -------------------------------------------------------------
 class Checkpointed(SmallNet):
-    "The levels are inside of a piece whose activations are computed again in the backward pass"
+    "Its levels are inside a checkpointed block, which is recomputed in the backward pass"
     def __init__(self, reentrant=False, frozen=False):
         super().__init__()
         self.reentrant,self.frozen = reentrant,frozen
@@ -393,7 +393,7 @@ def test_a_frozen_body_has_no_gradient_to_lose(make):
     assert len(learn.frskd.steps)==6
 
 class Patches(nn.Module):
-    "A small transformer that leaves patches out in training"
+    "A small transformer that drops patches in training"
     def __init__(self, keep, grow=1):
         super().__init__()
         self.keep = keep
@@ -405,14 +405,14 @@ class Patches(nn.Module):
         if self.training: t = t[:,torch.randperm(t.shape[1])[:self.keep]]
         return self.head(self.blocks(t).mean(1))
 
-@pytest.mark.parametrize('keep', [16,32,63]) # a quarter makes a grid, too
+@pytest.mark.parametrize('keep', [16,32,63]) # a quarter forms a grid too
 def test_dropped_tokens_are_refused_by_their_reason(make, keep):
     learn = make(model=Patches(keep), splitter=trainable_params, cbs=FRSKDCallback())
     said = rf'returns {keep} patch tokens, but images of this size have 64.*drops or merges'
     with pytest.raises(ValueError, match=said): learn.fit(1)
 
 def test_tokens_of_images_of_another_size_and_shape(make):
-    "What counts is that all are there; their grid follows the images"
+    "Tokens of images of another size and shape work if none is missing; their grid follows the images"
     learn = make(model=Patches(10**6), splitter=trainable_params, cbs=FRSKDCallback())
     learn.fit(1)
     sizes = []

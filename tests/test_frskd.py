@@ -1,4 +1,4 @@
-"The algorithm as a module, on tensors"
+"`FRSKD`, the algorithm as a module, on tensors"
 import pytest, torch, torch.nn.functional as F
 from copy import deepcopy
 from functools import partial
@@ -23,7 +23,7 @@ names = [type(o).__name__ for o in TASKS]
 each_task = pytest.mark.parametrize('task', TASKS, ids=names)
 
 def batch(task=TASKS[0], b=6, c=5):
-    "Maps that want a gradient, logits, targets and a label loss"
+    "Make feature maps that require a gradient, logits, targets and a label loss"
     torch.manual_seed(0)
     maps = [torch.rand(b, n, s, s, requires_grad=True) for n,s in zip(CHANNELS, (16,8,4))]
     shape = (b,c,32,32) if task.per=='pixel' else (b,c)
@@ -65,7 +65,7 @@ def test_the_losses_by_hand(task):
 
 @each_task
 def test_where_the_gradients_go(task):
-    "Label loss: into the self-teacher and, times the factor, the student's maps. The rest: into the student alone"
+    "The label loss trains the self-teacher and (times the factor) the student's maps; the rest only the student"
     frskd,(maps,*rest) = module(task),batch(task)
     grads = {}
     for factor in 0.,.5,1.,torch.tensor(.5):
@@ -86,11 +86,11 @@ def test_what_is_left_out():
     frskd = module()
     step = lambda f,*factor: set(f(*batch(), *factor).losses)
     assert step(module(alpha=0))=={'teacher','feature'} and step(module(beta=0))=={'teacher','soft_label'}
-    assert step(frskd, 0.)=={'teacher'} # while a ramp is at nought
-    assert step(frskd, torch.tensor(0.))==set(FRSKD.loss_names) # reading a tensor would make the GPU wait
-    frskd.alpha = 0 # at any time
+    assert step(frskd, 0.)=={'teacher'} # while a ramp is at 0
+    assert step(frskd, torch.tensor(0.))==set(FRSKD.loss_names) # no check for 0: reading a tensor makes the GPU wait
+    frskd.alpha = 0 # can change at any time
     assert step(frskd)=={'teacher','feature'}
-    # parameters of a feature loss take part in each step, where several processes train
+    # DDP needs the parameters of a feature loss in every step
     hint = module(feature_loss=HintLoss(CHANNELS, CHANNELS), beta=0)
     assert step(hint, 0.)==set(FRSKD.loss_names)
 
@@ -101,7 +101,7 @@ def test_weights_and_sum():
 
 # -- Maps --------------------------------------------------------------------------------------------------
 def test_finest_pools_the_maps_and_tells_the_feature_loss():
-    "The self-teacher and the feature loss read pooled maps; the loss is told what is left of the positions"
+    "With `finest`, self-teacher and feature loss read pooled maps, and the loss knows the fraction of positions left"
     seen = []
     def spy(student, refined, ratios=None):
         seen.append((student,refined,ratios))
@@ -113,13 +113,13 @@ def test_finest_pools_the_maps_and_tells_the_feature_loss():
     read,(student,refined,ratios) = seen
     assert [o.shape[-1] for o in read]==[o.shape[-1] for o in refined]==[8,8,4] and ratios==[1/4,1,1]
     for a,b,c in zip(read, student, pool_to(maps, 1)): assert torch.equal(a, b) and torch.equal(b, c)
-    frskd.takes_ratios = False # a loss of one's own: float32 maps, and no more
+    frskd.takes_ratios = False # a custom loss gets float32 maps only
     half = [o.half() for o in maps]
     frskd.distil(rest[0], rest[0], half, half, ratios)
     assert seen[-1][2] is None and all(o.dtype==torch.float32 for o in (*seen[-1][0],*seen[-1][1]))
 
 def test_maps_before_the_relu():
-    "Overhaul reads the student's and the refined maps before their ReLU; the self-teacher those after it"
+    "Overhaul reads the student's and refined maps before the ReLU; the self-teacher those after it"
     frskd,(maps,*rest) = overhaul(),batch()
     pre = [o-.5 for o in maps]
     out = frskd([F.relu(o) for o in pre], *rest, pre=pre)
@@ -146,14 +146,14 @@ def test_its_state():
 
 @pytest.fixture
 def alone(tmp_path):
-    "A process group of this process"
+    "A process group of this process alone"
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize('kw', [{}, dict(find_unused_parameters=True), dict(static_graph=True)], ids=str)
 def test_wrapped_for_several_processes(alone, kw):
-    "The wrapper finds all tensors: the same losses and gradients, step after step"
+    "Wrapped in DDP, `FRSKD` gives the same losses and gradients in every step: the wrapper finds all tensors"
     plain = module(feature_loss=HintLoss(CHANNELS, CHANNELS))
     wrapped = DistributedDataParallel(deepcopy(plain), **kw)
     for _ in range(3):
@@ -193,7 +193,7 @@ def test_label_augmentation_by_hand():
     for k,v in want.items(): torch.testing.assert_close(out.losses[k], v, msg=lambda m: f'{k}: {m}')
     assert frskd.weights(.5)==dict(soft_label=1., feature=50., aggregation=.5)
     assert {k.split('.')[0] for k in frskd.state_dict()}=={'teacher','joint_student','joint_teacher'}
-    # two labels an image, by MixUp: the joint loss is linear in their weights
+    # MixUp gives an image two labels: the joint loss is linear in their weights
     labels = [(y,.25),((y+1)%5,.75)]
     mixed = frskd(maps, logits, (y,), label_loss, rotated=(rotated,None), labels=labels).losses['joint']
     ce = lambda t: sum(F.cross_entropy(o, joint_labels(t)) for o in joint)
@@ -202,7 +202,7 @@ def test_label_augmentation_by_hand():
 # -- Training ----------------------------------------------------------------------------------------------
 @each_task
 def test_it_trains_in_a_plain_loop(task):
-    "No Learner, no callback: a few steps on one batch"
+    "A plain PyTorch loop without Learner or callback trains it on one batch"
     torch.manual_seed(0)
     frskd,(_,_,targets,label_loss) = module(task),batch(task)
     stage = lambda i,o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
@@ -227,7 +227,7 @@ def test_it_trains_in_a_plain_loop(task):
 def test_weights_can_be_set_at_any_time_the_rest_when_made(make):
     learn = make(cbs=FRSKDCallback())
     cb = learn.frskd
-    cb.alpha = 1. # before the self-teacher is there
+    cb.alpha = 1. # before the self-teacher is built
     cb.build()
     cb.beta = 0.
     assert (cb.alpha,cb.beta)==(1.,0.)==(cb.trained.alpha,cb.trained.beta)

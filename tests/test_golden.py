@@ -1,7 +1,7 @@
-"""The self-teacher and the losses against the authors' reference implementation: every file of `FRSKD_GOLDEN`
-(default ../shared/golden).
+"""The self-teacher and losses match the authors' reference implementation, for every file of `FRSKD_GOLDEN`
 
-Each file says itself what it holds, so a file with other levels, sizes or layers needs no change here"""
+The default folder is ../shared/golden. Each file describes its own configuration, so files with other levels,
+sizes or layers need no change here."""
 import json, os
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -16,7 +16,7 @@ GOLDEN = Path(os.environ.get('FRSKD_GOLDEN', Path(__file__).parents[2]/'shared/g
 TOL = dict(rtol=1e-4, atol=1e-5)
 
 def kind(f):
-    "What a file pins: by its keys"
+    "Tell by its keys what a file contains"
     keys = set(np.load(f).files)
     kinds = dict(sla='loss/sla', features='overhaul/sum', dense='loss/kd_T1', teacher='eval/teacher_logits')
     return next((k for k,key in kinds.items() if key in keys), 'unknown')
@@ -38,13 +38,13 @@ def test_golden_files_are_all_read():
     assert KINDS, f'FRSKD_GOLDEN={GOLDEN} has no golden file'
     assert 'unknown' not in KINDS.values(), KINDS
 
-# The reference's names → ours, inside a layer: {i} a level, {p} the level before. P is `conv.0`, its convolution `.0`
-# and its BatchNorm `.1`
+# Maps the reference's names in a layer to ours: {i} is a level, {p} the level before it. P is `conv.0`, with its
+# convolution `.0` and its BatchNorm `.1`
 P_BLOCKS = {'lat_conv.{i}':'laterals.{i}', 'up_sample.{i}.1':'up.{i}', 'down_sample.{p}.1':'down.{p}'}
 S_BLOCKS = {'up_conv.{i}':'up_nodes.{i}', 'down_conv.{p}':'down_nodes.{p}'}
 
 def ours(z, prefix, teacher):
-    "The reference's tensors under `prefix` (parameters, gradients or buffers) by the names of `teacher`"
+    "Rename the reference's tensors under `prefix` (parameters, gradients or buffers) to the names of `teacher`"
     ref = {k[len(prefix):]: tensor(z, k) for k in z.files if k.startswith(prefix)}
     n,used,out = len(teacher.channels),set(),{}
     def take(to, frm, cat=False):
@@ -52,8 +52,8 @@ def ours(z, prefix, teacher):
             new = f'{to}.{k[len(frm)+1:]}'
             used.add(k)
             if not cat or new not in out: out[new] = ref[k]
-            elif ref[k].ndim: # not the count of batches
-                out[new] = torch.cat([out[new], ref[k]]) # both laterals of a level are one convolution here
+            elif ref[k].ndim: # not `num_batches_tracked`
+                out[new] = torch.cat([out[new], ref[k]]) # ours has one convolution for both laterals of a level
     for r,layer in enumerate(teacher.layers):
         q = f'layers.{r}.'
         for i in range(n):
@@ -76,7 +76,7 @@ def ours(z, prefix, teacher):
     return out
 
 def make_teacher(z, c, prefix='param/'):
-    "The self-teacher of a file's configuration, with the file's weights"
+    "Build the self-teacher of a file's configuration, with its weights"
     size = dict(n_channels=c['num_channels']) if c.get('kind')=='BiFPN' else dict(width=c['width'])
     t = SelfTeacher(c['channels'], c['n_classes'], depth=c.get('depth', 2), repeat=c.get('repeat', 1), **size)
     state = ours(z, prefix, t)
@@ -91,7 +91,7 @@ def test_golden_teacher(name):
     buffers = ours(z, 'buffer/', t)
     assert set(buffers)=={k for k in t.state_dict() if k not in dict(t.named_parameters())}
     t.load_state_dict({**t.state_dict(), **buffers})
-    # the reference's gradients are those before the student's own ReLU, which lets none through where the map is 0
+    # the reference's gradients are before the student's ReLU, which blocks them where the map is 0
     leaves = [tensor(z, f'in/feat{i}').requires_grad_() for i in range(len(c['channels']))]
     feats = [F.relu(o) for o in leaves]
     s,y = tensor(z, 'in/logits').requires_grad_(),tensor(z, 'in/target')
@@ -114,9 +114,9 @@ def test_golden_teacher(name):
 
     after,bufs = ours(z, 'after/buffer/', t),dict(t.named_buffers())
     assert set(after)==set(buffers)
-    for k,v in after.items(): # P runs before the upsampling here, after it in the reference
+    for k,v in after.items(): # ours applies P before the upsampling, the reference after it
         close(bufs[k], v, k, **(dict(rtol=.07) if '.up.' in k and 'running_var' in k else {}))
-    t.load_state_dict({**t.state_dict(), **after}) # evaluation with the reference's statistics
+    t.load_state_dict({**t.state_dict(), **after}) # evaluate with the reference's statistics
     with torch.no_grad(): refined,logits = t.eval()([f.detach() for f in feats])
     for i,r in enumerate(refined): close(r, tensor(z, f'eval/refined{i}'), f'refined {i} in evaluation')
     close(logits, tensor(z, 'eval/teacher_logits'), 'logits in evaluation')
@@ -155,7 +155,7 @@ def test_golden_feature_losses(name):
     close(over(pre, tpre), tensor(z, 'overhaul/sum'), 'overhaul')
 
 class ThreeConvs(torch.nn.Module):
-    "The student of the SLA files"
+    "The student in the SLA files"
     def __init__(self, channels, n_out):
         super().__init__()
         cs = [3,*channels]
@@ -170,7 +170,7 @@ class ThreeConvs(torch.nn.Module):
 
 @pytest.mark.parametrize('name', files('sla'))
 def test_golden_sla(name):
-    "One training step of a Learner with the callback"
+    "One training step of a Learner with the callback matches"
     from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders,
                                    Learner)
     from frskd_fastai.sla_callback import FRSKDSLACallback
@@ -185,7 +185,7 @@ def test_golden_sla(name):
     cb = FRSKDSLACallback.paper(**options, levels=[f'acts.{i}' for i in range(len(c['channels']))])
     seen = {}
     class Look(Callback):
-        "Sees the logits that the soft-label loss gets, and stops before the step"
+        "Records the logits that the soft-label loss gets, and stops before the step"
         order = cb.order+1
         def before_train(self):
             distil = cb.trained.distil
@@ -213,7 +213,7 @@ def test_golden_sla(name):
 # -- Segmentation -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize('name', files('dense'))
 def test_golden_dense(name):
-    "The dense self-teacher's maps, its feature loss and the student's gradient, and the soft labels of each pixel"
+    "The dense self-teacher's maps, feature loss, student gradient and pixel soft labels match"
     z,c = load(name)
     t = DenseSelfTeacher([c['channels']]*c['levels'], c['n_classes'], n_channels=c['channels'])
     state,used = {},0

@@ -1,4 +1,4 @@
-"Losses and activations that aren't finite: what is left out, what stays sound, what ends a fit"
+"Non-finite losses and activations: which steps are skipped, what stays intact, what ends a fit"
 import json, math, shutil, warnings
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
@@ -13,7 +13,7 @@ from frskd_fastai.task.task import SingleLabel
 from conftest import SmallNet, n_hooks, same, weights
 
 class Poison(Callback):
-    "One value of the images of some steps isn't finite"
+    "Makes one value of the images non-finite in some steps"
     def __init__(self, *steps, value=math.nan): self.steps,self.value = steps,value
     def before_batch(self):
         if self.training and (not self.steps or self.train_iter in self.steps):
@@ -22,7 +22,7 @@ class Poison(Callback):
             self.learn.xb = (x,)
 
 def sound(learn):
-    "Is all finite that a later step reads?"
+    "Check that everything a later step reads is finite"
     f = learn.frskd
     nets = [v for m in (learn.model,f.trained) for v in m.state_dict().values()]
     state = [v for *_,s,_ in learn.opt.all_params() for v in s.values() if v is not None]
@@ -31,7 +31,7 @@ def sound(learn):
     return all(torch.as_tensor(o).isfinite().all() for o in values)
 
 def test_plain_fastai_loses_the_training(make):
-    "What this is for; without the callback nothing is changed"
+    "Without the callback, a non-finite step ruins a plain fastai training"
     learn = make()
     learn.fit(1, 1e-3, cbs=Poison(2))
     assert all(p.isnan().all() for p in learn.model.parameters())
@@ -56,9 +56,9 @@ def test_label_augmentation_too(make):
     assert sound(learn) and learn.frskd.skipped==1
 
 def test_it_is_left_out(make):
-    """With plain SGD, the fit is the one without that step
+    """With plain SGD, the fit equals one without that step
 
-    BatchNorm's statistics are those of at most `every` steps before"""
+    BatchNorm's statistics are restored to those of at most `every` steps before."""
     ends = []
     class Skip(Callback):
         order = 100
@@ -76,7 +76,7 @@ def test_it_is_left_out(make):
     assert not eq(a[3], a[4]) and not eq(a[3], b[3]) and eq(b[3], b[4]) and eq(a[4], a[5])
 
 def test_a_sound_fit_is_what_it_was(make, monkeypatch):
-    "Bit for bit, with looks in the middle of it"
+    "A fit without non-finite values is unchanged bit for bit, even with checks in the middle"
     monkeypatch.setattr(SkipNonFinite, 'every', 2)
     ends = []
     for on in True,False:
@@ -90,13 +90,13 @@ def test_a_sound_fit_is_what_it_was(make, monkeypatch):
     assert same(*ends)
 
 class CPUScaler(MixedPrecision):
-    "fp16's loss scaler, without a GPU"
+    "A loss scaler as for fp16, without a GPU"
     def before_fit(self):
         self.autocast,self.scales = autocast('cpu', enabled=False),L()
         self.learn.scaler = GradScaler('cpu', init_scale=1024.)
 
 def test_fp16s_scaler_skips_it(make):
-    "The whole step, as in plain fastai; and the statistics are set back here, too"
+    "fp16's scaler skips the whole step as in plain fastai, and the statistics are restored"
     learn = make(cbs=[FRSKDCallback(),CPUScaler()])
     class Look(Callback):
         def before_fit(self): self.at,self.scale = [],[]
@@ -130,7 +130,7 @@ def test_the_images(short, make):
     before = {k:v for k,v in weights(learn.model).items() if 'running' in k or 'num_batches' in k}
     stops(learn, 'the batch of images', cbs=Poison())
     assert same({k:v for k,v in weights(learn.model).items() if k in before}, before)
-    learn.fit(1, 1e-3) # and the Learner can go on
+    learn.fit(1, 1e-3) # the Learner can continue
     assert sound(learn) and learn.frskd.skipped==0
 
 def test_a_level(short, make):
@@ -143,7 +143,7 @@ def test_a_level(short, make):
 
 def test_the_parts_of_the_loss(short, make, monkeypatch):
     class Loss(CrossEntropyLossFlat):
-        "Of the two calls in a training step, one isn't finite"
+        "Returns a non-finite loss in one of its two calls per step"
         calls,bad = [],None
         def __call__(self, inp, targ, **kw):
             if torch.is_grad_enabled(): self.calls.append(1)
@@ -163,12 +163,13 @@ def test_a_few_in_a_row_are_no_end(short, make):
     learn = make(cbs=FRSKDCallback())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        learn.fit(3, 1e-3, cbs=Poison(1,2, 5,6, 9,10)) # two each
+        learn.fit(3, 1e-3, cbs=Poison(1,2, 5,6, 9,10)) # two per epoch
     assert learn.frskd.skipped==6 and sound(learn)
 
 @pytest.mark.parametrize('epoch', [0,1])
 def test_a_gradient_behind_a_finite_loss(epoch, make):
-    "It is not left out, as in plain fastai; but the fit ends, with a parameter's name, before the epoch does"
+    """A non-finite gradient behind a finite loss isn't skipped, as in plain fastai, but ends the fit and names a
+    parameter"""
     learn,ends = make(cbs=FRSKDCallback()),[]
     class End(Callback):
         def after_epoch(self): ends.append(self.epoch)
@@ -181,7 +182,7 @@ def test_a_gradient_behind_a_finite_loss(epoch, make):
     assert ends==list(range(epoch)) and n_hooks(learn.model)==0
 
 class Fixed(SmallNet):
-    "Causal attention over 4×4 places, its mask of -inf a fixed parameter or a buffer; an unused layer of NaN"
+    "Causal attention over 4×4 positions with a mask of -inf (parameter or buffer), and an unused layer of NaN"
     def __init__(self, buffer=False):
         super().__init__()
         mask = torch.full((16,16), -math.inf).triu(1)
@@ -197,7 +198,8 @@ class Fixed(SmallNet):
 
 @pytest.mark.parametrize('buffer', [False,True])
 def test_what_was_not_finite_before_is_no_fault(buffer, short, make, tmp_path):
-    "The fit goes on, steps are left out, checkpoints are kept: in the next fit, too"
+    """Values that weren't finite before the fit are no error: steps are skipped and checkpoints kept, in later fits
+    too"""
     learn = make(cbs=[FRSKDCallback(),Resumable(tmp_path/'kept')], model=Fixed(buffer))
     with pytest.warns(UserWarning, match='skipped'): learn.fit(2, 1e-3, cbs=Poison(3))
     learn.fit(1, 1e-3)
@@ -207,7 +209,7 @@ def test_what_was_not_finite_before_is_no_fault(buffer, short, make, tmp_path):
 
 @pytest.mark.parametrize('name,at', [('mask',(0,0)),('head.2.weight',(0,0)),('frskd.trained.teacher',None)])
 def test_what_becomes_so_beside_it_is_told(name, at, make):
-    "Also an entry of the same tensor, and one of the self-teacher"
+    "New non-finite values are reported, also in the same tensor and in the self-teacher"
     learn = make(cbs=FRSKDCallback(), model=Fixed())
     class Spoil(Callback):
         def after_step(self):
@@ -220,19 +222,19 @@ def test_what_becomes_so_beside_it_is_told(name, at, make):
         learn.fit(1, 1e-3, cbs=Spoil())
 
 def test_lr_find_goes_to_its_end(short, make):
-    "It is meant to find where losses aren't finite"
+    "`lr_find` runs to its end, since it is meant to find where losses diverge"
     learn = make(cbs=FRSKDCallback())
     learn.lr_find(num_it=12, end_lr=1e8, stop_div=False, show_plot=False, suggest_funcs=None)
     assert len(learn.recorder.lrs)==12 and all(p.isfinite().all() for p in learn.model.parameters())
 
 def test_weights_of_the_losses(short, make):
-    "Each part is finite, their sum isn't"
+    "Weighted parts can be finite while their sum isn't"
     stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the loss')
 
 TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
 @pytest.mark.parametrize('option,msg', TOLD)
 def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
-    "One line, exit code 1, no results, and the checkpoint from before is there"
+    "The command prints one line, exits with 1, writes no results, and keeps the last good checkpoint"
     monkeypatch.setattr(ProgressCallback, 'run', False)
     monkeypatch.setattr(defaults, 'cpus', 0)
     for c in '01':
@@ -252,7 +254,7 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize('spoiled', [False,True])
 def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
-    "A model with -inf in it is exported; not so when more of it has become so"
+    "The command exports a model that contains -inf, unless training has added more"
     monkeypatch.setattr(ProgressCallback, 'run', False)
     monkeypatch.setattr(defaults, 'cpus', 0)
     monkeypatch.setattr(jobs, 'whole_network', lambda *a: Fixed())
@@ -270,7 +272,7 @@ def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
     if spoiled: assert "the plain training has diverged: 1 weights or buffers aren't finite" in err
 
 def test_without_a_recorder(make):
-    "A Learner may do without fastai's Recorder"
+    "It works for a Learner without fastai's Recorder"
     learn = make(cbs=FRSKDCallback())
     learn.remove_cbs([Recorder,ProgressCallback])
     learn.fit(1, 1e-3)
@@ -287,7 +289,7 @@ def test_a_buffer_that_the_model_assigns_is_set_back(short, make):
     assert learn.model.mean.isfinite().all() and sound(learn)
 
 def test_a_replaced_self_teacher_keeps_its_own_statistics(make):
-    "What is set back after a skipped step is the new one's, when the first step of a fit has built another"
+    "If the first step of a fit builds a new self-teacher, a skipped step restores the new one's statistics"
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-2)
     learn.model.head[2] = nn.Linear(32, 12)
@@ -298,4 +300,4 @@ def test_a_replaced_self_teacher_keeps_its_own_statistics(make):
     new = learn.frskd.trained
     assert new is not old and all(b.isfinite().all() for b in new.buffers())
     fresh = [b for n,b in new.named_buffers() if 'running_mean' in n]
-    assert fresh and not any(b.any() for b in fresh) # as they were built: nothing sound has been seen
+    assert fresh and not any(b.any() for b in fresh) # as they were built, since no finite batch has been seen

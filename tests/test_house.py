@@ -1,4 +1,4 @@
-"The rules of the house: the names that users get, which folder imports which, how long modules and lines are"
+"Code conventions: public names, imports between folders, lengths of modules and lines"
 import ast, json, re, subprocess, sys
 from pathlib import Path
 import pytest
@@ -28,7 +28,7 @@ print(json.dumps([sorted(names), sorted(names & fastai.keys()), dir(ours['FRSKDC
 
 @pytest.fixture(scope='module')
 def user():
-    "In a process of its own, what `all` gives: names, those that hide one of fastai's, the callback's methods"
+    "Return what `all` provides in a new process: names, those that hide one of fastai's, and the callback's methods"
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', USER], cwd=root, capture_output=True, text=True)
     assert not r.returncode, r.stderr
     return json.loads(r.stdout)
@@ -41,7 +41,7 @@ def test_names_of_all(user):
 def is_patch(f): return any(getattr(o, 'id', '')=='patch' for o in f.decorator_list)
 
 def test_all_brings_the_callbacks_methods(user):
-    "What other modules patch onto `FRSKDCallback` is there"
+    "`all` includes the methods that other modules patch onto `FRSKDCallback`"
     functions = [o for t in trees.values() for o in t.body if isinstance(o, ast.FunctionDef) and is_patch(o)]
     patched = {o.name for o in functions if getattr(o.args.args[0].annotation, 'id', '')=='FRSKDCallback'}
     assert {'refined','show_attention','plot_losses','agreement','plot_agreement'} <= patched <= set(user[2])
@@ -54,7 +54,7 @@ NEVER = dict(
     learner={'method','student','task','callback'})
 
 def imported(name, tree):
-    "The folders, or modules beside them, that the module `name` imports, anywhere in it"
+    "List the folders, and modules outside folders, that the module `name` imports anywhere"
     package = ['frskd_fastai', *name.split('/')[:-1]]
     for o in ast.walk(tree):
         if isinstance(o, ast.Import): paths = [a.name.split('.') for a in o.names]
@@ -72,7 +72,7 @@ def test_imported():
     assert [*imported('all', ast.parse('from . import refined as _'))]==['refined']
 
 def test_imports():
-    "Method, student and learner stand on the ground and don't see each other; the command is on top"
+    "`method`, `student` and `learner` don't import each other or anything above them; nothing imports `cli`"
     bad = []
     for name,tree in trees.items():
         folder = name.split('/')[0]
@@ -84,7 +84,7 @@ def test_imports():
 LIMITS = {ast.ClassDef:150, ast.FunctionDef:40}
 
 def test_sizes():
-    "Each module, class and function is short enough to be read"
+    "Modules, classes and functions stay within their limits"
     sizes = [(name, len(text.splitlines()), 250) for name,text in modules.items()]
     for name,tree in trees.items():
         defs = [o for o in ast.walk(tree) if type(o) in LIMITS]
@@ -93,11 +93,11 @@ def test_sizes():
     assert not bad, '\n'.join(bad)
 
 def written(text):
-    "The lines of a module, less what nbdev writes and addresses"
+    "List the lines of a module without those that nbdev writes, and without URLs"
     return re.sub(r'^(__all__ = \[[^]]*\]|# %% .*)$|https?://[^\s)]+', '', text, flags=re.M).splitlines()
 
 def test_lines():
-    "None is over 120 characters, at most one in twenty over 110; the same in the tests"
+    "No line exceeds 120 characters, and at most one in twenty 110; tests included"
     for texts in modules,tests:
         lines = [(name,l) for name,text in texts.items() for l in written(text)]
         long = [f'{name}: {l.strip()[:60]}…, {len(l)} characters' for name,l in lines if len(l)>120]
@@ -105,5 +105,5 @@ def test_lines():
         assert sum(len(l)>110 for _,l in lines) <= .05*len(lines)
 
 def test_notebooks_have_no_numbers():
-    "One list in `tools/make_docs.py` gives the order"
+    "Notebook names contain no numbers: `tools/make_docs.py` defines the order"
     assert not [f for f in root.glob('nbs/**/*.ipynb') if re.search(r'\d', f.stem)]

@@ -1,4 +1,4 @@
-"Two Learners compared: the same items, each through its own transforms"
+"Comparing two Learners on the same items, each with its own transforms"
 import math
 import pytest, torch
 from fastai.vision.all import *
@@ -21,7 +21,7 @@ def data(item_tfms=Resize(32), blocks=(ImageBlock,CategoryBlock), get_y=parent_l
     return block.dataloaders(items(), bs=bs, num_workers=0)
 
 class Stretched(nn.Module):
-    "Weights that tell the inputs apart"
+    "A network whose untrained predictions differ between inputs"
     def __init__(self, n_out=4, ch=3, dense=False):
         super().__init__()
         self.conv,self.dense = nn.Conv2d(ch, 16, 3, padding=1),dense
@@ -39,7 +39,7 @@ def exported(learn, path):
     return load_learner(path/'learn.pkl')
 
 def alone(learn):
-    "What `learn` says of its own validation images"
+    "Return which of its own validation images `learn` gets right, and the labels' probabilities"
     logits,y = learn.get_preds(act=noop)
     return (logits.argmax(1)==y).float(),logits.softmax(1).gather(1, y[:,None])[:,0]
 
@@ -60,7 +60,7 @@ pipelines = dict(
 @pytest.mark.parametrize('first', [False,True], ids=['second','first'])
 @pytest.mark.parametrize('kind', pipelines)
 def test_each_is_judged_through_its_own(kind, first, load, tmp_path):
-    "As `validate` does, whichever of the two it is"
+    "Each Learner's results equal those of its own `validate`, in either order"
     a,b = learner(data(), 1),learner(data(**pipelines[kind]), 2, ch=1 if kind=='gray' else 3)
     c = b if not load else exported(learner(data(**pipelines[kind]), 2, ch=1 if kind=='gray' else 3), tmp_path)
     one,two = (c,a) if first else (a,c)
@@ -72,7 +72,7 @@ def test_each_is_judged_through_its_own(kind, first, load, tmp_path):
     plt.close(fig)
 
 def test_what_is_shown_is_what_was_judged():
-    "Each answer in the picture is the one through its Learner's own transforms"
+    "The predictions shown are those made with the Learner's own transforms"
     a,b = learner(data(), 1),learner(data(**pipelines['crop']), 2)
     c = StudentComparison(a, b)
     fig = c.show(n=6)
@@ -96,7 +96,7 @@ def test_items_in_a_table():
 
 @pytest.mark.parametrize('of', [0,1])
 def test_other_items(of):
-    "A part of the training set, in an order of its own, made by either Learner; without augmentation"
+    "A subset of the training set, in a new order and made by either Learner, is predicted without augmentation"
     other = data(item_tfms=Resize(48), batch_tfms=stats(.1, .05))
     both = learner(data(batch_tfms=aug_transforms()), 1),learner(other, 2)
     items = list(both[0].dls.train_ds.items)[::-2]
@@ -110,7 +110,7 @@ def test_other_items(of):
         plt.close(comparison.show(n=4))
 
 def test_orders_are_the_same():
-    "Whatever batch size, shuffling or dropping the second one's loader has"
+    "Results have the same order, whatever the second loader's batch size, shuffling and `drop_last`"
     a,b = learner(data(), 1),learner(data(bs=5, batch_tfms=stats(.1, .05)), 2)
     comparison = StudentComparison(a, b)
     b.dls.valid.shuffle,b.dls.valid.drop_last = True,True
@@ -132,7 +132,7 @@ def test_multi_label():
     with pytest.raises(ValueError, match='label the same items differently'): StudentComparison(a, single)
 
 def test_labels_differ():
-    "The same classes, but other labels"
+    "The same classes with other labels are refused"
     a,b = learner(data(), 1),learner(data(get_y=swapped), 2)
     with pytest.raises(ValueError, match='label the same items differently'): StudentComparison(a, b)
 
@@ -143,7 +143,7 @@ def seg(seed, loss_func=None, get_y=mask, **kw):
 
 @pytest.mark.parametrize('load', [False,True], ids=['live','exported'])
 def test_segmentation(load, tmp_path):
-    "Another size, other statistics, another class that is ignored"
+    "Segmentation with other sizes, normalization and ignored classes"
     void = CrossEntropyLossFlat(axis=1, ignore_index=1)
     make = lambda: seg(2, void, item_tfms=Resize((24,40)), batch_tfms=stats(.3, .1))
     a,b = seg(1),make()
@@ -164,7 +164,7 @@ def test_masks_differ():
         StudentComparison(seg(1), seg(2, get_y=shifted, item_tfms=Resize(64)))
 
 def test_an_image_of_which_one_sees_nothing():
-    "No answer of it counts for the one: no difference"
+    "If one Learner ignores all pixels of an image, neither gets it right: no difference"
     everything = CrossEntropyLossFlat(axis=1, ignore_index=0)
     a = seg(1)
     b = seg(2, everything, get_y=mask, item_tfms=[Resize(32),CropPad(1)])
@@ -172,7 +172,7 @@ def test_an_image_of_which_one_sees_nothing():
     none = (torch.cat([o[1].as_subclass(Tensor).cpu() for o in b.dls.valid])==0).flatten(1).all(1)
     assert 0<none.sum()<len(none) and (c.right[none]==0).all() and (c.right[~none,0]>0).any()
 
-# -- Data that fastai doesn't know the items of ---------------------------------------------------------------
+# -- Data whose items fastai doesn't know ---------------------------------------------------------------------
 def samples(seed=0, size=16, n=20):
     set_seed(seed)
     return [(torch.rand(3, size, size),torch.tensor(i%4)) for i in range(n)]
@@ -181,7 +181,7 @@ def raw(valid, cls=DataLoader, **kw):
 def scaled(b): return (b[0]*4-2,b[1])
 
 def test_tensors():
-    "One list, or one like it; another one is another validation set"
+    "Tensors are compared if both Learners have the same list or an equal one; another list is refused"
     a = learner(raw(samples()), 1)
     for dls in a.dls,raw(samples()),raw(tuple(samples())):
         c = StudentComparison(a, learner(dls, 2))
@@ -197,7 +197,7 @@ def test_tensors():
 
 @pytest.mark.parametrize('cls,kw', [(DataLoader,dict(after_batch=scaled)),(TfmdDL,dict(after_batch=stats(.1, .05)))])
 def test_tensors_with_transforms(cls, kw):
-    "The loader's transforms are the Learner's own, for other samples, too"
+    "A loader's transforms stay the Learner's own, also for other samples"
     a,b = learner(raw(samples()), 1),learner(raw(samples(), cls, **kw), 2)
     for one,two in (a,b),(b,a):
         c = StudentComparison(one, two)
@@ -209,7 +209,7 @@ def test_tensors_with_transforms(cls, kw):
         assert torch.equal(c.right[:,i], (logits.argmax(1)==y).float())
 
 class Own:
-    "A data set that does something to its samples, unknown to others"
+    "A custom data set that scales its samples by `k`"
     def __init__(self, k=1): self.k,self.of = k,samples()
     def __len__(self): return len(self.of)
     def __getitem__(self, i): return self.of[i][0]*self.k,self.of[i][1]
@@ -225,7 +225,7 @@ def test_data_sets_of_ones_own():
     with pytest.raises(ValueError, match="may transform images differently"): StudentComparison(a, far, dl=dl)
 
 def test_batches_of_unknown_items(tmp_path):
-    "For both where they have the same transforms, as far as their items tell; else refused"
+    "Batches of unknown items go to both Learners if their transforms look the same; otherwise it is refused"
     a,b,far = learner(data(), 1),learner(data(), 2),learner(data(batch_tfms=stats(.1, .05)), 3)
     x,y = a.dls.valid.one_batch()
     dl = DataLoader(list(zip(x, y)), bs=4)
@@ -245,13 +245,13 @@ def test_what_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match="can't take the items"): StudentComparison(tabled, a, dl=data(**table).valid)
 
 def test_masks_of_a_shuffled_loader():
-    "Their labels are compared in one order, whichever the loader has"
+    "Masks of shuffled loaders are compared in the same order"
     a,b = seg(1),seg(2, item_tfms=Resize(64))
     assert len(StudentComparison(a, b, dl=a.dls.train).right)==len(a.dls.train_ds)
 
 # -- As the Learners validate themselves ---------------------------------------------------------
 class Normalized(Callback):
-    "Its network's own way of preparing images"
+    "A network with its own normalization"
     def before_batch(self): self.learn.xb = ((self.xb[0]-.1)/.02,)
 
 class FirstOfTwo(Callback):

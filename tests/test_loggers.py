@@ -1,4 +1,4 @@
-"fastai's loggers receive the parts of the loss, by the names of the progress table"
+"fastai's loggers receive the loss parts under the names in the progress table"
 import csv, pytest
 from fastai.vision.all import *
 from frskd_fastai.all import *
@@ -24,5 +24,5 @@ def test_csv_and_tensorboard(tmp_path):
     for o in PARTS:
         logged = [e.value for e in events.Scalars(o)]
         assert logged==pytest.approx([float(r[o]) for r in rows], rel=1e-4)
-        if o.endswith('_loss'): # the means of the steps
+        if o.endswith('_loss'): # means over the steps
             assert logged==pytest.approx(steps[o[:-5]].values.reshape(2, -1).mean(1), rel=1e-4)

@@ -1,15 +1,16 @@
-"""Long runs: 500 steps and 18 fits in one process leave memory, live objects, hooks, callbacks, the optimizer's
-groups and open files as they were early on"""
+"""Long runs don't leak: 500 steps and 18 fits in one process
+
+Memory, live objects, hooks, callbacks, parameter groups and open files stay as they were early on."""
 import gc, mmap
 import psutil, pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
 from conftest import SmallNet, n_hooks
 
-MORE = 4 # MiB that memory may grow in 400 steps: 10 KiB each, which is one small map
+MORE = 4 # allowed growth in MiB over 400 steps: 10 KiB per step, one small map
 
 def measure(learn):
-    "What could grow. The losses that fastai's Recorder and the callback keep for their plots are let go of"
+    "Measure everything that could grow, after dropping the losses that Recorder and callback keep for plots"
     learn.opt.zero_grad(); learn.recorder.losses.clear(); learn.frskd.log.recorded.clear(); gc.collect()
     live = Counter(k for o in gc.get_objects() for k in (Tensor,nn.Module,Callback,Learner) if issubclass(type(o), k))
     opt,process = learn.opt,psutil.Process()
@@ -25,7 +26,7 @@ def check_growth(early, late):
 
 @pytest.fixture
 def learner(digits, tmp_path):
-    "A small Learner: 100 steps an epoch"
+    "Build a small Learner with 100 steps per epoch"
     def _make(n=400, **kw):
         set_seed(0)
         data = list(zip(digits[0][:,:,::2,::2], digits[1]))
@@ -63,7 +64,7 @@ KINDS = dict(fit=lambda l: l.fit(1, 1e-3), one_cycle=lambda l: l.fit_one_cycle(1
 
 @pytest.mark.parametrize('new', [False,True], ids=['one Learner','a Learner each'])
 def test_18_fits(new, learner):
-    "Of six kinds, in turn"
+    "18 fits of six kinds in turn"
     learn,seen = None,[]
     for i in range(3):
         for fit in KINDS.values():
@@ -74,12 +75,12 @@ def test_18_fits(new, learner):
 
 # -- The measure itself -------------------------------------------------------------------------------
 class Leak(Callback):
-    "Of each kind, one a step"
+    "Leaks one of each kind per step"
     def __init__(self): self.kept = []
     def after_step(self):
         opt = self.learn.opt
-        # A graph with all that it needs, a file, an object, and 2 MiB of its own: what other tests have left free would
-        # hide an array
+        # A graph, a file, an object, and a 2 MiB allocation of its own: an array could hide in memory that other tests
+        # have freed
         self.kept += [self.learn.loss_grad, open(os.devnull), Callback(), mmap.mmap(-1, 2**21)]
         self.kept[-1].write(bytes(2**21))
         self.model.stem.register_forward_hook(lambda *args: None)

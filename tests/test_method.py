@@ -1,5 +1,6 @@
-"""The paper's method, end to end: against a plain PyTorch loop, by hand under MixUp and CutMix, with other label
-losses, self-teachers and feature losses"""
+"""The paper's method end to end: against a plain PyTorch loop, and by hand under MixUp and CutMix
+
+Also with other label losses, self-teachers and feature losses."""
 import json
 import pytest, torch
 from fastai.vision.all import *
@@ -19,7 +20,7 @@ SIZES = [dict(channels=[6,10], width=1), dict(channels=[3,5,7,9,11], width=.5),
          dict(channels=[8,16,24], num_channels=4, repeat=3, depth=1)]
 
 def golden_file(path, channels, width=1, depth=2, repeat=1, num_channels=None):
-    "A file like the golden ones, computed with `reference.py`"
+    "Write a file like the golden ones, computed with `reference.py`"
     torch.manual_seed(len(channels)+repeat)
     n,n_out = len(channels),7
     t = R.Reference(channels, n_out, width, depth, repeat, num_channels)
@@ -55,7 +56,7 @@ def test_like_golden(size, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', G.files('teacher'))
 def test_golden_holds_for_the_written_out_reference(name):
-    "So that `reference.py` is worth a comparison"
+    "The golden test passes for `reference.py`, so comparisons with it are meaningful"
     z,c = G.load(name)
     n_channels = c['num_channels'] if c['kind']=='BiFPN' else None
     t = R.Reference(c['channels'], c['n_classes'], c['width'], c['depth'], c['repeat'], n_channels)
@@ -81,7 +82,7 @@ def test_paper_preset():
     with pytest.raises(TypeError): FRSKDCallback.paper(widht=1)
 
 def test_five_sgd_steps_are_those_of_a_plain_loop(make):
-    "Losses and weights of both networks, with momentum and weight decay, against a hand-written loop over copies"
+    "Five steps with momentum and weight decay equal a hand-written loop: losses and weights of both networks"
     cb,lr,wd,mom = FRSKDCallback.paper(),0.05,1e-2,0.9
     learn = make(cbs=cb, opt_func=partial(SGD, mom=mom, decouple_wd=False), wd=wd, wd_bn_bias=True)
     cb.build()
@@ -106,7 +107,7 @@ def test_five_sgd_steps_are_those_of_a_plain_loop(make):
         s = student.head(x)
         refined,t = teacher(feats)
         kd = 16*F.kl_div((s/4).log_softmax(1), (t.detach()/4).log_softmax(1), log_target=True, reduction='batchmean')
-        # Its values and gradient are compared with the formula in nbs/method/losses.ipynb; another arithmetic drifts
+        # nbs/method/losses.ipynb compares it with the formula; here, different rounding would drift apart
         phi = attention_map
         feature = sum((phi(f)-phi(r.detach())).pow(2).mean() for f,r in zip(feats, refined))
         parts = dict(student=F.cross_entropy(s, y), teacher=F.cross_entropy(t, y), soft_label=kd, feature=feature)
@@ -118,7 +119,7 @@ def test_five_sgd_steps_are_those_of_a_plain_loop(make):
 
 # -- MixUp and CutMix, event by event -------------------------------------------------------------------
 class Events(Callback):
-    "What a batch looks like at each event; stops after the loss"
+    "Records the batch at each event; stops after the loss"
     run_valid = False
     def __init__(self, order): self.order,self.seen = order,{}
     def before_batch(self): self.seen[f'before_batch {self.order}'] = dict(x=self.x.clone(), y=self.y.clone())
@@ -140,11 +141,11 @@ def test_mixed_batch_by_hand(make, mix):
     learn.fit(1, 1e-2, cbs=Stop())
     assert learn.loss_func is plain_loss
 
-    # 1. before_batch: the mixture of two images, and the labels of both
+    # 1. before_batch: a mixture of two images, with both labels
     (x,y),(xm,ym) = [(o['x'],o['y']) for o in (o.seen[f'before_batch {o.order}'] for o in (early,late))]
     y1,lam = m.yb1[0],m.lam
     assert torch.equal(y, ym) and not torch.equal(x, xm)
-    pairs = [(int(i),j) for j in range(len(x)) for i in (y1[j]==y).nonzero()] # who may be mixed with whom
+    pairs = [(int(i),j) for j in range(len(x)) for i in (y1[j]==y).nonzero()] # images that may be mixed
     lam = torch.as_tensor(lam).float().expand(len(x))
     if mix is MixUp: of_both = lambda i,j: torch.allclose(xm[j], torch.lerp(x[i], x[j], lam[j]), atol=1e-5)
     else: of_both = lambda i,j: ((xm[j]==x[i])|(xm[j]==x[j])).all()
@@ -156,7 +157,7 @@ def test_mixed_batch_by_hand(make, mix):
     for stage in before_model.stages: feats.append(o := stage(o))
     s = before_model.head(o)
     refined,t = before_teacher(feats)
-    # 3. after_loss: the reference's mixed loss, for both
+    # 3. after_loss: the reference's mixed loss for both networks
     def ce(z, y): return F.cross_entropy(z, y, reduction='none')
     def mixed(z): return (lam*ce(z, y) + (1-lam)*ce(z, y1)).mean()
     student,teacher = mixed(s),mixed(t)
@@ -188,7 +189,7 @@ def test_sla_mixes_the_joint_labels(make, mix):
 
 # -- Label losses -----------------------------------------------------------------------------------------
 def logits_of_a_batch(learn, cb):
-    "Logits of student and self-teacher, and the targets, of one training batch"
+    "Train one batch; returns the logits of both networks and the targets"
     seen = {}
     h = cb.teacher.register_forward_hook(lambda m,i,o: seen.__setitem__('t', o[1].detach().float()))
     def look(l): seen.update(s=l.pred.detach(), y=l.y)
@@ -223,7 +224,7 @@ def test_label_loss_follows_the_learners(make, loss_func, by_hand):
 
 @pytest.fixture
 def multi(digits, make):
-    "Digits with three yes-or-no labels: even, above four, with a closed loop"
+    "Label the digits with three yes-or-no classes: even, above four, with a closed loop"
     x,y = digits
     labels = torch.stack([y%2==0, y>4, sum(y==o for o in (0,6,8,9))>0], dim=1).float()
     data = list(zip(x, labels))
@@ -273,7 +274,7 @@ def test_loss_function_may_change_between_fits(make, multi):
     learn.fit(1)
 
 def test_one_logit_accuracy(multi, digits):
-    "Targets of shape B for logits B×1"
+    "Targets of shape B work with logits B×1"
     cb = FRSKDCallback(columns=True)
     learn = multi(n_out=1, cbs=cb)
     data = [(x,(y>4).float()) for x,y in zip(*digits)]
@@ -289,7 +290,7 @@ def test_one_logit_accuracy(multi, digits):
     assert y.shape==(64,) and torch.equal(acc[0], ((t[:,0]>0)==(y>.5)).float().mean())
 
 def test_multi_label_by_the_type_of_targets(multi):
-    "Whatever the first samples are, and with a loss function of one's own"
+    "Multi-label tasks are recognized by the targets' type, for any first samples and a custom loss function"
     learn = multi(loss_func=lambda p,y: ((p-y)**2).mean(), cbs=FRSKDCallback())
     ones = TensorMultiCategory(torch.eye(3)[[0,1,2]*32])
     train = DataLoader(list(zip(torch.rand(96,3,32,32), ones)), bs=16, drop_last=True)
@@ -315,7 +316,7 @@ def test_targets_that_do_not_go_with_the_loss(make, digits, what):
 
 @pytest.mark.parametrize('what', ['bounding boxes','points','regression'])
 def test_fastai_targets_it_cannot_serve(what, tmp_path):
-    "DataBlocks of fastai's, refused before the first batch"
+    "fastai DataBlocks with unsupported targets are refused before the first batch"
     from frskd_fastai.data.embedded import digits_data
     files = get_image_files(digits_data()/'valid')[:32]
     block,get_y = {
@@ -333,7 +334,7 @@ def test_fastai_targets_it_cannot_serve(what, tmp_path):
 
 # -- Self-teachers and feature losses ----------------------------------------------------------------------
 class Own(nn.Module):
-    "The smallest self-teacher"
+    "The smallest possible self-teacher"
     def __init__(self, channels, n_out):
         super().__init__()
         self.refine = nn.ModuleList(nn.Conv2d(c, c+2, 1) for c in channels)
@@ -371,7 +372,7 @@ def mean_difference(feats, refined):
 @pytest.mark.parametrize('loss,n', [('attention',0),('hint',9),('overhaul',9),(mean_difference,0)],
                          ids=['attention','hint','overhaul','function'])
 def test_feature_losses(make, loss, n):
-    "They train the student and their own connectors, and leave the self-teacher alone"
+    "Feature losses train the student and their own connectors, but not the self-teacher"
     cb = FRSKDCallback(feature_loss=loss, alpha=0., beta=1., schedule='constant')
     learn = make(cbs=cb)
     learn.create_opt()
@@ -395,7 +396,7 @@ def test_feature_losses(make, loss, n):
 
 @pytest.mark.parametrize('finest', [0,1,2])
 def test_a_pooled_level_weighs_what_the_paper_gives_it(make, finest):
-    "Its squares are divided by the positions of the student's map, not of the pooled one: `finest` doesn't change β"
+    "The feature loss averages a pooled level over the positions of the student's map, so `finest` doesn't change β"
     learn = make(cbs=FRSKDCallback(finest=finest))
     learn.frskd.build()
     positions = [math.prod(o.size) for o in learn.frskd.found_levels]
@@ -427,7 +428,7 @@ def test_default_weights():
     with pytest.raises(ValueError, match="'attention', 'hint', 'overhaul'"): FRSKDCallback(feature_loss='hints')
 
 def test_without_feature_loss_there_is_none(make):
-    "β = 0: no feature loss is computed, α = 0: no soft labels; connectors stay for a later β, and learn nothing"
+    "β = 0 skips the feature loss, α = 0 the soft labels; connectors stay untrained for a later β"
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0))
     learn.fit(1)
     assert set(learn.frskd.losses)=={'student','teacher'}
@@ -507,7 +508,7 @@ def test_a_schedule_out_of_range_is_told(make, value):
 
 # -- Together with the rest of fastai -----------------------------------------------------------------------
 def test_sla_composes(make, tmp_path):
-    "With another self-teacher and feature loss, gradient accumulation, lr_find, freezing and saving"
+    "SLA works with another self-teacher and feature loss, gradient accumulation, lr_find, freezing and saving"
     cb = FRSKDSLACallback(teacher=partial(SelfTeacher, n_channels=8, repeat=2), feature_loss='hint', columns=True)
     learn = make(cbs=[cb, GradientAccumulation(32)])
     cb.build()
@@ -523,7 +524,7 @@ def test_sla_composes(make, tmp_path):
     assert torch.load(tmp_path/'models/s.pth').keys()==learn.model.state_dict().keys()
 
 def test_multi_label_datablock(tmp_path):
-    "fastai's own multi-label data and loss, as a user has them"
+    "fastai's own multi-label data and loss work"
     from frskd_fastai.data.embedded import digits_data
     files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
     label = lambda f: ['even' if int(f.parent.name)%2==0 else 'odd', *(['loop'] if f.parent.name in '0689' else [])]

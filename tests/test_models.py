@@ -1,8 +1,6 @@
-"""Every model that fastai users already use: each cell trains two steps with FRSKD on small real images and checks what
-would break.
+"""Models of fastai users: each one trains two steps with FRSKD on small real images
 
-`FRSKD_WRITE_TABLES=1 pytest tests/test_models.py` writes the tables that the documentation shows
-(nbs/*.csv)"""
+`FRSKD_WRITE_TABLES=1 pytest tests/test_models.py` writes the tables in the documentation (nbs/*.csv)."""
 import csv, os
 from pathlib import Path
 import pytest, torch
@@ -28,7 +26,7 @@ def loaders(data, bs=4, n_inp=1, drop_last=True):
     return dls
 
 class Grads(Callback):
-    "The student's gradient in the first batch, the self-teacher's weights there, and how many steps were made"
+    "Records the student's first gradient, the self-teacher's weights at that step, and the number of steps"
     order,run_valid = 90,False
     def before_fit(self): self.grads,self.teacher,self.steps = None,None,0
     def before_step(self):
@@ -38,7 +36,7 @@ class Grads(Callback):
         self.steps += 1
 
 def check_cell(make, expected=None, **frskd):
-    "Trains plainly and with FRSKD from the same start; `make(cbs)` gives the Learner. Returns the levels"
+    "Train with and without FRSKD from the same start; `make(cbs)` builds the Learner. Returns the levels"
     grads = []
     for cb in None,FRSKDCallback(schedule='constant', **frskd):
         set_seed(0)
@@ -54,12 +52,12 @@ def check_cell(make, expected=None, **frskd):
         assert g.steps>=2
     if expected is not None: assert [(o.channels,o.size) for o in cb.found_levels]==expected, cb.found_levels
     still = [k for k,p in cb.teacher.named_parameters() if 'fusion' not in k and torch.equal(p, g.teacher[k])]
-    assert not still, "the self-teacher's weights moved"
+    assert not still, f"the self-teacher's weights didn't move: {still[:3]}"
     assert all(v.isfinite() for v in cb.losses.values())
     first_level = cb.found_levels[0].name
     below = {k for k in grads[0] if k.startswith(first_level+'.')} or set(grads[0])
     differ = [not torch.allclose(grads[0][k], grads[1][k], rtol=1e-3, atol=1e-9) for k in below]
-    assert any(differ), "the student's gradients are those of plain training"
+    assert any(differ), "the student's gradients equal those of plain training"
     assert grads[0].keys()==grads[1].keys()
     assert n_hooks(learn.model)==0
     if learn.opt.param_lists:
@@ -70,18 +68,18 @@ def check_cell(make, expected=None, **frskd):
 ROWS = {}
 @pytest.fixture(scope='module', autouse=True)
 def table():
-    "Written when all is done, or compared: the documentation shows what these tests saw"
+    "After all tests, compare the rows with the documentation's table, or write it"
     ROWS.clear()
     yield
     rows = [('model','images','levels','note'), *((k,*v) for k,v in ROWS.items())]
-    if os.environ.get('FRSKD_WRITE_TABLES') or len(ROWS)==len(VISION)+len(TIMM): # all were run
+    if os.environ.get('FRSKD_WRITE_TABLES') or len(ROWS)==len(VISION)+len(TIMM): # all models were run
         write_or_compare('models.csv', rows)
 
 def write_or_compare(name, rows):
     if os.environ.get('FRSKD_WRITE_TABLES'):
         with open(DOCS/name, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
     with open(DOCS/name) as f: on_file = [tuple(o) for o in csv.reader(f)]
-    assert on_file==rows, f'not what nbs/{name} says; write it anew with FRSKD_WRITE_TABLES=1'
+    assert on_file==rows, f'nbs/{name} is out of date: run this test with FRSKD_WRITE_TABLES=1'
 
 def shown(levels):
     kinds = dict(BCHW='', BHWC=' channels last', BNC=' tokens')
@@ -112,7 +110,7 @@ TIMM = {'resnet18d':(64,{}), 'efficientnet_b0':(64,{}), 'mobilenetv3_small_100':
         'vit_tiny_patch16_224':(64,dict(img_size=64)), 'deit_tiny_distilled_patch16_224':(64,dict(img_size=64)),
         'coatnet_nano_rw_224':(64,dict(img_size=64)), 'mobilevit_xxs':(64,{})}
 class SwinHead(nn.Module):
-    "fastai's own head expects channels first"
+    "A head for Swin's channels-last maps, which fastai's head doesn't accept"
     def __init__(self, body, nf, n_out): super().__init__(); self.body,self.head = body,nn.Linear(nf, n_out)
     def forward(self, x): return self.head(self.body.forward_features(x).mean((1,2)))
 
@@ -127,7 +125,7 @@ def test_timm_by_name(arch, digits):
         return Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=cbs)
     found = check_cell(make, width=.25)
     assert len(found)==4
-    if arch.startswith(('vit','deit')): # blocks at equal depth, all of one resolution
+    if arch.startswith(('vit','deit')): # blocks at equal depths, all at one resolution
         assert [o.name.split('.')[-1] for o in found]==['2','5','8','11']
         assert {o[1:] for o in found}=={(192,(4,4),'BNC',2 if 'distilled' in arch else 1)}
     else:
@@ -136,10 +134,10 @@ def test_timm_by_name(arch, digits):
         info = timm.create_model(arch, features_only=True, pretrained=False, **kw).feature_info.channels()[-4:]
         assert [o.channels for o in found]==info
     note = ''
-    if 'swin' in arch: # what fastai itself can't do
+    if 'swin' in arch: # fastai's head doesn't support it
         learn = vision_learner(dls, arch, **VISION_KW, **kw)
         with pytest.raises(RuntimeError, match='running_mean should contain'): learn.model(dls.one_batch()[0])
-        note = "with a head of one's own: fastai's expects channels first"
+        note = "needs a custom head: fastai's expects channels first"
     ROWS[f'{arch} (timm)'] = (f'{size}×{size}',shown(found),note)
 
 # -- Levels of 40 architectures: the search against timm's own feature_info ---------------------------------
@@ -152,14 +150,14 @@ swin_tiny_patch4_window7_224 davit_tiny focalnet_tiny_srf vit_tiny_patch16_224 d
 deit_tiny_distilled_patch16_224 beit_base_patch16_224 xcit_nano_12_p16_224 mixer_s32_224'''.split()
 
 def seen_calls(m, x):
-    "What the search for levels reads"
+    "Record the calls that the search for levels reads"
     observer = Observer(m)
     observer.probe(x)
     observer._see_trunk()
     return observer.calls
 
 def test_levels_against_feature_info():
-    "Where a network says what its levels are, these are taken; what the search would find is shown beside them"
+    "If a network lists its levels, FRSKD uses those; the table shows next to them what the search would find"
     timm = pytest.importorskip('timm')
     rows,same = [('architecture','feature_info (used)','search','agree')],0
     assert len(FORTY)>=40
@@ -186,7 +184,7 @@ def test_levels_against_feature_info():
 @pytest.mark.parametrize('arch,sizes', [('levit_128s',[14,7,4]), ('twins_svt_small',[56,28,14,7]),
                                         ('coat_lite_tiny',[56,28,14,7]), ('pit_ti_224',[14,7])])
 def test_transformers_of_falling_resolution(arch, sizes):
-    "Without a `feature_info`: the last tokens of each resolution, to the network's end, not its patch embeddings"
+    "Without `feature_info`, levels are the last tokens of each resolution, not the patch embeddings"
     m = pytest.importorskip('timm').create_model(arch, num_classes=10)
     x = torch.randn(2,3,224,224)
     found,pred = find_levels(m, x)
@@ -197,7 +195,7 @@ def test_transformers_of_falling_resolution(arch, sizes):
         maps = taps.pop()
     assert [tuple(o.shape[-2:]) for o in maps]==[o.size for o in found]
     grads = torch.autograd.grad(sum(o.float().pow(2).mean() for o in maps), reached, allow_unused=True)
-    # A loss on the levels reaches nearly all of the network
+    # a loss on the levels gives nearly all parameters a gradient
     assert sum(p.numel() for p,g in zip(reached, grads) if g is not None)>.8*sum(p.numel() for p in reached)
 
 def small_vit(size):
@@ -213,7 +211,7 @@ def test_short_transformers(depth, blocks, digits):
     assert list(found.attrgot('name'))==[f'blocks.{i}' for i in blocks]
 
 def test_tokens_of_images_turned(digits):
-    "The tokens' grid follows the images, not the tokens' number, when height and width change places"
+    "Tokens keep their number but change their grid when height and width are swapped"
     m = small_vit((32,64))
     learn = Learner(loaders(images(digits, (32,64))), m, loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback(width=.25))
     with learn.no_bar(), learn.no_logging():
@@ -249,7 +247,7 @@ def test_sizes_of_the_images(size, digits):
     check_cell(plain(loaders(images(digits, size)), SmallNet()), list(zip((8,16,32), halves)))
 
 def test_progressive_resizing(digits, tmp_path):
-    "The self-teacher keeps its weights when the images grow; so do tokens, whose grid grows"
+    "The self-teacher keeps its weights when the images grow, also for tokens"
     torch.manual_seed(0)
     for model,sizes in (SmallNet(),(16,32,47)),(None,(32,64)):
         if model is None: model = small_vit(32)
@@ -265,8 +263,10 @@ def test_progressive_resizing(digits, tmp_path):
                 assert all(0<(p-before[k]).abs().max()<.1 for k,p in teacher.named_parameters() if 'fusion' not in k)
 
 def test_a_last_batch_of_one(digits):
-    """Plain networks train on it; where the self-teacher's BatchNorm finds no variance, on a map of one position, it
-    takes its running statistics"""
+    """A last batch of one image trains, as in plain networks
+
+    Where a map has a single position, the self-teacher's BatchNorm has no variance and uses its running
+    statistics."""
     class NoNorm(nn.Sequential):
         def __init__(self):
             convs = [ConvLayer(i, o, stride=2, norm_type=None) for i,o in ((3,8),(8,8),(8,16))]
@@ -295,7 +295,7 @@ def test_more_than_one_input(digits):
 
 # -- Handled, or refused clearly ----------------------------------------------------------------------------
 class Odd(SmallNet):
-    "A stage that returns a tuple or a dict, runs twice, or is overwritten by the next operation"
+    "A stage that returns a tuple or dict, runs twice, or is overwritten by the next operation"
     def __init__(self, how):
         super().__init__()
         self.how,self.twice,self.act,self.wrap = how,ConvLayer(16,16),nn.ReLU(inplace=True),Wrap(how)
@@ -312,7 +312,7 @@ class Wrap(nn.Module):
 
 @pytest.mark.parametrize('how', ['tuple','dict','twice','in place'])
 def test_odd_modules_found(how, digits):
-    "By itself it takes modules that have a single map"
+    "Automatically chosen levels are modules that return a single map"
     torch.manual_seed(0)
     found = check_cell(plain(loaders(images(digits, 32)), Odd(how)))
     assert {'wrap','twice'}.isdisjoint(found.attrgot('name')) and [o.size for o in found]==[(16,16),(8,8),(4,4)]

@@ -1,6 +1,7 @@
-"""Mixed precision. fastai's `MixedPrecision` autocasts CUDA only: on the CPU its place and order are taken by the same
-callback with torch's autocast for the CPU, with real bfloat16 and float16, and a real gradient scaler. With a GPU,
-fastai's own runs too"""
+"""Mixed precision, on the CPU and on a GPU if there is one
+
+fastai's `MixedPrecision` autocasts CUDA only. On the CPU, a callback at the same place and order uses torch's CPU
+autocast with real bfloat16 and float16 and a real gradient scaler."""
 import pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision, ModelToHalf, NonNativeMixedPrecision
@@ -12,14 +13,14 @@ from frskd_fastai.method.losses import attention_loss, attention_map, HintLoss
 from conftest import SmallNet, n_hooks, weights
 
 class CPUMixedPrecision(MixedPrecision):
-    "`MixedPrecision` on the CPU"
+    "`MixedPrecision` for the CPU"
     def __init__(self, dtype=torch.bfloat16, **kwargs): self.dtype,self.kwargs = dtype,kwargs
     def before_fit(self):
         scaler = torch.amp.GradScaler('cpu', enabled=self.dtype==torch.float16, **self.kwargs)
         self.autocast,self.learn.scaler,self.scales = torch.autocast('cpu', dtype=self.dtype),scaler,L()
 
 def test_order():
-    "Relative to fastai's callbacks, for the reasons that the notebook gives"
+    "The callbacks run in the order that the notebook explains"
     order = FRSKDCallback.order
     assert MixHandler.order < order < GradientAccumulation.order < MixedPrecision.order < GradientClip.order
     assert order < NonNativeMixedPrecision.order and ModelToHalf.order < order < DistributedTrainer.order
@@ -27,7 +28,7 @@ def test_order():
 def both(learn): return [*learn.model.parameters(), *learn.frskd.trained.parameters()]
 
 class First(Callback):
-    "What the first training batch gives"
+    "Records what the first training batch gives"
     order,run_valid = FRSKDCallback.order+.5,False
     def after_loss(self):
         if self.train_iter: return
@@ -49,8 +50,9 @@ KINDS = {'attention':dict(), 'hint':dict(feature_loss='hint'), 'overhaul':dict(f
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16], ids=['bf16','fp16'])
 def test_autocast(kind, dtype, make):
-    """Student and self-teacher run in it; losses in float32, and near those without it; weights, gradients and
-    BatchNorm's statistics in float32"""
+    """Both networks run under autocast; losses, weights, gradients and BatchNorm statistics are float32
+
+    The losses are close to those without autocast."""
     seen = {}
     for cbs in [],[CPUMixedPrecision(dtype)]:
         cb = (FRSKDSLACallback if 'SLA' in kind else FRSKDCallback)(schedule='constant', **KINDS[kind])
@@ -75,8 +77,7 @@ def test_autocast(kind, dtype, make):
         torch.testing.assert_close(ours, v.as_subclass(Tensor), rtol=.05, atol=2e-2, msg=lambda m: f'{k}: {m}')
 
 def test_own_loss_and_teacher_in_float32(make):
-    """A feature loss of one's own gets float32 maps, and the logits of a self-teacher of one's own are float32 before
-    the losses"""
+    "A custom feature loss gets float32 maps, and a custom self-teacher's logits become float32 before the losses"
     seen = []
     def loss(student, refined):
         seen.append({o.dtype for o in (*student,*refined)})
@@ -89,24 +90,24 @@ def test_own_loss_and_teacher_in_float32(make):
 @pytest.mark.parametrize('value', [300.,6e4])
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16])
 def test_attention_of_large_half_features(value, dtype):
-    "The square of 300 is no float16"
+    "Attention maps don't overflow in half precision: 300² exceeds float16"
     assert value!=300 or dtype!=torch.float16 or torch.tensor(value, dtype=dtype).pow(2).isinf()
     torch.manual_seed(0)
     x = (torch.rand(2,8,7,7)*value).to(dtype).requires_grad_()
     t = (torch.rand(2,16,7,7)*value).to(dtype)
     with torch.autocast('cpu', dtype=dtype): loss = attention_loss([x], [t])
-    (loss*2**24).backward() # as a scaler would
+    (loss*2**24).backward() # like a loss scaler
     exact = attention_loss([x.detach().double()], [t.double()])
     assert loss.dtype==torch.float32 and abs(loss/exact-1)<1e-3 and x.grad.isfinite().all() and x.grad.abs().max()>0
     assert (attention_map(x).norm(dim=1)-1).abs().max()<1e-5
 
 def test_attention_of_small_half_features():
-    "Neither do small ones vanish: 1e-5 squared is 0 in float16"
+    "Attention maps don't underflow in half precision: (1e-5)² is 0 in float16"
     x = torch.full((1,4,2,2), 1e-4, dtype=torch.float16); x[...,0] *= 2
     torch.testing.assert_close(attention_map(x), attention_map(x.double()).float(), rtol=1e-3, atol=1e-6)
 
 class Steps(Callback):
-    "Both networks after each batch, and the scale"
+    "Records both networks and the scale after each batch"
     order,run_valid = 99,False
     def __init__(self): self.states,self.scales = [],[]
     def after_batch(self):
@@ -115,8 +116,7 @@ class Steps(Callback):
 
 @pytest.mark.parametrize('where', ['scale','student','teacher'])
 def test_overflow_skips_the_step_of_both(where, make):
-    """One scaler, one loss: an infinite gradient in either network leaves both as they are, and training goes on with a
-    smaller scale"""
+    "An infinite gradient in either network skips the step of both; training continues at a smaller scale"
     steps = Steps()
     class Spoil(Callback):
         order,run_valid = 99,False
@@ -128,7 +128,7 @@ def test_overflow_skips_the_step_of_both(where, make):
     learn.fit(5, 1e-2)
     differ = lambda a,b: not all(torch.equal(p, q) for p,q in zip(a, b))
     moved = [[differ(a, b) for a,b in zip(*o)] for o in zip(steps.states, steps.states[1:])]
-    assert all(a==b for a,b in moved) # both, or none
+    assert all(a==b for a,b in moved) # both moved or neither
     moved = [a for a,_ in moved]
     skipped = [b<a for a,b in zip(steps.scales, steps.scales[1:])]
     assert skipped==[not o for o in moved]
@@ -138,7 +138,7 @@ def test_overflow_skips_the_step_of_both(where, make):
     assert all(b.isfinite().all() for b in learn.frskd.trained.buffers())
 
 def test_overflow_in_the_forward_pass(make):
-    "An infinite activation makes the loss nan: the step is skipped, and trust isn't spoilt"
+    "An infinite activation makes the loss NaN: the step is skipped, and trust stays finite"
     steps = Steps()
     class Huge(Callback):
         order,run_valid = -5,False
@@ -152,8 +152,7 @@ def test_overflow_in_the_forward_pass(make):
     assert learn.frskd.trust.loss.isfinite()
 
 def test_clipping_comes_after_unscaling(make):
-    """The norm over both networks, of the gradients as they are without a scale; `GradientClip` unscales nothing by
-    itself, so the scaler does before"""
+    "Gradients are clipped after unscaling, by their norm over both networks"
     norms = []
     class Norm(Callback):
         order,run_valid = GradientClip.order+1,False
@@ -163,7 +162,7 @@ def test_clipping_comes_after_unscaling(make):
     assert norms and all(n==pytest.approx(.1, rel=1e-3) for n in norms)
 
 def test_non_native_is_refused(make):
-    "`to_non_native_fp16`, in one sentence"
+    "`to_non_native_fp16` is refused in one sentence"
     learn = make(cbs=FRSKDCallback()).to_non_native_fp16()
     with pytest.raises(ValueError, match='FRSKD does not support `to_non_native_fp16`. Use `to_fp16`.$'): learn.fit(1)
     assert learn.frskd.trained is None and n_hooks(learn.model)==0 and '_do_epoch' not in learn.__dict__
@@ -171,7 +170,7 @@ def test_non_native_is_refused(make):
 @pytest.mark.parametrize('kind', ['attention','hint','overhaul','SLA'])
 @pytest.mark.parametrize('dtype', [torch.float64,torch.bfloat16], ids=str)
 def test_a_student_of_another_type(dtype, kind, make, digits):
-    "`learn.model.double()`, or bfloat16 without autocast: the self-teacher stays in float32, and both learn"
+    "A student in double, or in bfloat16 without autocast, works; the self-teacher stays in float32"
     class Net(SmallNet):
         def forward(self, x): return super().forward(x.to(dtype)).float() # for fastai's losses
     cb = FRSKDSLACallback() if kind=='SLA' else FRSKDCallback(feature_loss=kind)
@@ -193,7 +192,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=needs_gpu)
 @gpu
 @pytest.mark.parametrize('kind', ['to_fp16','to_bf16'])
 def test_on_a_gpu(kind, make, digits):
-    "fastai's own mixed precision: both networks learn, in float32 weights, and the losses are near those of float32"
+    "With fastai's own mixed precision, both networks learn in float32 weights, with losses close to those of float32"
     if kind=='to_bf16' and not torch.cuda.is_bf16_supported(): pytest.skip('needs a GPU with bfloat16')
     device,ends = torch.device('cuda'),{}
     data = [(x,y) for x,y in zip(*digits)]

@@ -1,8 +1,8 @@
-"""Properties that hold for every student, self-teacher and loss, on cases that hypothesis draws: the same ones in
-each run. `FRSKD_CASES=20 pytest tests/test_properties.py` draws forty times as many.
+"""Properties that hold for every student, self-teacher and loss, tested on cases drawn by hypothesis
 
-The losses are compared with the paper's equations (../shared/golden/README.md), restated here in float64, number by
-number"""
+The cases are the same in each run. `FRSKD_CASES=20 pytest tests/test_properties.py` draws forty times as many. The
+losses are compared with the paper's equations (../shared/golden/README.md), implemented here in float64, number by
+number."""
 import math, os
 from contextlib import nullcontext
 import pytest, torch
@@ -21,7 +21,7 @@ from conftest import n_hooks, same, weights
 from test_precision import CPUMixedPrecision
 
 def cases(n):
-    "The same cases each time, however long one takes. One that fails isn't made smaller: that would take minutes"
+    "Draw the same cases in every run, without time limit or shrinking, which would take minutes"
     n = math.ceil(n*float(os.environ.get('FRSKD_CASES', .5)))
     return settings(max_examples=n, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
                     suppress_health_check=list(HealthCheck))
@@ -33,24 +33,24 @@ strides = st.sampled_from([1,2,2,2,3,4])
 formats = st.sampled_from([torch.contiguous_format,torch.channels_last])
 float_types = st.sampled_from([torch.float32,torch.float64,torch.bfloat16,torch.float16])
 HALF = torch.bfloat16,torch.float16
-# relative error of values and of gradients, which are rounded to the type
+# relative tolerance for values and gradients, which are rounded to the type
 TOL = {torch.float32:1e-4, torch.float64:1e-4, torch.bfloat16:1e-2, torch.float16:2e-3}
 
 @st.composite
 def level_sizes(draw, least=1, most=9):
-    "Heights and widths of 2 to 5 maps, none larger than the one before: odd, 1×1, not square, of any ratio"
+    "Draw heights and widths of 2 to 5 maps, none larger than the one before: odd, 1×1, any aspect ratio"
     n = draw(st.integers(2, 5))
     side = st.lists(st.integers(1, most), min_size=n, max_size=n).map(lambda o: sorted(o, reverse=True))
     return list(zip(draw(side), draw(side)))
 
 @st.composite
 def map_shapes(draw, most=9):
-    "Shapes B×C×H×W of 2 to 5 levels"
+    "Draw shapes B×C×H×W of 2 to 5 levels"
     b,sizes = draw(st.integers(1, 3)),draw(level_sizes(most=most))
     return [(b,draw(st.integers(1, 9)),*hw) for hw in sizes]
 
 def rand_maps(shapes, dtype=torch.float32, fmt=torch.contiguous_format, scale=1., grad=True):
-    "Maps as a ReLU leaves them"
+    "Make maps like those after a ReLU"
     return [(torch.randn(o).relu()*scale).to(dtype).to(memory_format=fmt).requires_grad_(grad) for o in shapes]
 
 def close(a, b, tol, atol=0.):
@@ -66,7 +66,7 @@ def softmax(zs):
 def logsumexp(zs): return max(zs) + math.log(sum(math.exp(z-max(zs)) for z in zs))
 
 def kl(s, t, K):
-    "KL( softmax(t/K) ‖ softmax(s/K) ) of two lists of logits, and its derivatives by those of `s`"
+    "Compute KL(softmax(t/K) ‖ softmax(s/K)) of two lists of logits, and its gradient with respect to `s`"
     s,t = [o/K for o in s],[o/K for o in t]
     zs,zt,p,q = logsumexp(s),logsumexp(t),softmax(t),softmax(s)
     return sum(pi*((ti-zt)-(si-zs)) for pi,si,ti in zip(p, s, t)),[(qi-pi)/K for pi,qi in zip(p, q)]
@@ -84,7 +84,7 @@ def test_soft_label_loss(b, c, K, scale, dtype, task, seed):
         if task=='one label':
             v,g = kl(ss, ts, K)
             value,grad = value+v*K**2/b,grad+[[o*K**2/b for o in g]]
-        else: # yes or no: two classes, with the logits ±z/2
+        else: # binary: two classes with logits ±z/2
             both = [kl([x/2,-x/2], [y/2,-y/2], K) for x,y in zip(ss, ts)]
             value,grad = value+sum(v for v,_ in both)*K**2/(b*c),grad+[[(g[0]-g[1])/2*K**2/(b*c) for _,g in both]]
     assert loss.dtype==torch.float32 and loss.ndim==0 and loss>=-1e-6*K**2
@@ -114,7 +114,7 @@ def test_soft_label_loss_of_pixels(b, c, h, w, K, dtype, fmt, keep, seed):
     close(s.grad, grad, TOL[dtype], atol=1e-6*K)
 
 def phi(maps):
-    "Of one sample, C×H×W in lists: the mean over channels of x², flattened and divided by its L2 norm"
+    "Compute one sample's attention map from C×H×W lists: channel mean of x², flattened, over its L2 norm"
     a = [sum(ch[y][x]**2 for ch in maps)/len(maps) for y in range(len(maps[0])) for x in range(len(maps[0][0]))]
     norm = math.sqrt(sum(o*o for o in a))
     return [o/norm if norm else 0. for o in a]
@@ -125,7 +125,7 @@ def phi(maps):
 def test_attention_loss(shapes, d, dtype, fmt, scale, dead, seed):
     torch.manual_seed(seed)
     f,t = rand_maps(shapes, dtype, fmt, scale),rand_maps([(o[0],d,*o[2:]) for o in shapes], dtype, fmt)
-    if dead: # a sample whose ReLUs are all off
+    if dead: # one sample is 0 after its ReLUs
         with torch.no_grad(): f[-1][0] = 0
     loss = attention_loss(f, t)
     loss.backward()
@@ -137,7 +137,7 @@ def test_attention_loss(shapes, d, dtype, fmt, scale, dead, seed):
     assert loss.dtype==torch.float32 and all(o.grad is None for o in t)
     close(loss, value, 1e-4, atol=1e-6)
     for o in f: assert o.grad.dtype==dtype and o.grad.shape==o.shape and o.grad.isfinite().all()
-    # The derivative by the formula, for one map: autograd through the same equation in float64
+    # the gradient for one map, by autograd through the same equation in float64
     x = f[0].detach().double().requires_grad_()
     e = x.pow(2).mean(1).flatten(1)
     e = e/e.norm(dim=1, keepdim=True).clamp(min=1e-12)
@@ -146,7 +146,7 @@ def test_attention_loss(shapes, d, dtype, fmt, scale, dead, seed):
     close(f[0].grad, want, TOL[dtype], atol=1e-5/scale)
 
 def connected(conv, norm, maps):
-    "BatchNorm in training of the 1×1 convolution of B×C×H×W: one list a channel, over samples and positions"
+    "Apply the 1×1 convolution, then BatchNorm in training: returns one list per channel"
     w = conv.weight.flatten(1).tolist()
     positions = list(itertools.product(range(maps.shape[2]), range(maps.shape[3])))
     cols = [[ch[y][x] for ch in m] for m in maps.tolist() for y,x in positions]
@@ -161,7 +161,7 @@ def connected(conv, norm, maps):
 def by_channel(o): return o.transpose(0,1).flatten(1).tolist()
 
 def jitter(m):
-    "BatchNorms as training leaves them"
+    "Give BatchNorms weights and statistics as after training"
     for o in m.modules():
         if isinstance(o, nn.BatchNorm2d): nn.init.normal_(o.weight, 1, .5); nn.init.normal_(o.bias, 0, .5)
     return m
@@ -170,7 +170,7 @@ def jitter(m):
 @given(map_shapes(most=5), st.lists(st.integers(1, 6), min_size=5, max_size=5), float_types, formats,
        st.sampled_from(['hint','overhaul']), seeds)
 def test_feature_losses_with_parameters(shapes, d, dtype, fmt, kind, seed):
-    assume(all(o[0]*o[2]*o[3]>1 for o in shapes)) # of one value there is no variance
+    assume(all(o[0]*o[2]*o[3]>1 for o in shapes)) # a single value has no variance
     torch.manual_seed(seed)
     channels,n,b = [o[1] for o in shapes],len(shapes),shapes[0][0]
     norms = [nn.BatchNorm2d(o) for o in d[:n]]
@@ -196,7 +196,7 @@ def test_feature_losses_with_parameters(shapes, d, dtype, fmt, kind, seed):
                 if x>y or y>0: value += (x-y)**2/b/2**(n-i-1)
     assert loss.dtype==torch.float32 and loss.isfinite()
     if exact: close(loss, value, 1e-3, atol=1e-5)
-    else: # the convolution is rounded, and BatchNorm enlarges that
+    else: # BatchNorm amplifies the rounding of the convolution
         close(loss, value, .3, atol=.1*sum(1 if kind=='hint' else o.numel()/b for o in t))
     for o in [*f,*loss_func.parameters()]: assert o.grad is not None and o.grad.isfinite().all()
     assert all(o.grad is None for o in t) and all(p.grad is None for m in norms for p in m.parameters())
@@ -205,7 +205,7 @@ def test_feature_losses_with_parameters(shapes, d, dtype, fmt, kind, seed):
 @cases(100)
 @given(map_shapes(), st.integers(0, 4), float_types, formats, seeds)
 def test_pool_to(shapes, finest, dtype, fmt, seed):
-    "The mean of each cell, as in adaptive pooling; the gradient is shared out in the same way"
+    "Pooling averages each cell as adaptive pooling does, and distributes the gradient the same way"
     torch.manual_seed(seed)
     maps,finest = rand_maps(shapes, dtype, fmt),min(finest, len(shapes)-1)
     out,(h,w) = pool_to(maps, finest),shapes[finest][2:]
@@ -227,9 +227,10 @@ def test_pool_to(shapes, finest, dtype, fmt, seed):
 
 # -- Self-teachers ------------------------------------------------------------------------------------
 def check_teacher(teacher, shapes, n_out, logits_shape, dtype, fmt, on, frozen, preact):
-    "A forward and a backward pass; `on`: which maps take a gradient, `frozen`: how many of the parameters take none"
+    """Run a self-teacher forward and backward; `on` says which maps take a gradient, `frozen` how many parameters
+    don't"""
     jitter(teacher)
-    if any(o[0]*o[2]*o[3]==1 for o in shapes): teacher.eval() # as `FRSKDCallback` does it
+    if any(o[0]*o[2]*o[3]==1 for o in shapes): teacher.eval() # as `FRSKDCallback` does
     if dtype==torch.float64: teacher.double()
     params = list(teacher.parameters())
     off = set(params[::2] if frozen=='half' else params if frozen=='all' else [])
@@ -242,10 +243,10 @@ def check_teacher(teacher, shapes, n_out, logits_shape, dtype, fmt, on, frozen, 
     assert [o.shape for o in refined]==[(o[0],d,*o[2:]) for o,d in zip(shapes, teacher.channels)]
     assert logits.shape==logits_shape
     assert all(o.isfinite().all() for o in (*refined,logits)) and (preact or all((o>=0).all() for o in refined))
-    assert all(torch.equal(a, b) for a,b in zip(feats, given)) # the student's own maps: not overwritten
+    assert all(torch.equal(a, b) for a,b in zip(feats, given)) # the student's maps aren't overwritten
     if not logits.requires_grad: return
-    logits.float().square().mean().backward() # the label loss reaches all of the teacher, and the student's maps
-    # float16 may overflow behind a BatchNorm of two like values; a scaler sees to that
+    logits.float().square().mean().backward() # the label loss reaches the whole self-teacher and the student's maps
+    # float16 may overflow after a BatchNorm of two similar values, which a scaler handles
     fine = lambda g: g is not None and (dtype==torch.float16 or g.isfinite().all())
     for o,g in zip(feats, on): assert fine(o.grad) and o.grad.shape==o.shape if g else o.grad is None
     for n,p in teacher.named_parameters(): assert p.grad is None if p in off else fine(p.grad), n
@@ -278,7 +279,7 @@ def test_dense_self_teacher(shapes, n_out, dtype, fmt, on, frozen, preact, seed,
 
 # -- Students -----------------------------------------------------------------------------------------
 class Student(nn.Module):
-    "Stages of two convolutions; the first one has the stride"
+    "Stages of two convolutions, the first one strided"
     def __init__(self, channels, strides, norm, act, n_out, dense=False):
         super().__init__()
         make = dict(batch=nn.BatchNorm2d, group=partial(nn.GroupNorm, 1), none=lambda d: nn.Identity())[norm]
@@ -294,7 +295,7 @@ class Student(nn.Module):
         if pred.dtype in HALF: pred = pred.float() # fastai's running loss is float32
         return F.interpolate(pred, size=x.shape[-2:]) if self.dense else pred
     def maps(self, x, preact=False):
-        "The stages' maps, or what their last activation gets"
+        "Return the stages' maps, or the inputs of their last activations"
         out = []
         for s in self.stages:
             out.append(s[:-1](x)) if preact else out.append(s(x))
@@ -303,18 +304,18 @@ class Student(nn.Module):
 
 @st.composite
 def students(draw, tasks=('one label',)):
-    "Arguments of a `Student` and of its images, with at least two resolutions; which of its parts are frozen"
+    "Draw the arguments of a `Student` and its images, with at least two resolutions, and which parts are frozen"
     n = draw(st.integers(2, 5))
     ss = draw(st.lists(strides, min_size=n, max_size=n).filter(lambda o: sum(s>1 for s in o[1:])>0))
     size = draw(st.tuples(st.integers(1, 33), st.integers(1, 33)))
     sizes = []
     for s in ss: sizes.append(tuple(math.ceil(o/s) for o in (sizes[-1] if sizes else size)))
     assume(len(set(sizes))>1)
-    # `find_levels` takes what halves the resolution just once for a single level
+    # with a single level, `find_levels` accepts a network that halves the resolution once
     assume(any(i>2*o+1+(o>3) for i,o in zip(size, sizes[-1])))
     b,task = draw(st.integers(1, 4)),draw(st.sampled_from(tasks))
     norm = draw(st.sampled_from(['batch','group','none']))
-    if b==1 and (1,1) in sizes: norm = 'none' # nor would it train without FRSKD
+    if b==1 and (1,1) in sizes: norm = 'none' # it wouldn't train without FRSKD either
     channels = draw(st.lists(st.integers(2, 9), min_size=n, max_size=n))
     act = draw(st.sampled_from(['relu','inplace','gelu']))
     c = draw(classes if task!='pixels' else st.integers(2, 20))
@@ -333,7 +334,7 @@ def make_student(case):
     return model
 
 def state(model):
-    "All that the probing pass could change"
+    "Read everything that the probing pass could change"
     ps,np_state = list(model.parameters()),np.random.get_state()
     rng = torch.get_rng_state().tolist(),random.getstate(),np_state[1].tolist(),np_state[2]
     return dict(weights=weights(model), flags=[m.training for m in model.modules()], hooks=n_hooks(model), rng=rng,
@@ -348,7 +349,7 @@ def unchanged(before, model):
 @given(students(), st.integers(2, 5), st.booleans(), st.sampled_from([torch.float32,torch.float64,torch.bfloat16]),
        formats)
 def test_levels_and_taps(case, n, named, dtype, fmt):
-    "The probing pass finds each resolution's last map, without a trace; the hooks give a training pass's live maps"
+    "The probing pass finds each resolution's last map and leaves no trace; the hooks read a training pass's maps"
     model,(channels,*_,act) = make_student(case).to(dtype).to(memory_format=fmt),case['args'][:4]
     x = torch.randn(case['b'], 3, *case['size']).to(dtype).to(memory_format=fmt)
     names = [f'stages.{i}' for i in range(len(channels))][-n:] if named else n
@@ -385,7 +386,7 @@ class OneStep(Callback):
         self.losses = {k:v.clone() for k,v in frskd.losses.items()} if frskd else {}
 
 def one_step(case, autocast, dtype, fmt, **kw):
-    "A Learner of the case's student and one batch, after its only step, and the student before it"
+    "Train one batch; returns the Learner and a copy of the student before the step"
     model = make_student(case)
     b,c,task = case['b'],case['args'][4],case['task']
     x = torch.randn(b, 3, *case['size'])
@@ -408,7 +409,7 @@ def one_step(case, autocast, dtype, fmt, **kw):
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     return learn,before
 
-# Autocast or not, and to which type
+# the autocast type, or None
 types = st.sampled_from([(False,torch.float32),(False,torch.float64),(False,torch.bfloat16),
                          (True,torch.bfloat16),(True,torch.float16)])
 
@@ -417,32 +418,32 @@ types = st.sampled_from([(False,torch.float32),(False,torch.float64),(False,torc
        st.sampled_from(['attention','attention','hint','overhaul']), st.sampled_from(['constant','trust']),
        st.none() | st.sampled_from([.3,1.]), st.integers(1, 2), st.none() | st.integers(0, 4), st.integers(2, 5))
 def test_training_step(case, types, fmt, feature_loss, schedule, width, depth, finest, n):
-    assume(feature_loss!='overhaul' or case['args'][3]!='gelu') # nothing before a ReLU there
-    # torch's own convolution (2.14, CPU) reads memory there that nothing was written to, in its weight's gradient: of
-    # bfloat16 maps one pixel wide, channels last, at stride 2; plain training gets NaN from it as well
+    assume(feature_loss!='overhaul' or case['args'][3]!='gelu') # no maps before a ReLU
+    # torch 2.14's CPU convolution reads uninitialized memory in its weight gradient for channels-last bfloat16 maps one
+    # pixel wide at stride 2; plain training gets NaN too
     assume(types[1]!=torch.bfloat16 or fmt!=torch.channels_last or not any(1 in o for o in case['sizes']))
     levels = [f"stages.{i}" for i in range(len(case['args'][0]))][-n:] if case['task']=='pixels' else n
     kw = dict(feature_loss=feature_loss, schedule=schedule, width=width, depth=depth, finest=finest, levels=levels)
     learn,before = one_step(case, *types, fmt, **kw)
     step,cb = learn.one_step,learn.frskd
-    # a gradient beyond float16, of a map with next to no variance: the scaler has left the step out
+    # a map with almost no variance has a gradient beyond float16: the scaler skips the step
     if types==(True,torch.float16) and 'losses' not in vars(step):
         assert same(weights(learn.model), before)
         return
     assert set(step.losses)=={'student','teacher','soft_label','feature'}
     assert all(v.isfinite() and v>=-1e-4 for v in step.losses.values())
-    # Gradients: finite where they belong, none elsewhere; frozen parts stay as they were
+    # gradients are finite where expected and absent elsewhere; frozen parts are unchanged
     for k,p in learn.model.named_parameters():
         g = step.student[k]
         if p.requires_grad: assert g is not None and g.isfinite().all(), k
         else: assert g is None and torch.equal(p, before[k]), k
     assert all(g.isfinite().all() for g in step.trained.values())
     assert len(step.trained)==len(list(cb.trained.parameters()))
-    # The student went through one forward pass: its statistics are those of training without FRSKD
+    # the student had one forward pass, so its statistics equal those without FRSKD
     plain,_ = one_step(case, *types, fmt)
     assert same(dict(plain.model.named_buffers()), dict(learn.model.named_buffers()))
     assert [m.training for m in plain.model.modules()]==[m.training for m in learn.model.modules()]
     assert n_hooks(learn.model)==0
-    # Soft labels and refined maps are targets: the self-teacher's gradient is that of its label loss alone
+    # soft labels and refined maps are targets, so the self-teacher's gradient is from its label loss only
     alone,_ = one_step(case, *types, fmt, **{**kw, 'feature_loss':'attention', 'alpha':0, 'beta':0})
     for k,g in alone.one_step.trained.items(): torch.testing.assert_close(step.trained[k], g, rtol=0, atol=0)

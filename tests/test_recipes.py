@@ -1,4 +1,4 @@
-"The paper's experiments by name, each on a few images in its data set's layout; what is said of missing data"
+"The paper's experiments by name, on a few images in each data set's layout, and the messages about missing data"
 import io, itertools, shutil, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -16,7 +16,7 @@ from conftest import pickled_modules
 from test_train import SHARED, run
 
 def digit(to, c, i):
-    "The i-th image of digit c, as the file `to`"
+    "Save the i-th image of digit c to the file `to`"
     to.parent.mkdir(parents=True, exist_ok=True)
     im = Image.open(sorted((digits_data()/'train'/str(c)).iterdir())[i]).resize((40,36))
     im.save(to, format='JPEG' if to.suffix.lower() in ('.jpg','.jpeg') else 'PNG')
@@ -25,7 +25,7 @@ def text(path, lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines)+'\n')
 
-# Each makes 24 training and 8 validation images of two classes below `d`, and says what the classes are called
+# Each writes 24 training and 8 validation images of two classes below `d`, and returns the names of the classes
 SPLIT = [(c,i,part) for c in (0,1) for i,part in enumerate(['train']*12+['test']*4)]
 
 def cifar100(d):
@@ -48,7 +48,7 @@ def cub200(d):
     text(d/'images.txt', names); text(d/'train_test_split.txt', is_train)
     return ['000.Bird','001.Bird']
 def listed(d, name):
-    "Images below `d`, named by `name(c, i)`, and the names of each part"
+    "Write images below `d`, named by `name(c, i)`; returns the names in each part"
     lists = {'train':[],'test':[]}
     for c,i,part in SPLIT:
         digit(d/name(c, i), c, i)
@@ -77,7 +77,7 @@ def imagenet(d):
     return ['n00','n01']
 
 def voc(d):
-    "VOC's names: an image of 2007 has its number in later years' names; masks have a palette, and 255 for void"
+    "Write VOC's layout: images of 2007 keep their number in later years; palette masks with 255 for void"
     lists = {}
     for year,name,part in [(2007,'{:06}','trainval'),(2007,'{:06}','test'),(2012,'2008_{:06}','trainval')]:
         for c,i,_ in SPLIT[::4]:
@@ -90,7 +90,7 @@ def voc(d):
             (root/'SegmentationClass').mkdir(exist_ok=True)
             m.save(root/f'SegmentationClass/{n}.png')
             lists.setdefault((year,part), []).append(n)
-    for year,n in (2012,'2007_000100'),(2012,'2007_000020'): # the first one is in the test set of 2007
+    for year,n in (2012,'2007_000100'),(2012,'2007_000020'): # the first one is in 2007's test set
         for f in 'JPEGImages/{}.jpg','SegmentationClass/{}.png':
             shutil.copy(d/'VOCdevkit/VOC2007'/f.format(n[5:]), d/'VOCdevkit/VOC2012'/f.format(n))
         lists[year,'trainval'].append(n)
@@ -113,7 +113,7 @@ def test_a_recipe_finds_its_images(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['cifar100','cub200'])
 def test_recipe_on_a_few_images(name, tmp_path, capsys):
-    "With a network of its own, and with torchvision's; the other recipes train in the same way"
+    "Recipes train on a few images, with our own network and torchvision's"
     classes = LAYOUTS[name](tmp_path/'data')
     _,valid = recipe_items(name, tmp_path/'data')
     options = *SMALL,'--lr',.01,'--width',.5
@@ -129,9 +129,9 @@ def test_recipe_on_a_few_images(name, tmp_path, capsys):
     with learn.no_bar():
         for o in valid[0][0],str(valid[0][0]): assert learn.predict(o)[0] in classes
 
-@pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')
+@pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} not found')
 def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
-    "With the paper's settings all the way, but for the number of epochs"
+    "The CIFAR-100 recipe runs on real images with all of the paper's settings except the number of epochs"
     with zipfile.ZipFile(SHARED/'cifar100-0.zip') as z:
         count = {}
         for n in z.namelist():
@@ -152,9 +152,9 @@ def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
     assert (cb.alpha,cb.beta,cb.temperature,cb.width,cb.schedule)==(2.,100.,4.,2.,'constant')
     assert list(cb.level_names)==['layer1','layer2','layer3','layer4']
     lrs = learn.recorder.hps['lr'] if hasattr(learn.recorder, 'hps') else learn.recorder.lrs
-    assert np.allclose(lrs, [.1,.1,.01,.001]) # one step an epoch
+    assert np.allclose(lrs, [.1,.1,.01,.001]) # one step per epoch
     assert all(h['mom']==.9 and h['wd']==1e-4 for h in learn.opt.hypers)
-    # weight decay on all parameters, as `torch.optim.SGD` has it
+    # weight decay on all parameters, as in `torch.optim.SGD`
     assert all('do_wd' not in learn.opt.state[p] for p in learn.model.parameters())
     h = pd.read_csv(tmp_path/'r/history.csv')
     assert len(h)==4 and h.student_loss.notna().all()
@@ -162,7 +162,7 @@ def test_cifar100_recipe_on_real_images(tmp_path, capsys, monkeypatch):
 VOC = '--recipe','voc','--size',64,'--bs',4,'--epochs',3,'--no-pretrained'
 
 def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
-    "The paper's settings, but for size and epochs: student, optimizer, what is clipped, the weights' schedule"
+    "The VOC recipe uses the paper's student, optimizer, clipping and schedule; only size and epochs are smaller"
     voc(tmp_path/'data')
     train,valid = recipe_items('voc', tmp_path/'data')
     names = train.itemgot(0).attrgot('stem')
@@ -176,7 +176,7 @@ def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
             grads.append([p.grad.abs().max().item() for p in ps if p.grad is not None])
     def keep(run, *args): learners.append(run.learn.add_cb(Gradients())); return fit(run, *args)
     monkeypatch.setattr(Run, 'fit', keep)
-    def init(self, limit): self.limit = limit/100 # that something is clipped
+    def init(self, limit): self.limit = limit/100 # so that something is clipped
     monkeypatch.setattr(ClipValue, '__init__', init)
     code,out,err = run(tmp_path/'data', *VOC, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
@@ -207,7 +207,7 @@ def test_options_that_do_not_fit_voc(args, word, tmp_path, capsys):
     assert code==2 and word in err and err.count('\n')==1 and not (tmp_path/'r').exists()
 
 def test_recipes_steps_are_torchs_sgd(tmp_path):
-    "The optimizer of a recipe on a few steps, against `torch.optim.SGD`"
+    "A recipe's optimizer takes the same steps as `torch.optim.SGD`"
     from functools import partial
     from fastai.optimizer import SGD
     torch.manual_seed(0)
@@ -272,7 +272,7 @@ def test_one_class_or_a_file(tmp_path):
 
 @pytest.mark.parametrize('workers', [0,2])
 def test_an_image_that_cannot_be_read(workers, tmp_path, capsys, monkeypatch):
-    "It is found in training only, and named then"
+    "An unreadable image is found during training, and the message names it"
     import frskd_fastai.cli.jobs as t
     monkeypatch.setattr(t, 'recipe_dls', lambda *args, **kw: recipe_dls(*args, **kw, num_workers=workers))
     imagenet(tmp_path/'data')

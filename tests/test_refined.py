@@ -1,4 +1,4 @@
-"The refined model: student and self-teacher as one plain Learner, for each task and kind of network"
+"The refined model, student and self-teacher as one plain Learner, for each task and kind of network"
 import io, pickle, warnings
 import pytest, torch
 from fastai.vision.all import *
@@ -8,7 +8,7 @@ from conftest import VOID, SmallNet, masks, n_hooks, small_unet, weights
 def probs(learn, logits): return learn.loss_func.activation(logits)
 
 def check(learn, x, traced=None):
-    "Both models give what the two networks give in `run_both`; and the Learner that they come from is as before"
+    "Check that both models predict what `run_both` gives, and that their Learner is unchanged"
     before,hooks,cb = weights(learn.model),n_hooks(learn.model),learn.frskd
     _,s,_,t = (o if isinstance(o, list) else o.as_subclass(Tensor) for o in cb.run_both(x))
     refined,average = cb.refined(),cb.refined(average=True)
@@ -40,7 +40,7 @@ def test_hooks_where_torchvision_cannot_trace(make, digits):
 
 def test_a_trace_that_differs_is_not_taken(make, digits):
     class ByShape(SmallNet):
-        "Its trace goes the way of other images"
+        "Takes another branch when it is traced, so the trace is wrong"
         def forward(self, x): return super().forward(x*(2 if isinstance(x, Tensor) else 1))
     learn = make(model=ByShape(), cbs=FRSKDCallback())
     learn.fit(1, 1e-2)
@@ -128,7 +128,7 @@ def test_an_untrained_self_teacher_makes_no_refined_model(make, tmp_path, untrai
 
 @pytest.mark.parametrize('schedule', ['trust','constant'])
 def test_a_student_without_its_self_teacher_is_told(make, tmp_path, schedule):
-    "`SaveModelCallback` brings the best student back, and leaves the self-teacher as the last step did"
+    "`SaveModelCallback` reloads the best student but not its self-teacher, which gives a warning"
     learn = make(cbs=FRSKDCallback(schedule=schedule), path=tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='FRSKD')

@@ -1,4 +1,4 @@
-"A fit goes on where it was interrupted: killed processes, signals, damaged and foreign checkpoints, full disks"
+"Interrupted fits resume: killed processes, signals, damaged and foreign checkpoints, full disks"
 import errno, json, math, os, pickle, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from conftest import SmallNet, same, split, weights
 # -- Killed processes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kind,kills,rows', [('compare',6,6),('fine_tune',4,3)])
 def test_killed_at_random_moments(kind, kills, rows, tmp_path):
-    "SIGKILL at ten moments, in all: weights and history are those of an undisturbed run, bit for bit"
+    "After SIGKILL at ten random moments, weights and history equal those of an undisturbed run, bit for bit"
     here = Path(__file__).parent
     env = {**os.environ, 'PYTHONPATH':str(here.parent), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore',
            'MPLBACKEND':'agg'}
@@ -26,11 +26,11 @@ def test_killed_at_random_moments(kind, kills, rows, tmp_path):
     assert done.returncode==0, done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert said['equal'] and all(said['equal']) and said['killed']==kills and said['rows']==rows
-    assert 'epochs are done' in said['log'] # not all of them were killed before the first epoch's end
+    assert 'epochs are done' in said['log'] # some were killed after the first epoch
 
 # -- In a program -----------------------------------------------------------------------------------------
 class Stop(Callback):
-    "Ends a fit in the middle of an epoch, as Ctrl-C would"
+    "Ends a fit in the middle of an epoch, like Ctrl-C"
     def __init__(self, epoch, fit=0): self.at,self.fits = (fit,epoch,2),0
     def after_batch(self):
         if self.training and (self.fits,self.epoch,self.iter)==self.at: raise KeyboardInterrupt
@@ -43,7 +43,7 @@ def everything(learn):
             'losses':torch.stack(list(r.losses)).as_subclass(Tensor), 'values':tensor([list(v) for v in r.values]),
             'iters':tensor(r.iters), 'lrs':tensor(r.lrs), 'steps':tensor(f.steps.values)}
 
-def accumulation(): return [GradientAccumulation(40)] # 2½ batches: gradients pass from one epoch to the next
+def accumulation(): return [GradientAccumulation(40)] # 2½ batches: gradients carry over from one epoch to the next
 def tracking(): return [SaveModelCallback(fname='best'), ReduceLROnPlateau(min_delta=10, patience=2)]
 def clipped(): return [GradientClip(.1), MixUp(.4)]
 
@@ -66,7 +66,7 @@ def test_interrupted_fit_ends_as_an_undisturbed_one(more, kw, make, tmp_path):
     assert [o.name for o in Resumable(tmp_path/'parts').files]==['0-0004.pth','0-0003.pth']
 
 def test_stopping_early(make, tmp_path):
-    "EarlyStoppingCallback counts on; the fit ends at the same epoch"
+    "EarlyStoppingCallback continues to count, and the fit ends at the same epoch"
     early = lambda: EarlyStoppingCallback(min_delta=10, patience=2)
     rows = []
     for d,stops in ('whole',[]),('parts',[2]):
@@ -80,12 +80,12 @@ def test_stopping_early(make, tmp_path):
 
 @pytest.mark.parametrize('stop', [(0,0),(1,0),(1,1)], ids=str)
 def test_several_fits(stop, make, tmp_path):
-    "`fine_tune` is two: fits that are done are passed over; and one instance serves a Learner for all its fits"
+    "`fine_tune` has two fits: finished ones are skipped, and one instance serves all fits of a Learner"
     ends = []
     def program(d, cbs=None):
         learn = learner(make, cbs=[Resumable(tmp_path/d)])
         learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
-        learn.validate() # neither counts as a fit
+        learn.validate() # these don't count as fits
         learn.fine_tune(2, 1e-2, cbs=cbs)
         ends.append({**weights(learn.model), **weights(learn.frskd.trained)})
         assert learn.resumable.fit_no==2
@@ -95,7 +95,7 @@ def test_several_fits(stop, make, tmp_path):
     assert same(*ends)
 
 def test_in_the_same_process(make, tmp_path):
-    "After Ctrl-C in a notebook, the same cell goes on"
+    "After Ctrl-C in a notebook, running the same cell again resumes"
     whole = learner(make)
     whole.fit_one_cycle(3, 1e-2)
     learn = learner(make, cbs=[Resumable(tmp_path/'a')])
@@ -116,14 +116,14 @@ def test_plain_learners_too(make, tmp_path):
     assert same(*ends)
 
 def test_half_precision_masters_are_refused(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(NonNativeMixedPrecision, 'before_fit', noop) # it asks for a GPU
-    learn = make().to_non_native_fp16() # without FRSKD, which refuses it, too
+    monkeypatch.setattr(NonNativeMixedPrecision, 'before_fit', noop) # it requires a GPU
+    learn = make().to_non_native_fp16() # without FRSKD, which refuses it
     with pytest.raises(CheckpointError, match='to_fp16'): learn.fit(1, cbs=Resumable(tmp_path/'a'))
 
 # -- Damaged and foreign checkpoints ----------------------------------------------------------------------
 @pytest.fixture
 def done(make, tmp_path):
-    "A finished training: its folder, and what it ended with"
+    "Run a training to its end; returns its folder and result"
     learn = learner(make)
     learn.fit_one_cycle(3, 1e-2, cbs=Resumable(tmp_path/'a', dict(epochs=3)))
     return tmp_path/'a',everything(learn)
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_skipped(how, done, make, capsys):
     learn = learner(make)
     if how=='folder':
         new.rmdir()
-        new.mkdir() # can't be written over either: told, and the older one stays
+        new.mkdir() # can't be overwritten either: an error, and the older one stays
         with pytest.raises(CheckpointError, match='is the checkpoint|can.t write the checkpoint'):
             learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
         assert old.is_file()
@@ -178,7 +178,7 @@ def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
     if how!='plain': assert same(weights(learn.model), weights_before)
 
 def test_other_options_after_one_epoch_do_not_begin_anew(make, tmp_path):
-    "The first state has no self-teacher, so it would do for any options"
+    "With other options the training is refused after one epoch too, although its first state has no self-teacher"
     folder = tmp_path/'parts'
     cut = [Resumable(folder),Stop(1)]
     with pytest.raises(KeyboardInterrupt): make(cbs=FRSKDCallback(width=1.)).fit(3, 1e-2, cbs=cut)
@@ -190,7 +190,7 @@ def test_other_options_after_one_epoch_do_not_begin_anew(make, tmp_path):
     assert {f.name:f.read_bytes() for f in folder.iterdir()}==before
 
 class Spoil(Callback):
-    "From epoch `at` on, images that aren't finite, or weights"
+    "Makes images or weights non-finite from epoch `at` on"
     def __init__(self, at, what): self.at,self.what = at,what
     def before_batch(self):
         if self.training and self.epoch>=self.at and self.what=='images': self.learn.xb = (self.xb[0]*math.nan,)
@@ -200,7 +200,7 @@ class Spoil(Callback):
 @pytest.mark.parametrize('what,frskd', [('images',True),('weights',False)])
 @pytest.mark.filterwarnings('ignore:.*left out')
 def test_an_epoch_without_a_use_is_not_kept(what, frskd, make, tmp_path):
-    "One whose steps were all left out, one that has ruined the model: what was kept stays, and is gone on with"
+    "An epoch whose steps were all skipped, or that ruined the model, isn't saved; the last good state is kept"
     def trained(d, *cbs):
         learn = learner(make) if frskd else make()
         learn.fit(3, 1e-2, cbs=[Resumable(tmp_path/d),*cbs])
@@ -210,7 +210,7 @@ def test_an_epoch_without_a_use_is_not_kept(what, frskd, make, tmp_path):
     assert same(trained('parts'), trained('whole'))
 
 def test_what_counts_is_the_start_of_the_training(make, tmp_path):
-    "A fit that has ruined the model isn't the next one's start; nor is a ruined one that a program loads"
+    "A fit that ruined the model isn't the start of the next one; nor is a ruined model that the user loads"
     learn = make()
     learn.model.register_buffer('mask', tensor([0,-math.inf]))
     learn.fit(1, 1e-2, cbs=Resumable(tmp_path/'a'))
@@ -243,7 +243,7 @@ def test_other_files_in_the_folder_stay(make, tmp_path):
     (tmp_path/'a').mkdir()
     for n in 'notes.txt','model.pth','.0-0000.pth.tmp': (tmp_path/'a'/n).write_text('x')
     learner(make).fit(1, cbs=Resumable(tmp_path/'a'))
-    # what a killed process left is gone
+    # the leftovers of a killed process are gone
     assert sorted(o.name for o in (tmp_path/'a').iterdir())==['0-0000.pth','0-0001.pth','model.pth','notes.txt']
 
 @pytest.mark.parametrize('where', ['os.fsync','os.replace'])
@@ -257,7 +257,7 @@ def test_killed_while_writing(where, done, monkeypatch):
     assert {f:f.read_bytes() for f in folder.iterdir()}==before
 
 def test_a_full_disk(make, tmp_path):
-    "The last good checkpoint stays, and nothing of the other"
+    "On a full disk, the last good checkpoint stays, and no partial file remains"
     r,limits = Resumable(tmp_path/'a'),resource.getrlimit(resource.RLIMIT_FSIZE)
     class Full(Callback):
         order = 60
@@ -295,7 +295,7 @@ def outcome(out):
 
 @pytest.fixture
 def stopped(folder, tmp_path, monkeypatch, capsys):
-    "The command, ended by a signal in the second epoch; what it said, and its folder"
+    "Run the command and end it by a signal in the second epoch; returns its output and folder"
     def stop(signum, out=tmp_path/'r'):
         fit = ImageJob.fit
         class Send(Callback):
@@ -310,7 +310,7 @@ def stopped(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def hangup():
-    "Under `nohup` SIGHUP is ignored, in these tests not"
+    "Enable SIGHUP, which `nohup` would ignore"
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, old)
@@ -325,7 +325,7 @@ def test_signals(signum, expected, hangup, stopped, folder, tmp_path, capsys):
     assert sorted(o.name for o in out.iterdir())==['checkpoints']
     assert (out/'checkpoints/frskd/0-0001.pth').exists()
     assert command.main([str(folder), *options(out)])==2
-    assert f'--resume {out}' in capsys.readouterr().err # nothing is lost by mistake
+    assert f'--resume {out}' in capsys.readouterr().err # so nothing is overwritten by accident
     assert command.main(['--resume', str(out)])==0
     assert command.main([str(folder), *options(tmp_path/'whole')])==0
     (a,h),(b,g) = outcome(out),outcome(tmp_path/'whole')
@@ -342,7 +342,7 @@ def test_nohup_is_respected(make, hangup):
         assert signal.getsignal(signal.SIGHUP)==signal.SIG_IGN
 
 def test_two_at_once_are_refused(stopped, folder, tmp_path, capsys):
-    "By a lock that the system takes back when its process ends, however it does"
+    "A second run in the same folder is refused by a lock that the system releases with the process"
     _,_,out = stopped(signal.SIGTERM)
     r,w = os.pipe()
     pid = os.fork()
@@ -407,9 +407,9 @@ def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, ca
     foreign = next((tmp_path/'copy/checkpoints/frskd').glob('*1.pth'))
     state = resume.read_checkpoint(SimpleNamespace(path=tmp_path, model_dir=''), io.BytesIO(foreign.read_bytes()))
     state['opt']['resume']['about']['width'] = 1.
-    torch.save(state, foreign.with_name('0-0002.pth')) # of other options, and newer
+    torch.save(state, foreign.with_name('0-0002.pth')) # newer, with other options
     capsys.readouterr()
-    assert command.main(['--resume', str(tmp_path/'copy'), str(moved)])!=0 # to begin anew would write over it
+    assert command.main(['--resume', str(tmp_path/'copy'), str(moved)])!=0 # starting again would overwrite it
     err = capsys.readouterr().err
     assert '0-0002.pth is from another training run: width is 1.0 in the checkpoint, None here' in err
     foreign.with_name('0-0002.pth').unlink()
@@ -424,7 +424,7 @@ def test_nothing_to_resume(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 def test_nothing_that_can_be_used(stopped, capsys):
-    "It doesn't say to go on with what can't be used"
+    "It doesn't suggest resuming from unusable files"
     _,_,out = stopped(signal.SIGTERM)
     for f in out.glob('checkpoints/frskd/*.pth'): f.write_bytes(b'')
     assert command.main(['--resume', str(out)])==1
@@ -432,12 +432,12 @@ def test_nothing_that_can_be_used(stopped, capsys):
     assert err.count('\n')==1 and 'no other checkpoint can be used' in err and '--resume' not in err
 
 def test_the_command_on_a_full_disk(folder, tmp_path, capsys, monkeypatch):
-    "While it trains, and while it writes the results: one line, exit code 1, and what was trained is there"
+    "On a full disk, the command prints one line, exits with 1 and keeps what was trained"
     out,fsync = tmp_path/'r',os.fsync
     calls = []
     def full(fd):
         calls.append(fd)
-        # a note and the first state, with their folders' names, and half of the next
+        # room for the note, the first state and half of the next
         if len(calls)>5: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(fd)
     with monkeypatch.context() as m:

@@ -1,4 +1,4 @@
-"Same seed, same result: bit for bit on the CPU, with augmentation in worker processes too"
+"The same seed gives the same result, bit for bit on the CPU, also with augmentation in worker processes"
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
@@ -6,11 +6,11 @@ from frskd_fastai.data.embedded import digits_data
 from conftest import SmallNet, same, weights
 
 class Net(SmallNet):
-    "With randomness of its own"
+    "A network with its own randomness"
     def forward(self, x): return self.head(F.dropout(self.stages(self.stem(x)), .2, self.training))
 
 def run(tmp_path, workers, **kw):
-    "Weights at the start, all training batches of three epochs, weights at the end"
+    "Train three epochs; returns the first weights, all batches and the last weights"
     files = L(f for c in range(4) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:10])
     set_seed(0)
     dls = ImageDataLoaders.from_path_func(
@@ -35,7 +35,7 @@ def test_same_seed_same_result(workers, tmp_path):
     plain = run(tmp_path, workers)
     one,two = (run(tmp_path, workers, schedule='constant') for _ in range(2))
     assert same(one[0], two[0]) and same_batches(one[1], two[1]) and same(one[2], two[2])
-    # The student starts the same, and sees the same images in the same order, without FRSKD
+    # without FRSKD, the student starts the same and sees the same images in the same order
     assert same(one[0], plain[0]) and same_batches(one[1], plain[1])
     assert not same(plain[2], {k:v for k,v in one[2].items() if k in plain[2]})
-    assert not torch.equal(plain[1][0][0], plain[1][4][0]) # random, it is
+    assert not torch.equal(plain[1][0][0], plain[1][4][0]) # the network is random

@@ -1,4 +1,4 @@
-"Segmentation: `FRSKDCallback` on a U-Net and other networks that label pixels, with digits (CamVid where ../shared is)"
+"Segmentation: U-Nets and other networks that label pixels, on digits (and on CamVid if ../shared has it)"
 import zipfile
 from pathlib import Path
 import pytest, torch
@@ -11,7 +11,7 @@ from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 from frskd_fastai.student.levels import find_levels, list_levels
 from frskd_fastai.method.losses import pixel_soft_label_loss
 from frskd_fastai.task.task import Segmentation, ignored_labels
-from frskd_fastai.show.attention import * # pictures as methods
+from frskd_fastai.show.attention import * # adds the figures as methods
 from frskd_fastai.show.losses import *
 from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights
 
@@ -27,7 +27,7 @@ def cross_entropy(): return CrossEntropyLossFlat(axis=1, ignore_index=VOID)
 
 @pytest.fixture
 def seg(items, tmp_path):
-    "A seeded Learner of a small U-Net"
+    "Build a seeded Learner of a small U-Net"
     def _make(seed=0, loss_func=None, model=None, n=32, **kw):
         set_seed(seed)
         model = model or small_unet()
@@ -42,7 +42,7 @@ def seg(items, tmp_path):
     return _make
 
 class Look(Callback):
-    "What a training step gives"
+    "Records a training step"
     order,run_valid = FRSKDCallback.order+.5,False
     def __init__(self): self.steps = []
     def after_loss(self):
@@ -52,7 +52,7 @@ class Look(Callback):
         self.steps.append(dict(pred=pred, y=y, parts=parts, factor=float(cb.factor)))
 
 def test_pickled_metrics_need_no_frskd():
-    "(An exported Learner with them is in tests/test_train.py.)"
+    "Pickled metrics load without FRSKD (tests/test_train.py covers exported Learners)"
     import pickle
     from frskd_fastai.task.metrics import MeanIoU, PixelAccuracy
     for m in MeanIoU(VOID),PixelAccuracy({VOID,0}):
@@ -62,7 +62,7 @@ def test_pickled_metrics_need_no_frskd():
 
 # -- Recognised, trained, left alone ----------------------------------------------------------------------
 def test_unet_learner_in_one_line(items, tmp_path, capsys):
-    "`unet_learner(dls, resnet18, cbs=FRSKDCallback())`: the decoder's maps, fine to coarse in the pyramid's order"
+    "`unet_learner(dls, resnet18, cbs=FRSKDCallback())` works; the levels are the decoder's maps, finest first"
     dls = DataLoaders(DataLoader(items[:8], bs=4), DataLoader(items[8:12], bs=4)); dls.c = 4
     learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=cross_entropy(),
                          cbs=FRSKDCallback(columns=True), path=tmp_path)
@@ -83,7 +83,7 @@ def test_both_networks_learn_and_nothing_stays(seg):
     assert isinstance(cb.teacher, DenseSelfTeacher) and cb.teacher.channels==[64]*3
     before,student = weights(cb.teacher),weights(learn.model)
     learn.fit(10, 1e-2)
-    # BatchNorm takes a bias before it away
+    # BatchNorm cancels a bias before it
     taught = [k for k,_ in cb.teacher.named_parameters() if not k.endswith('0.bias')]
     assert all(not torch.equal(weights(cb.teacher)[k], before[k]) for k in taught)
     moved = [not torch.equal(p, student[k]) for k,p in learn.model.named_parameters()]
@@ -99,7 +99,7 @@ def test_both_networks_learn_and_nothing_stays(seg):
     assert not {'save','load','create_opt','parameters'}&set(learn.__dict__)
 
 def test_validation_and_predictions_are_plain(seg):
-    "The same numbers with and without the callback; show_results works"
+    "Validation gives the same numbers with and without the callback, and `show_results` works"
     learn = seg(cbs=FRSKDCallback())
     learn.fit(1, 1e-2)
     with_cb = learn.validate(),learn.get_preds()
@@ -108,7 +108,7 @@ def test_validation_and_predictions_are_plain(seg):
     assert learn.validate()==with_cb[0] and all(torch.equal(a, b) for a,b in zip(learn.get_preds(), with_cb[1]))
 
 def test_no_weights_is_plain_training(seg):
-    "A factor of 0 leaves the student as plain training does, but for the order in which a map's gradients are added"
+    "A factor of 0 equals plain training, up to the order in which a map's gradients are added"
     ends = []
     for cbs in [],[FRSKDCallback(schedule=lambda p: 0.)]:
         learn = seg(cbs=cbs, opt_func=SGD)
@@ -139,7 +139,7 @@ def test_ways_of_training(event, seg):
     if event!='lr_find': assert all(p.isfinite().all() for p in learn.frskd.trained.parameters())
 
 def test_checkpoints_and_export(seg, items, tmp_path):
-    "The checkpoint has the dense self-teacher; the exported file and the state are a plain U-Net's"
+    "The checkpoint contains the dense self-teacher; exported file and model state are a plain U-Net's"
     learn = seg(cbs=FRSKDCallback())
     learn.fit(1, 1e-2)
     learn.save('m'); learn.save('plain', with_opt=False)
@@ -157,7 +157,7 @@ def test_checkpoints_and_export(seg, items, tmp_path):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
 def test_autocast(dtype, seg):
-    "In half precision the losses are float32, near those without it"
+    "In half precision the losses are float32 and close to those without it"
     class CPUMixedPrecision(MixedPrecision):
         def __init__(self): pass
         def before_fit(self):
@@ -187,7 +187,7 @@ def test_options(kw, seg):
 
 # -- Pixels without a label -------------------------------------------------------------------------------
 class DiceAndFocal:
-    "The combination of fastai's documentation, with pixels left out"
+    "The combined loss of fastai's documentation, with ignored pixels"
     def __init__(self, ignore_index=None):
         self.focal,self.dice = FocalLossFlat(axis=1),DiceLoss(axis=1)
         if ignore_index is not None: self.ignore_index = ignore_index
@@ -201,7 +201,7 @@ LOSSES = {'CrossEntropyLossFlat':cross_entropy, 'torch':lambda: nn.CrossEntropyL
           'partial':lambda: partial(F.cross_entropy, ignore_index=VOID), 'combination':lambda: DiceAndFocal(VOID)}
 @pytest.mark.parametrize('name', LOSSES)
 def test_ignored_pixels_are_not_distilled(name, seg):
-    "The soft-label loss is the mean over the labelled pixels; what is ignored gives the student's logits no gradient"
+    "Soft labels average over the labelled pixels; ignored ones give the student no gradient"
     loss = LOSSES[name]()
     assert ignored_labels(loss)-{-100}=={VOID}
     learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2)),Look()
@@ -219,14 +219,14 @@ def test_ignored_pixels_are_not_distilled(name, seg):
     assert not g.movedim(1,3)[~keep].any() and g.movedim(1,3)[keep].abs().sum(1).all()
 
 def test_losses_without_ignored_pixels(seg):
-    "Then all count"
+    "Losses without ignored pixels count all of them"
     learn,look = seg(loss_func=DiceAndFocal(), cbs=FRSKDCallback(columns=True)),Look()
     learn.fit(1, 1e-3, cbs=look)
     assert ignored_labels(learn.loss_func)<={-100} and look.steps[-1]['parts']['soft_label']>0
 
 # -- Other networks ---------------------------------------------------------------------------------------
 class Logits(nn.Module):
-    "torchvision's networks return a dict"
+    "A network that returns a dict, like torchvision's"
     def __init__(self, net): super().__init__(); self.net = net
     def forward(self, x): return self.net(x)['out']
 
@@ -250,7 +250,7 @@ def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_p
     assert all(v.isfinite() for v in cb.losses.values())
 
 def test_odd_sizes(digits, tmp_path):
-    "Sides that don't halve; levels and logits of other sizes than the pyramid's"
+    "Odd sizes work: sides that can't be halved, and levels and logits of other sizes than the pyramid's"
     x,y = digits
     x = F.interpolate(x[:8], size=(37,50))
     items = [(TensorImage(a),TensorMask(b)) for a,b in zip(x, masks(x, y[:8]))]
@@ -283,7 +283,7 @@ def test_the_papers_settings_are_of_one_task(seg):
 
 @pytest.mark.parametrize('what', ['one logit','binary loss','float masks','other size','label augmentation','classes'])
 def test_what_is_refused(what, seg, items):
-    "Before training, with the Learner as it was"
+    "Unsupported input is refused before training, and the Learner stays unchanged"
     kw,cb = {},FRSKDCallback()
     if what=='one logit': kw['model'],match = small_unet(1),'two or more classes'
     if what=='binary loss': kw['loss_func'],match = BCEWithLogitsLossFlat(axis=1),'two or more classes'
@@ -300,9 +300,9 @@ def test_what_is_refused(what, seg, items):
     assert same(weights(learn.model), before) and not hasattr(learn, 'frskd')
 
 # -- Real street scenes -----------------------------------------------------------------------------------
-@pytest.mark.skipif(not CAMVID.exists(), reason=f'{CAMVID} is not there')
+@pytest.mark.skipif(not CAMVID.exists(), reason=f'{CAMVID} not found')
 def test_camvid(tmp_path):
-    "A few images of CamVid with fastai's own data block: training, show_results, attention maps"
+    "A few images of CamVid with fastai's DataBlock: training, `show_results`, attention maps"
     with zipfile.ZipFile(CAMVID) as z:
         names = [n for n in sorted(z.namelist()) if n.startswith('camvid/train/images/') and not n.endswith('/')][:12]
         labels = [n.replace('images','labels').replace('.jpg','.png') for n in names]

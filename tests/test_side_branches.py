@@ -1,4 +1,4 @@
-"Levels of networks with more than one path: the maps that lead to the prediction, not what is computed beside them"
+"Levels of networks with several paths: the maps that lead to the prediction, not those of side branches"
 import warnings
 import pytest, torch
 from fastai.vision.all import *
@@ -12,14 +12,14 @@ def convs(*chs): return nn.Sequential(*(ConvLayer(i, o, stride=2) for i,o in zip
 def up(x, to): return F.interpolate(x, size=to.shape[-2:])
 
 class Gate(SmallNet):
-    "One channel weights the positions of the deepest map"
+    "One channel that weights the positions of the deepest map"
     def __init__(self): super().__init__(); self.gate = nn.Conv2d(32, 1, 1)
     def forward(self, x):
         x = self.stages(self.stem(x))
         return self.head(x*self.gate(x).sigmoid())
 
 class Between(SmallNet):
-    "CBAM: mean and maximum of the channels give spatial weights, after each of the stages"
+    "CBAM: spatial weights from the channels' mean and maximum, after each stage"
     def __init__(self):
         super().__init__()
         self.spatial = nn.ModuleList(nn.Conv2d(2, 1, 3, padding=1) for _ in range(3))
@@ -31,21 +31,21 @@ class Between(SmallNet):
         return self.head(x)
 
 class Saliency(SmallNet):
-    "A branch as wide as the trunk, that goes deeper, up again, and weights the last but one stage"
+    "A branch as wide as the trunk that goes deeper and up again, and weights the last but one stage"
     def __init__(self): super().__init__(); self.down,self.weigh = convs(16, 16, 16, 16),nn.Conv2d(16, 16, 1)
     def forward(self, x):
         x = self.stages[1](self.stages[0](self.stem(x)))
         return self.head(self.stages[2](x*up(self.weigh(self.down(x)), x).sigmoid()))
 
 class Last(SmallNet):
-    "The same at the end and at full resolution: nothing but the graph tells which one is the map"
+    "The same at the end, at full resolution; only the graph tells which one is the map"
     def __init__(self): super().__init__(); self.weigh = ConvLayer(32, 32)
     def forward(self, x):
         x = self.stages(self.stem(x))
         return self.head(x*self.weigh(x).sigmoid())
 
 class Align(SmallNet):
-    "A spatial transformer: a network beside it says where to look, on the image or on the stem's map"
+    "A spatial transformer: a network that decides where to look, in the image or the stem's map"
     def __init__(self, chs=(3,4,4,4), after_stem=False):
         super().__init__()
         self.after_stem,self.where = after_stem,convs(8 if after_stem else 3, *chs[1:])
@@ -58,7 +58,7 @@ class Align(SmallNet):
         return self.head(self.stages(x))
 
 class Squeeze(SmallNet):
-    "The image's overall look, by convolutions and a global pooling of its own, scales the stem's channels"
+    "Scales the stem's channels by a branch with its own convolutions and global pooling of the image"
     def __init__(self):
         super().__init__()
         self.look = nn.Sequential(*convs(3, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1))
@@ -67,7 +67,7 @@ class Squeeze(SmallNet):
         return self.head(self.stages(self.stem(x)*scale))
 
 class Auxiliary(SmallNet):
-    "A decoder beside the prediction rebuilds the image"
+    "A decoder that reconstructs the image as a side task"
     def __init__(self, as_dict=False):
         super().__init__()
         self.as_dict = as_dict
@@ -78,14 +78,14 @@ class Auxiliary(SmallNet):
         return dict(logits=pred, rebuilt=rebuilt) if self.as_dict else (pred,rebuilt)
 
 class InPlace(Gate):
-    "What follows overwrites the stages' maps"
+    "The next operation overwrites each stage's map"
     def forward(self, x):
         x = self.stem(x)
         for stage in self.stages: x = F.relu_(stage(x).add_(0))
         return self.head(x.mul_(self.gate(x).sigmoid()))
 
 class Weights(SmallNet):
-    "Attention over the positions of a map, whose matrix passes modules before and after its softmax"
+    "Attention over a map's positions, whose matrix passes through modules before and after the softmax"
     def __init__(self):
         super().__init__()
         self.qk,self.mix,self.drop = nn.Conv2d(32, 64, 1),nn.Conv2d(2, 2, 1),nn.Dropout(.1)
@@ -96,7 +96,7 @@ class Weights(SmallNet):
         return self.head(x + (x.flatten(2).unflatten(1, (2,16))@w).flatten(1,2).view_as(x))
 
 def found_in(model, size=32, **kw):
-    "Names of the levels, and what was said"
+    "Find the levels; returns their names and any warning"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         levels = find_levels(model, torch.randn(2, 3, size, size), **kw)[0]
@@ -124,7 +124,7 @@ def test_as_wide_as_the_trunk_is_said_once():
     assert found_in(Last(), levels=['stages.0','weigh'])==(['stages.0','weigh'],[])
 
 def test_the_self_teacher_learns_beside_a_gate(make):
-    "As with named levels, and told once in a training"
+    "Training with a gate equals training with the levels named, and warns once"
     losses = []
     for levels in 4,TRUNK:
         torch.manual_seed(0)
@@ -140,16 +140,16 @@ def test_the_self_teacher_learns_beside_a_gate(make):
         learn.fit(1, 1e-3)
     assert sum('uncertain' in str(o.message) for o in said)==1
 
-# -- Networks whose deep maps are no bottleneck of the graph keep their levels ------------------------------
+# -- Networks whose deep maps are not a bottleneck of the graph ----------------------------------------------
 class MultiScale(SmallNet):
-    "The pooled maps of all stages are classified together"
+    "Classifies the pooled maps of all stages together"
     def __init__(self): super().__init__(); self.pool,self.head = nn.AdaptiveAvgPool2d(1),nn.Linear(56, 10)
     def forward(self, x):
         maps,x = [],self.stem(x)
         for stage in self.stages: x = stage(x); maps.append(x)
         return self.head(torch.cat([self.pool(o).flatten(1) for o in maps], 1))
 class UNetLike(SmallNet):
-    "Down and up again, with skip connections, before the pooling"
+    "Goes down and up again with skip connections before the pooling"
     def __init__(self):
         super().__init__()
         self.up1,self.up0 = ConvLayer(48, 16),ConvLayer(24, 8)
@@ -159,11 +159,11 @@ class UNetLike(SmallNet):
         b = self.up1(torch.cat([b,up(c, b)], 1))
         return self.head(self.up0(torch.cat([a,up(b, a)], 1)))
 class TwoWays(SmallNet):
-    "Two paths of one depth meet only at the end"
+    "Two paths of the same depth that meet only at the end"
     def __init__(self): super().__init__(); self.other = convs(3, 8, 16, 32)
     def forward(self, x): return self.head(self.stages(self.stem(x))+self.other(x))
 class Residual(SmallNet):
-    "Residual and dense connections written out in `forward`, so that no module returns their sum"
+    "Residual and dense connections in `forward`, whose sums no module returns"
     def __init__(self):
         super().__init__()
         self.res,self.grow,self.join = ConvLayer(8, 8),ConvLayer(16, 4),ConvLayer(20, 16)
@@ -193,7 +193,7 @@ def test_ordinary_networks_are_certain(arch):
     ('mvitv2_tiny', {}, ['stages.1.blocks.0.norm1','stages.2.blocks.0.norm1','stages.3.blocks.0.norm1','norm']),
     ('coat_tiny', {}, ['serial_blocks1.1','serial_blocks2.1','serial_blocks3.1','norm4'])])
 def test_transformers_of_several_paths(arch, kw, names):
-    "Tokens, never the matrices that weight them"
+    "Levels of transformers with several paths are tokens, never attention matrices"
     m = pytest.importorskip('timm').create_model(arch, num_classes=10, img_size=64, **kw)
     found,said = found_in(m, 64)
     assert found==names and len(said)==1
@@ -209,7 +209,7 @@ def test_attention_matrices_are_told_by_their_rows():
     assert is_attention(w.softmax(-1)) and is_attention(w.softmax(-1).half())
     assert not any(is_attention(o) for o in (w,w.relu(),w.softmax(-2),torch.ones(2,3,1,1)))
 
-# -- No trace, and no need of gradients ---------------------------------------------------------------------
+# -- No side effects, no gradients needed -------------------------------------------------------------------
 @pytest.mark.parametrize('frozen', ['nothing','stem','all'])
 def test_the_pass_leaves_no_trace(frozen):
     torch.manual_seed(0)
@@ -228,20 +228,20 @@ def test_the_pass_leaves_no_trace(frozen):
     assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items()) and n_hooks(m)==0
 
 def test_frozen_bodies(make):
-    "Only the head trains, and the levels are the same"
+    "With a frozen body, only the head trains and the levels are the same"
     def groups(m): return L(nn.ModuleList([m.stem,m.stages]), nn.ModuleList([m.gate,m.head])).map(params)
     for freeze in (lambda l: l.freeze()),(lambda l: l.model.stages.requires_grad_(False)):
         learn = make(model=Gate(), splitter=groups, cbs=FRSKDCallback())
         freeze(learn)
         flags = [p.requires_grad for p in learn.model.parameters()]
         assert list_levels(learn).attrgot('name')==TRUNK and [p.requires_grad for p in learn.model.parameters()]==flags
-        before = weights(learn.model.stages) # `freeze` leaves BatchNorm out
+        before = weights(learn.model.stages) # `freeze` doesn't freeze BatchNorm
         with learn.no_bar(): learn.fit(1, 1e-3)
         assert [p.requires_grad for p in learn.model.parameters()]==flags
         assert all(torch.equal(p, before[k]) for k,p in learn.model.stages.named_parameters() if p.ndim>1)
 
 class NoGraph(SmallNet):
-    "A forward pass that autograd can't follow, or that fails with gradients"
+    "A forward pass that autograd can't follow, or that fails when gradients are on"
     def __init__(self, how): super().__init__(); self.how = how
     def forward(self, x):
         if self.how=='stem':

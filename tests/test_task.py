@@ -1,4 +1,4 @@
-"What a label means: the three tasks, on tensors"
+"The three tasks (what a label means), on tensors"
 import math
 import pytest, torch, torch.nn.functional as F
 from functools import partial
@@ -14,7 +14,7 @@ TASKS = SingleLabel({IGNORED}),MultiLabel(),Segmentation({IGNORED})
 names = [type(o).__name__ for o in TASKS]
 
 def batch(task, c=4, b=6, dtype=torch.float32):
-    "Logits of student and self-teacher, and targets, some of which don't count"
+    "Make logits of student and self-teacher, and targets of which some are ignored"
     torch.manual_seed(0)
     shape = (b,c,5,3) if task.per=='pixel' else (b,c)
     s,t = torch.randn(2, *shape, dtype=dtype)
@@ -35,7 +35,7 @@ def test_which_task_it_is(loss, targets, pred, task):
 
 @pytest.mark.parametrize('task', TASKS, ids=names)
 def test_answers(task):
-    "An answer each, one by one, with `math`"
+    "The probability of the right answer, checked one by one with `math`"
     logits,_,y = batch(task)
     a = task.answers(logits, TensorMask(y) if task.per=='pixel' else y)
     assert all(o.shape==a.right.shape and o.ndim==2 for o in a)
@@ -62,7 +62,7 @@ def test_the_mean_of_log_p_is_the_label_loss():
 
 @pytest.mark.parametrize('task', TASKS, ids=names)
 def test_soft_labels(task):
-    "Zero where both agree; a gradient for the student alone, and none for what doesn't count or is left out, by −inf"
+    "Soft labels: 0 where both agree, a gradient for the student only, none where ignored or masked by −inf"
     s,t,y = batch(task)
     s,t,keep = s.requires_grad_(),t.requires_grad_(),task.keep((y,))
     loss = task.soft_labels(s, t, 2., keep)

@@ -25,7 +25,7 @@ def image(path, size=(12,12)):
 
 @pytest.fixture
 def folder(tmp_path):
-    "Some digits, one folder per class, and 'my images' as the folder's name"
+    "Write some digits, one folder per class, in a folder called 'my images'"
     root = tmp_path/'my images'
     for c in '0123':
         for f in sorted((digits_data()/'train'/c).iterdir())[:20]:
@@ -52,7 +52,7 @@ def test_results(folder, tmp_path, capsys):
     *counts,p = re.search(said, text).groups()
     better,worse,same = map(int, counts)
     assert better+worse+same==16 and better-worse==round(16*(h.accuracy[1]-h.accuracy[0])) and 0<float(p)<=1
-    # the output is no terminal: a line an epoch, no bars
+    # the output is no terminal, so one line per epoch and no progress bars
     losses = f'train_loss {h.train_loss[1]:.4f}, valid_loss {h.valid_loss[1]:.4f}'
     assert '\r' not in out and f'epoch 0, {losses}, accuracy {h.accuracy[1]:.4f}, student_loss' in out
     frskd = 'FRSKD: α 2, β 100, temperature 4, self-teacher of width 2, schedule trust.'
@@ -79,7 +79,7 @@ def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
     assert 'exports it' not in text and 'prediction may cost more: `refined.pkl`.' in text
 
 def test_runs_repeat(folder, tmp_path, capsys):
-    "The same command gives the same history, with or without a plain run before it"
+    "The same command gives the same history, with or without a plain run first"
     for o,kind in ('a',['--compare']),('b',[]):
         assert run(folder, *FAST, *kind, '--seed', 3, '--out', tmp_path/o, capsys=capsys)[0]==0
     a,b = (pd.read_csv(tmp_path/o/'history.csv').drop(columns='time') for o in 'ab')
@@ -108,7 +108,7 @@ def test_auto_learning_rate(folder, tmp_path, capsys):
     assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted(results)
 
 def test_pretrained_goes_through_fine_tune(folder, tmp_path, capsys, monkeypatch):
-    "The real loading code, with torchvision's download replaced by a seeded network's weights"
+    "Pretrained networks go through `fine_tune`: the real loading code, with a stand-in for the download"
     import torchvision
     def fetch(url, **kw):
         torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_bad_options(args, tmp_path, capsys, monkeypatch):
     assert args.split()[0] in capsys.readouterr().err.strip().split('\n')[-1]
     assert not list(tmp_path.iterdir())
 
-# -- Help and mistakes are answered at once ---------------------------------------------------------
+# -- Help and usage errors come without delay -------------------------------------------------------
 PROBE = """
 import sys
 from frskd_fastai.cli.{} import main
@@ -206,7 +206,7 @@ CASES += [(c,a,2) for c,v in MISTAKES.items() for a in v]
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    "A file, and folders of results, of an interrupted training, of a damaged one and of a finished one"
+    "Make a file, and result folders of interrupted, damaged and finished trainings"
     root = tmp_path_factory.mktemp('folders')
     (root/'file.png').write_bytes(b'')
     for d in 'images','used','done','stopped/checkpoints','damaged/checkpoints': (root/d).mkdir(parents=True)
@@ -219,7 +219,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize('command,args,code', CASES, ids=str)
 def test_at_once(command, args, code, folders):
-    "In less than 1.5 s, Python's start included, the best of three: fastai and torch aren't imported"
+    "Help and usage errors take less than 1.5 s (best of three), because fastai and torch aren't imported"
     env = {**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}
     argv = [sys.executable,'-c',PROBE.format(command),*args.split()]
     for _ in range(3):
@@ -232,9 +232,9 @@ def test_at_once(command, args, code, folders):
     pytest.fail(f'{seconds:.1f} s')
 
 # -- As a user starts it ----------------------------------------------------------------------------
-@pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} is not there')
+@pytest.mark.skipif(not (SHARED/'cifar100-0.zip').exists(), reason=f'{SHARED} not found')
 def test_command_on_real_images(tmp_path):
-    "A few classes of CIFAR-100, with the installed command in a process of its own"
+    "The installed command trains on a few classes of CIFAR-100, in a new process"
     with zipfile.ZipFile(SHARED/'cifar100-0.zip') as z:
         names = [n for n in z.namelist() if n.endswith('.png')]
         for c in sorted({n.split('/')[2] for n in names})[:3]:
@@ -251,7 +251,7 @@ def test_command_on_real_images(tmp_path):
 # -- Segmentation -----------------------------------------------------------------------------------------
 @pytest.fixture
 def masks(tmp_path):
-    "Digits, and their ink as masks: paper, ink, and void between"
+    "Write digits with masks of their ink: paper, ink, and void between them"
     root = tmp_path/'scenes'
     for i,f in enumerate(get_image_files(digits_data()/'train').sorted()[:14]):
         im = Image.open(f).resize((36,32))
@@ -266,7 +266,7 @@ def masks(tmp_path):
 SEG = '--task','segmentation','--epochs','1','--bs','4','--lr','1e-3','--no-pretrained'
 
 def test_segmentation(masks, tmp_path, capsys):
-    "Results, with predictions; metrics leave out what has no label; the file loads without this package"
+    "Segmentation writes results with predictions, ignores unlabelled pixels, and exports a file that needs no FRSKD"
     out = tmp_path/'r'
     code,printed,err = run(masks, *SEG, '--compare', '--out', out, capsys=capsys)
     assert code==0, err
@@ -328,7 +328,7 @@ SPOILED = {
     'no labels':'no images in {root}/labels',
     'only train':'neither valid/ nor val/ nor test/'}
 def spoil(root, what):
-    "Something wrong in a folder of images and masks; returns what the message must have"
+    "Damage a folder of images and masks; returns the expected message"
     im,mask,codes = root/'images/3.png',root/'labels/3.png',root/'codes.txt'
     def write(value, *channels): Image.fromarray(np.full((32,36,*channels), value, np.uint8)).save(mask)
     if what=='no image': im.unlink()

@@ -1,8 +1,7 @@
-"""Every training feature that fastai users already use, with FRSKD on: each cell trains on small real images and checks
-what would break; its docstring says what.
+"""Training features of fastai: each cell trains with FRSKD on small real images
 
-`FRSKD_WRITE_TABLES=1 pytest tests/test_training.py` writes the table that the documentation shows
-(nbs/training.csv)"""
+A cell's docstring says what it checks. `FRSKD_WRITE_TABLES=1 pytest tests/test_training.py` writes the docstrings
+to the table in the documentation (nbs/training.csv)."""
 import csv, os
 from pathlib import Path
 import pytest, torch
@@ -17,7 +16,7 @@ from test_method import Own
 DOCS = Path(__file__).parents[1]/'nbs'
 CELLS = {}
 def cell(name):
-    "Registers a check of one feature; it gets `make`, which gives a seeded Learner, and `tmp_path`"
+    "Register a check of one feature, a function of `make` (builds a seeded Learner) and `tmp_path`"
     def _register(f):
         assert f.__doc__ and name not in CELLS
         CELLS[name] = f
@@ -36,23 +35,23 @@ def test_feature(name, make, tmp_path):
     CELLS[name](learner, tmp_path)
 
 def test_table():
-    "The documentation's table is these cells"
+    "The documentation's table lists these cells"
     assert list(CELLS)==CELLS_NAMES
     rows = [('feature','what is checked'),*((k,' '.join(f.__doc__.split())) for k,f in CELLS.items())]
     file = DOCS/'training.csv'
     if os.environ.get('FRSKD_WRITE_TABLES'):
         with open(file, 'w', newline='') as f: csv.writer(f, lineterminator='\n').writerows(rows)
     with open(file) as f: on_file = [tuple(o) for o in csv.reader(f)]
-    assert on_file==rows, 'write nbs/training.csv anew with FRSKD_WRITE_TABLES=1'
+    assert on_file==rows, 'nbs/training.csv is out of date: run this test with FRSKD_WRITE_TABLES=1'
 
 class Start(Callback):
-    "The self-teacher's weights before its first step"
+    "Keeps the self-teacher's weights from before its first step"
     order,run_valid = FRSKDCallback.order+.5,False
     def __init__(self): self.weights = None
     def after_loss(self): self.weights = self.weights or weights(self.frskd.teacher)
 
 def trains(make, train, plain_too=True, **kw):
-    "`train(learn)` moves the self-teacher, and the student elsewhere than without FRSKD; nothing stays behind"
+    "Check that `train(learn)` trains the self-teacher, changes the student's result, and leaves nothing behind"
     learn,start = make(**kw),Start()
     learn.add_cb(start)
     cb = learn.frskd
@@ -69,7 +68,7 @@ def trains(make, train, plain_too=True, **kw):
     return learn
 
 class Rates(Callback):
-    "The learning rates of first and last group at each step, and the group of the self-teacher's parameters"
+    "Records the first and last groups' learning rates at each step, and the self-teacher's parameter group"
     run_valid = False
     def __init__(self): self.lrs = []
     def before_step(self):
@@ -85,25 +84,25 @@ def schedule(make, train):
 
 @cell('fit')
 def _(make, tmp_path):
-    "The self-teacher trains with the last group's learning rate; the student trains otherwise than plainly"
+    "The self-teacher uses the last group's learning rate, and the student trains differently from plain training"
     def constant(l, cbs): l.fit(2, slice(1e-3, 1e-2), cbs=cbs)
     _,rates = schedule(make, constant)
     assert all(o==pytest.approx((1e-3,1e-2)) for o in rates.lrs)
 @cell('fit_one_cycle')
 def _(make, tmp_path):
-    "The self-teacher follows the schedule of the last group"
+    "The self-teacher follows the last group's learning rate schedule"
     schedule(make, lambda l,cbs: l.fit_one_cycle(2, 1e-2, cbs=cbs))
 @cell('fit_flat_cos')
 def _(make, tmp_path):
-    "The self-teacher follows the schedule of the last group"
+    "The self-teacher follows the last group's learning rate schedule"
     schedule(make, lambda l,cbs: l.fit_flat_cos(2, 1e-2, cbs=cbs))
 @cell('fit_sgdr')
 def _(make, tmp_path):
-    "The self-teacher follows the schedule of the last group"
+    "The self-teacher follows the last group's learning rate schedule"
     schedule(make, lambda l,cbs: l.fit_sgdr(2, 1, 1e-2, cbs=cbs))
 @cell('fine_tune')
 def _(make, tmp_path):
-    "Frozen, the head and the self-teacher train and the body stays; unfrozen, all do"
+    "While frozen, only the head and the self-teacher train; after unfreezing, everything does"
     seen = []
     class Body(Callback):
         def after_fit(self):
@@ -117,8 +116,7 @@ def _(make, tmp_path):
     trains(make, train)
 @cell('lr_find')
 def _(make, tmp_path):
-    """Student, self-teacher, trust and the optimizer's state are as before; a training afterwards is the same as
-    without it"""
+    "Both networks, trust and the optimizer state are restored, and the next fit is unaffected"
     a,b = make(cbs=FRSKDCallback()),None
     a.fit(1, 1e-3)
     state = deepcopy((a.model.state_dict(),a.frskd.trained.state_dict())),a.frskd.trust.loss.clone()
@@ -131,23 +129,23 @@ def _(make, tmp_path):
     a.fit(1, 1e-3)
 @cell('MixUp')
 def _(make, tmp_path):
-    """Both networks' label losses are mixed (by hand, event by event, in tests/test_method.py); the loss function is
-    put back"""
+    """Both networks' label losses are mixed (checked step by step in tests/test_method.py), and the loss function is
+    restored"""
     learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=MixUp(1.)))
     assert type(learn.loss_func) is CrossEntropyLossFlat
 @cell('CutMix')
 def _(make, tmp_path):
-    "As MixUp"
+    "The same as for MixUp"
     learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=CutMix(1.)))
     assert type(learn.loss_func) is CrossEntropyLossFlat
 @cell('label smoothing')
 def _(make, tmp_path):
-    "The self-teacher's label loss is smoothed, too"
+    "The self-teacher's label loss is smoothed too"
     def train(l):
         l.loss_func = LabelSmoothingCrossEntropyFlat()
         l.fit(1, 1e-2)
     learn = trains(make, train)
-    assert learn.frskd.losses['teacher']>0.4 # the least that smoothing by 0.1 over ten classes leaves
+    assert learn.frskd.losses['teacher']>0.4 # the minimum with smoothing of 0.1 over ten classes
 
 class RandAugment(Transform):
     split_idx,order = 0,20
@@ -157,7 +155,8 @@ class RandAugment(Transform):
     def encodes(self, x:TensorImage): return TensorImage(self.tfm((x.as_subclass(Tensor)*255).byte()).float()/255)
 @cell('RandAugment')
 def _(make, tmp_path):
-    "torchvision's RandAugment as a batch transform; the self-teacher is built without using up its random numbers"
+    """torchvision's RandAugment works as a batch transform, and building the self-teacher doesn't use up its random
+    numbers"""
     files = L(f for c in range(10) for f in sorted((digits_data()/'train'/str(c)).iterdir())[:8])
     dls = ImageDataLoaders.from_path_func(tmp_path, files, lambda f: f.parent.name, item_tfms=Resize(32),
                                           batch_tfms=RandAugment(), bs=16, num_workers=0, seed=0)
@@ -182,8 +181,8 @@ class Bare(nn.Module):
     def forward(self, x): return self.head(self.stages(x).mean((2,3)))
 @cell('GradientAccumulation')
 def _(make, tmp_path):
-    """Gradients accumulated over four quarters are those of the whole batch, for networks without BatchNorm; both
-    networks'"""
+    """Gradients accumulated over four quarter batches equal those of the whole batch in both networks (without
+    BatchNorm)"""
     grads = []
     for bs in 16,4:
         set_seed(0)
@@ -201,7 +200,7 @@ def _(make, tmp_path):
     for a,b in zip(*grads, strict=True): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 @cell('GradientClip')
 def _(make, tmp_path):
-    "The norm over both networks' gradients is the one asked for, and both keep their share in it"
+    "The gradients of both networks are clipped by their joint norm"
     seen = []
     class Look(Callback):
         run_valid = False
@@ -219,8 +218,8 @@ def _(make, tmp_path):
         for b,a in zip(before, after): torch.testing.assert_close(a, b*factor, rtol=1e-3, atol=1e-7)
 @cell('ChannelsLast')
 def _(make, tmp_path):
-    """The maps stay in that memory format in student and self-teacher; weights after an epoch are those of the usual
-    format, up to rounding"""
+    """Student and self-teacher keep their maps in this memory format; weights after an epoch equal the usual format's,
+    up to rounding"""
     formats = []
     def train(l):
         l.to_channelslast(use_amp=False)
@@ -236,7 +235,7 @@ def _(make, tmp_path):
         torch.testing.assert_close(p.contiguous(), q, rtol=1e-2, atol=1e-3)
 @cell('BnFreeze')
 def _(make, tmp_path):
-    "The student's frozen BatchNorm keeps its statistics; the self-teacher's is not frozen"
+    "The student's frozen BatchNorm keeps its statistics; the self-teacher's isn't frozen"
     def train(l):
         l.freeze()
         stats = {k:v.clone() for k,v in l.model.stages.state_dict().items() if 'running' in k}
@@ -251,26 +250,26 @@ def _(make, tmp_path):
     trains(make, train, train_bn=False, plain_too=False)
 @cell('ShortEpochCallback')
 def _(make, tmp_path):
-    "An epoch that is cut short leaves no hook and no maps; the next fit is a whole one"
+    "A shortened epoch leaves no hooks or maps behind, and the next fit is complete"
     learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=ShortEpochCallback(.5)), plain_too=False)
     assert learn.frskd.hooks is None
     learn.fit(1, 1e-2)
 @cell('EarlyStoppingCallback')
 def _(make, tmp_path):
-    "It stops by the student's validation loss, and a stopped fit leaves nothing behind"
+    "The fit stops by the student's validation loss and leaves nothing behind"
     stop = EarlyStoppingCallback(monitor='valid_loss', min_delta=9., patience=1)
     learn = trains(make, lambda l: l.fit(9, 1e-3, cbs=stop), plain_too=False)
     assert learn.epoch==1
 @cell('ReduceLROnPlateau')
 def _(make, tmp_path):
-    "The self-teacher's rate is reduced with the student's"
+    "The self-teacher's learning rate is reduced with the student's"
     reduce = ReduceLROnPlateau(monitor='valid_loss', min_delta=9., patience=1)
     learn = trains(make, lambda l: l.fit(3, 1e-2, cbs=reduce), plain_too=False)
     assert all(h['lr']<1e-2 for h in learn.opt.hypers)
 @cell('SaveModelCallback')
 def _(make, tmp_path):
-    """Its file is a plain model's and loads strictly; with the optimizer (`with_opt=True`) the best epoch's
-    self-teacher comes back with the student"""
+    """The saved file is a plain model's and loads strictly; with `with_opt=True`, the best epoch's self-teacher is
+    restored too"""
     learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=SaveModelCallback(fname='best')), plain_too=False)
     state = torch.load(tmp_path/'models/best.pth', weights_only=True)
     SmallNet().load_state_dict(state, strict=True)
@@ -283,20 +282,20 @@ def _(make, tmp_path):
     assert same(learn.frskd.trained.state_dict(), best)
 @cell('CSVLogger')
 def _(make, tmp_path):
-    "The columns of the loss parts are in the file"
+    "The file has columns for the loss parts"
     learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=CSVLogger()), plain_too=False, cbs=FRSKDCallback(columns=True))
     log = pd.read_csv(tmp_path/'history.csv')
     columns = ['student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy']
     assert len(log)==2 and log[columns].notna().all().all()
 @cell('ActivationStats')
 def _(make, tmp_path):
-    "Its hooks and ours stand side by side, and both go"
+    "Its hooks and FRSKD's work side by side, and all are removed"
     stats = ActivationStats(modules=None)
     learn = trains(make, lambda l: l.fit(1, 1e-2, cbs=stats), plain_too=False)
     assert len(stats.stats)==6 and n_hooks(learn.model)==0
 @cell('Recorder(train_metrics=True)')
 def _(make, tmp_path):
-    "Training metrics are the student's"
+    "Training metrics are computed from the student's predictions"
     learn = make(); learn.recorder.train_metrics = True
     hits = []
     class Hits(Callback):
@@ -324,9 +323,9 @@ def _(make, tmp_path):
     assert len(seen)==8 and all(torch.equal(a, b) for a,b in zip(seen[:4], seen[4:]))
 @cell('several fits')
 def _(make, tmp_path):
-    "Two fits of one epoch are one fit of two: the self-teacher and its optimizer state go on"
+    "Two fits of one epoch equal one fit of two: the self-teacher and its optimizer state carry over"
     def data(l):
-        "Batches in one fixed order"
+        "Make batches in a fixed order"
         dl = DataLoader(l.dls.train.dataset, bs=16)
         l.dls = DataLoaders(dl, dl)
         return l
@@ -338,15 +337,15 @@ def _(make, tmp_path):
     assert same(*ends)
 @cell('a second FRSKDCallback')
 def _(make, tmp_path):
-    "Refused; the first goes on"
+    "It is refused, and the first one continues to work"
     learn = make()
     with pytest.raises(ValueError, match='already has an FRSKDCallback'): learn.add_cb(FRSKDCallback())
     with pytest.raises(ValueError, match='already has an FRSKDCallback'): learn.fit(1, cbs=FRSKDCallback())
     trains(lambda **kw: learn, lambda l: l.fit(1, 1e-2), plain_too=False)
 @cell('your own callback')
 def _(make, tmp_path):
-    """`learn.pred` is the student's prediction, `learn.loss` the whole loss after FRSKD's event and the student's
-    before it"""
+    """`learn.pred` is the student's prediction; `learn.loss` is the student's before FRSKD's event and the total after
+    it"""
     seen = []
     class Mine(Callback):
         run_valid = False

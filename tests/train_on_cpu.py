@@ -1,6 +1,6 @@
-"`frskd-train` as `accelerate launch` starts it, on the CPU, where fastai's `DistributedDL` needs help"
+"Run `frskd-train` under `accelerate launch` on the CPU, where fastai's `DistributedDL` needs a patch"
 import os, sys
-os.environ.setdefault('ACCELERATE_USE_CPU', '1') # or accelerate looks for a GPU, and finds nothing to distribute
+os.environ.setdefault('ACCELERATE_USE_CPU', '1') # otherwise accelerate finds no GPU, and nothing to distribute
 from ranks import on_cpu
 import frskd_fastai.cli.run as run, frskd_fastai.cli.train as train
 

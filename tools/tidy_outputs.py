@@ -1,9 +1,9 @@
-"Keep of the notebooks' printed outputs what a terminal shows at the end: carriage returns overwrite progress bars"
+"Reduce the notebooks' printed outputs to what a terminal shows, without overwritten progress bars"
 import json
 from pathlib import Path
 
 def screen(line):
-    "`line` as a terminal leaves it: what comes after a carriage return is written over what was there"
+    "Return `line` as a terminal shows it: a carriage return starts overwriting it"
     shown = ''
     for s in line.split('\r'): shown = s + shown[len(s):]
     return shown.rstrip(' ')
