@@ -33,7 +33,7 @@ def parser()->argparse.ArgumentParser:
     add('--teacher', metavar='MODULE:NAME',
         help="add a variant: your own self-teacher, as you would pass it to FRSKDCallback(teacher=...)")
     add('--rounds', type=number(int, 1), default=5,
-        help="number of rounds, in each of which every variant has a turn; one more is run first as warm-up")
+        help="number of rounds, in which the variants take turns; one more is run first as warm-up")
     add('--steps', type=number(int, 1), default=3,
         help="training steps per variant and round; one more is run first as warm-up")
     return results_options(p, Path('frskd-bench'))

@@ -39,8 +39,7 @@ _path_help = (
 def parser()->argparse.ArgumentParser:
     "Make the parser of `frskd-train`"
     p = argparse.ArgumentParser('frskd-train', formatter_class=Help,
-        description="Train an image classifier or a segmentation model with FRSKD self-distillation, and "
-                    "export it.")
+        description="Train a classifier or a segmentation model with FRSKD self-distillation, and export it.")
     add = p.add_argument
     add('path', nargs='?', type=folder, metavar='PATH', help=_path_help)
     add('--task', choices=tasks, default=tasks[0], help="classify images, or their pixels (with a U-Net)")
@@ -67,8 +66,7 @@ def parser()->argparse.ArgumentParser:
     add('--temperature', type=number(float, 0, True), help=f"temperature of the soft labels {both['temperature']}")
     add('--width', type=number(float, 0, True, high=64),
         help="channels of the self-teacher per channel of the student (default: 2, or less if that makes "
-             "the self-teacher too slow); for segmentation, the self-teacher's channels divided by 64 "
-             "(default: 1)")
+             "it too slow); for segmentation, the self-teacher's channels divided by 64 (default: 1)")
     add('--seed', type=number(int, 0), default=0,
         help="seed for the split, the initial weights and the order of the images")
     add('--compare', action='store_true',
