@@ -76,9 +76,9 @@ class BenchOptions:
     def bad_teacher(self,
         why, # Text or exception
     )->UsageError:
-        "Make the error for a `--teacher` that can't be used"
-        return UsageError(f"--teacher {self.teacher}: {why}. Name an importable module, and a function in it "
-                          "from the levels' channels and the number of logits to a self-teacher: MODULE:NAME.")
+        "Return the error for a `--teacher` that can't be used"
+        return UsageError(f"--teacher {self.teacher}: {why}. Use MODULE:NAME, where NAME makes a "
+                          "self-teacher from the levels' channels and the number of logits.")
 
 # %% ../../nbs/cli/bench.ipynb #455c73d0
 def _own_teacher(opts):

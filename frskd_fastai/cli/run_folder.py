@@ -23,7 +23,7 @@ def check_out(
 ):
     "Raise a `UsageError` if `out` can't be a folder, or holds results and `force` is False"
     there = next(o for o in (out,*out.parents) if o.exists())
-    if not there.is_dir(): raise UsageError(f"--out {out}: {there} is a file, not a folder. Name a folder.")
+    if not there.is_dir(): raise UsageError(f"--out {out}: {there} is a file. Name a folder.")
     old = next((o for o in results if (out/o).exists()), None)
     if old and not force:
         raise UsageError(f"--out {out} already holds results ({old}). Name another folder, or use --force to "
@@ -97,7 +97,7 @@ class RunFolder:
         return note
 
     def damaged(self)->UsageError:
-        "Make the error for a `training.json` that can't be used"
+        "Return the error for a `training.json` that can't be used"
         return UsageError(f"--resume {self.path}: {self.note_file} is damaged. Start over with --out "
                           f"{self.path} --force.")
 

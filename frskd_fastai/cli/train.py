@@ -18,7 +18,7 @@ from .signals import Interrupted, signals
 # %% ../../nbs/cli/train.ipynb #7d96e92e
 def main(
     argv:list|None=None, # Arguments; default: the command line's
-)->int: # Exit code: 0; 2 for bad input; 1 if training fails; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP
+)->int: # Exit code: 0; 2 for bad input; 1 if training fails; 128 + the signal that ended it
     "Run `frskd-train`"
     errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once per machine
     say = functools.partial(tell, 'frskd-train', file=errors)
