@@ -311,7 +311,7 @@ def test_frskd_train_under_accelerate(tmp_path):
 def test_frskd_train_under_torchrun_tells_bad_input_once(tmp_path):
     code,printed,err = launch(*TORCHRUN, HERE/'train_on_cpu.py', '--bs', 33, '--out', tmp_path/'out')
     assert code!=0 and err.count('frskd-train: ')==1 and not (tmp_path/'out').exists()
-    assert '--bs 33 is the batch of all 2 processes' in err
+    assert "--bs 33 can't be split into equal batches of at least 2 images for 2 processes" in err
 
 def test_torchrun_and_fine_tune(tmp_path):
     "A user's script with `fine_tune` runs under torchrun"

@@ -247,8 +247,8 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
         warnings.simplefilter('ignore')
         code = command.main([str(tmp_path/'data'), *args, option, value, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
-    assert code==1 and err.count('\n')==1 and msg in err and 'start anew' in err
-    assert f'the last good state is in {tmp_path}/r/checkpoints' in err
+    assert code==1 and err.count('\n')==1 and msg in err and 'start over' in err
+    assert f'the last good checkpoints are in {tmp_path}/r/checkpoints' in err
     assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints']
     assert (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
 

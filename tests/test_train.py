@@ -48,7 +48,7 @@ def test_results(folder, tmp_path, capsys):
     text = (tmp_path/'r/summary.md').read_text()
     assert text in out and '| plain |' in text and '| frskd |' in text
     assert '64 training and 16 validation images of 4 classes' in text
-    said = r'frskd is better on (\d+), plain on (\d+), and (\d+) make no difference\. .* probability ([\d.e-]+)\.'
+    said = r'frskd is better on (\d+), plain is better on (\d+), and they tie on (\d+)\. .* probability ([\d.e-]+)\.'
     *counts,p = re.search(said, text).groups()
     better,worse,same = map(int, counts)
     assert better+worse+same==16 and better-worse==round(16*(h.accuracy[1]-h.accuracy[0])) and 0<float(p)<=1
@@ -76,7 +76,7 @@ def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
     learn = load_learner(tmp_path/'r/refined.pkl')
     with learn.no_bar(): label,_,probs = learn.predict(get_image_files(folder)[0])
     assert label in '0123' and probs.shape==(4,)
-    assert 'exports it' not in text and 'prediction may cost more: `refined.pkl`.' in text
+    assert '--keep-refined`.' not in text and 'predictions may take longer. It is in `refined.pkl`.' in text
 
 def test_runs_repeat(folder, tmp_path, capsys):
     "The same command gives the same history, with or without a plain run first"
@@ -275,10 +275,10 @@ def test_segmentation(masks, tmp_path, capsys):
     assert h.run.tolist()==['plain','frskd'] and h.mean_iou.between(0, 1).all()
     assert h[['mean_iou','pixel_accuracy']].notna().all().all()
     text = (out/'summary.md').read_text()
-    head = '| model | mean IoU | pixel accuracy | validation loss | training time | parameters | one prediction |'
+    head = '| model | mean IoU | pixel accuracy | validation loss | training time | parameters | time per prediction |'
     assert text in printed and head in text and f'{h.mean_iou.iloc[1]:.2%}' in text
     assert '12 training and 2 validation images of 3 classes at 32 px (height)' in text
-    assert 'Pixels of the class void are left out.' in text and 'α 1, β 50, temperature 1' in text
+    assert 'Pixels of the class void are ignored.' in text and 'α 1, β 50, temperature 1' in text
     im = Image.open(out/'predictions.png'); im.load()
     assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10
     assert not any(m.startswith('frskd') for m in pickled_modules(out/'student.pkl'))
@@ -315,18 +315,19 @@ def test_masks_without_the_task(masks, tmp_path, capsys):
 SPOILED = {
     'no image':'mask without an image: {mask}',
     'no mask':'image without a mask: {im}',
-    'other size':'{mask} is 5×5 pixels, its image 36×32',
+    'other size':'{mask} is 5×5 pixels, but its image is 36×32',
     'class':'{mask} has class number 9, but codes.txt names 3 classes, 0 to 2',
     '255 beside void':'has class number 255',
     'mode 1':'an image of mode 1',
-    '0 and 255':'labels of one class only, paper; class numbers are lines of codes.txt, counted from 0, and 255 is for',
-    'colours':'is no mask, but an image of mode RGB',
-    'broken':'unreadable image',
-    'Latin-1 codes':'no text in UTF-8',
+    '0 and 255':'labels of only one class, paper. Class numbers are line numbers of codes.txt, counted from 0, and '
+                '255 is for',
+    'colours':'is not a mask, but an image of mode RGB',
+    'broken':"can't read the image",
+    'Latin-1 codes':'is not UTF-8 text',
     'no codes':'has no codes.txt',
-    'one code':'names 1 class;',
+    'one code':'names 1 class.',
     'no labels':'no images in {root}/labels',
-    'only train':'neither valid/ nor val/ nor test/'}
+    'only train':'no valid/, val/ or test/'}
 def spoil(root, what):
     "Damage a folder of images and masks; returns the expected message"
     im,mask,codes = root/'images/3.png',root/'labels/3.png',root/'codes.txt'
@@ -358,8 +359,8 @@ def test_bad_masks_are_told_in_one_line(what, masks, tmp_path, capsys):
     code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
     assert code==2 and err.count('\n')==1 and msg in err and not (tmp_path/'r').exists()
 
-UNFIT = [(('--arch','cifar_resnet18'),'classifies'), (('--recipe','cifar100'),'for classification'),
-         (('--arch','vit_b_16'),'finds no pooling layer'), (('--arch','convnext_atto'),"no U-Net of timm's"),
+UNFIT = [(('--arch','cifar_resnet18'),'only a classifier'), (('--recipe','cifar100'),'for classification'),
+         (('--arch','vit_b_16'),'finds no pooling layer'), (('--arch','convnext_atto'),"a U-Net from timm's"),
          (('--arch','efficientnet_b0'),'has no decoder blocks')]
 @pytest.mark.parametrize('args,msg', UNFIT)
 def test_bad_options_for_segmentation(args, msg, masks, tmp_path, capsys):

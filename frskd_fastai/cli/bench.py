@@ -18,34 +18,34 @@ from .run_folder import check_out
 results = 'bench.csv','bench.png','bench.md'
 
 def parser()->argparse.ArgumentParser:
-    "The options of `frskd-bench`"
+    "Make the parser of `frskd-bench`"
     p = argparse.ArgumentParser('frskd-bench', formatter_class=Help,
         description="Measure what FRSKD adds to a training step.")
     add = p.add_argument
     add('--arch', default='resnet18', help="architecture, as for frskd-train")
     add('--size', type=pixels, default=224, help="image size in pixels")
     add('--bs', type=number(int, 2), default=16, help="batch size")
-    add('--device', choices=('auto','cpu','cuda'), default='auto', help="where")
-    add('--amp', choices=('no','fp16','bf16'), default='no', help="mixed precision, on a GPU")
+    add('--device', choices=('auto','cpu','cuda'), default='auto', help="where to run")
+    add('--amp', choices=('no','fp16','bf16'), default='no', help="mixed precision (needs a GPU)")
     add('--compile', action='store_true',
-        help="one more variant: the default with the self-teacher and its losses compiled by torch.compile")
-    add('--channels-last', action='store_true', help="memory format of images and weights")
+        help="add a variant: the default, with self-teacher and losses compiled by torch.compile")
+    add('--channels-last', action='store_true', help="use the channels-last memory format")
     add('--teacher', metavar='MODULE:NAME',
-        help="your own self-teacher, as FRSKDCallback(teacher=...) takes it, as one more variant")
+        help="add a variant: your own self-teacher, as you would pass it to FRSKDCallback(teacher=...)")
     add('--rounds', type=number(int, 1), default=5,
-        help="in which the variants take turns, after a first one that is left out")
+        help="number of rounds, in which the variants take turns; one more is run first as warm-up")
     add('--steps', type=number(int, 1), default=3,
-        help="of each variant in a round, after a first one that is left out")
+        help="training steps per variant and round; one more is run first as warm-up")
     return results_options(p, Path('frskd-bench'))
 
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
-    "What `frskd-bench` shall measure"
+    "Hold the options of a measurement, parsed and checked"
     argv:tuple
     arch:str
     size:int
     bs:int
-    device:str # Or 'auto'
+    device:str # 'auto', 'cpu' or 'cuda'
     amp:str
     compile:bool
     channels_last:bool
@@ -57,34 +57,34 @@ class BenchOptions:
 
     @classmethod
     def from_argv(cls,
-        argv:list, # Arguments; `argparse` ends the program where they can't be parsed
+        argv:list, # Arguments; `argparse` exits if it can't parse them
     ):
-        "The options in `argv`. `UsageError` where they don't go together, or `out` holds results"
+        "Parse `argv`; `UsageError` if options contradict each other, or `out` holds results"
         opts = cls(tuple(argv), **vars(parser().parse_args(argv)))
         check_out(opts.out, opts.force, results)
         opts.check_device(opts.device)
-        if opts.teacher and not all(opts.teacher.partition(':')): raise opts.bad_teacher("no MODULE:NAME")
+        if opts.teacher and not all(opts.teacher.partition(':')): raise opts.bad_teacher("not of the form MODULE:NAME")
         return opts
 
     def check_device(self,
-        device:str, # That is chosen
+        device:str, # The chosen device
     ):
-        "`UsageError` where `--amp` doesn't go with it"
+        "Raise a `UsageError` if `--amp` doesn't work on `device`"
         if self.amp=='no' or device!='cpu': return
-        raise UsageError(f"--amp {self.amp} needs a GPU: fastai's mixed precision doesn't reach the CPU")
+        raise UsageError(f"--amp {self.amp} needs a GPU: fastai has no mixed precision on a CPU")
 
     def bad_teacher(self,
         why, # Text or exception
     )->UsageError:
-        "The error to raise for `--teacher`"
-        return UsageError(f"--teacher {self.teacher}: {why}. Give MODULE:NAME, a module that Python finds "
-                          "and what in it makes a self-teacher from the levels' channels and number of logits.")
+        "Return the error for a `--teacher` that can't be used"
+        return UsageError(f"--teacher {self.teacher}: {why}. Use MODULE:NAME, where NAME makes a "
+                          "self-teacher from the levels' channels and the number of logits.")
 
 # %% ../../nbs/cli/bench.ipynb #455c73d0
 def _own_teacher(opts):
-    "What `--teacher MODULE:NAME` names"
+    "Import what `--teacher MODULE:NAME` names"
     module,_,name = opts.teacher.partition(':')
-    if '' not in sys.path: sys.path.insert(0, '') # a module in the working directory, as `python` finds it
+    if '' not in sys.path: sys.path.insert(0, '') # find modules in the working directory, as `python` does
     try: return getattr(importlib.import_module(module), name)
     except (ImportError,AttributeError,ValueError,TypeError) as e: raise opts.bad_teacher(e) from e
 
@@ -102,14 +102,14 @@ def _measure(opts, device):
 def run_bench(
     opts:BenchOptions,
 ):
-    "Measure, and write the results. `UsageError`, with nothing written, where that can't be done"
+    "Measure, and write the results; `UsageError`, before anything is written, if that fails"
     import fastai, torch, matplotlib.pyplot as plt
     from frskd_fastai.cli.jobs import find_arch
     from frskd_fastai.cli.measure import plot_bench, table
-    plt.switch_backend('agg') # pictures go to files; there may be no display
+    plt.switch_backend('agg') # figures go to files; there may be no display
     find_arch(opts.arch)
     gpu = torch.cuda.is_available()
-    if opts.device=='cuda' and not gpu: raise UsageError("--device cuda: torch finds no GPU here")
+    if opts.device=='cuda' and not gpu: raise UsageError("--device cuda: torch finds no GPU. Use --device cpu.")
     device = opts.device if opts.device!='auto' else 'cuda' if gpu else 'cpu'
     opts.check_device(device)
     d,out = _measure(opts, device),opts.out
@@ -130,10 +130,10 @@ def run_bench(
     print(f"{text}\nResults in {out}/: {', '.join(results)}")
 
 def main(
-    argv:list|None=None, # Arguments; the command line's by default
+    argv:list|None=None, # Arguments; default: the command line's
 )->int: # Exit code: 0; 2 for bad input; 130 after Ctrl-C
-    "The command `frskd-bench`"
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # keeps torch's profiler from printing notes
+    "Run `frskd-bench`"
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # silences torch's profiler
     try:
         opts = BenchOptions.from_argv(sys.argv[1:] if argv is None else argv)
         with plain_warnings('frskd-bench'): run_bench(opts)
@@ -142,6 +142,6 @@ def main(
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        tell('frskd-bench', 'interrupted; results are written at the end, so there are none')
+        tell('frskd-bench', 'interrupted: no results were written')
         return 130
     return 0

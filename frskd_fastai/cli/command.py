@@ -1,4 +1,4 @@
-"""What the commands `frskd-train` and `frskd-bench` share
+"""What `frskd-train` and `frskd-bench` share: option types, error messages, one-line warnings
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/command.html.md"""
 
@@ -14,18 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 import frskd_fastai
 
-class UsageError(ValueError): "What the user asked for can't be done; the message says why in one line"
+class UsageError(ValueError): "Raised when a command can't do what it was asked to; the message is one line"
 
 # %% ../../nbs/cli/command.ipynb #2ff5d13d
 def number(
-    kind:type, # int or float
-    low, # The least one
-    strict:bool=False, # More than that?
-    high=None, # The greatest one; default: one that can be computed with
-)->Callable: # As `argparse` takes for a type
-    "A converter from text to a number in a range"
+    kind:type, # `int` or `float`
+    low, # Lower bound
+    strict:bool=False, # Exclude `low` itself?
+    high=None, # Upper bound; default: 2**62 for `int`, 1e30 for `float`
+)->Callable: # For the `type` of an `argparse` argument
+    "Make a converter from text to a number within bounds"
     if high is None: high = 2**62 if kind is int else 1e30
-    wanted = f"{'whole ' if kind is int else ''}number, {'more than' if strict else 'at least'} {low}"
+    wanted = f"{'whole ' if kind is int else ''}number {'greater than' if strict else 'of at least'} {low}"
     def convert(s):
         try: v = kind(s)
         except ValueError: v = math.nan
@@ -35,17 +35,19 @@ def number(
         return v
     return convert
 
-pixels = number(int, 8, high=4096) # Of `--size`: larger images would fill the memory
+pixels = number(int, 8, high=4096) # For `--size`: larger images would fill the memory
 
 def folder(
-    s:str, # What was given
+    s:str, # Text of the argument
 )->Path:
-    "The folder `s`; not an empty name, which a shell makes of an unset variable: the working directory"
+    """Convert text to a `Path`, and refuse an empty name
+
+    A shell passes an empty name for an unset variable, and to Python it is the working directory."""
     if not s.strip(): raise argparse.ArgumentTypeError("must name a folder, got an empty name")
     return Path(s)
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    "Shows the default of each option that has one"
+    "Show the default of each option that has one"
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
@@ -53,9 +55,9 @@ def results_options(
     p:argparse.ArgumentParser,
     out:Path, # Default of `--out`
 )->argparse.ArgumentParser:
-    "Add the options that both commands end with"
+    "Add `--out`, `--force` and `--version`, which both commands have"
     p.add_argument('--out', type=folder, default=out, help="folder for the results")
-    p.add_argument('--force', action='store_true', help="overwrite results in --out")
+    p.add_argument('--force', action='store_true', help="overwrite existing results in --out")
     p.add_argument('--version', action='version', version=frskd_fastai.__version__)
     return p
 
@@ -63,15 +65,17 @@ def results_options(
 def first_line(
     e:Exception,
 )->str:
-    "The first line of its message, or its type where it has none"
+    "Get the first line of an exception's message, or its type if the message is empty"
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 def tell(
     command:str, # `frskd-train` or `frskd-bench`
-    message, # Text or exception; the report of a process that loads images ends with the line that counts
+    # Text or exception. Only its last line is printed: an error in a DataLoader's worker process arrives with the
+    # worker's traceback, and ends with the line that matters
+    message,
     file=None, # To print to; default: stderr
 ):
-    "Print one line"
+    "Print one line that begins with the command's name"
     print(f"{command}: {str(message).strip().splitlines()[-1].strip()}", file=file or sys.stderr)
 
 @contextlib.contextmanager
@@ -79,10 +83,10 @@ def plain_warnings(
     command:str,
     file=None, # To print to; default: stderr
 ):
-    "Context in which a warning is one line, without torch's and matplotlib's that users can't act on"
+    "Print warnings as single lines; hide those of torch and matplotlib that users can't act on"
     def show(message, *args, **kwargs): tell(command, ' '.join(str(message).split()), file)
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*torch.jit.*') # fastai's import makes torch warn of it
+        warnings.filterwarnings('ignore', message='.*torch.jit.*') # triggered by importing fastai
         warnings.filterwarnings('ignore', category=UserWarning, module='torch')
         warnings.filterwarnings('ignore', message='Glyph .* missing')
         warnings.showwarning = show
@@ -90,9 +94,9 @@ def plain_warnings(
 
 # %% ../../nbs/cli/command.ipynb #74bc5557
 def markdown_table(
-    heads:list, # Names of the columns
-    rows:list, # Lists of texts
+    heads:list, # Column names
+    rows:list, # One list of strings per row
 )->list: # Lines
-    "A table in Markdown"
+    "Format a table as Markdown"
     first,*rest = [f"| {' | '.join(o)} |" for o in [heads,*rows]]
     return [first, '|---'*len(heads)+'|', *rest]

@@ -1,4 +1,4 @@
-"""What `frskd-train` trains: the images, the network, and how it is fitted
+"""What `frskd-train` trains: the images, the network, and the way to fit it
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/jobs.html.md"""
 
@@ -27,7 +27,7 @@ from ..show.masks import show_masks
 
 # %% ../../nbs/cli/jobs.ipynb #821d01da
 def known_archs()->dict: # Functions by name
-    "This package's networks, torchvision's classifiers, and fastai's xresnets"
+    "Collect this package's networks, torchvision's classifiers and fastai's xresnets"
     tv = torchvision.models
     xresnets = [o for o in dir(models.xresnet) if re.fullmatch(r'xresnet\d+(_deep|_deeper)?', o)]
     return {**{o:getattr(cifar, o) for o in own_archs},
@@ -35,41 +35,41 @@ def known_archs()->dict: # Functions by name
             **{o:getattr(models.xresnet, o) for o in xresnets}}
 
 def find_arch(
-    name:str, # A name of `known_archs`, or of timm, where that is installed
-    only_timm:bool=False, # timm's models alone?
-)->Callable|str: # What `vision_learner` takes; for `own_archs` a function from the number of classes
-    "The architecture `name`, or a `UsageError` with near matches"
+    name:str, # A name from `known_archs`, or from timm if it is installed
+    only_timm:bool=False, # Accept only timm's models?
+)->Callable|str: # For `vision_learner`; for `own_archs`, a function of the number of classes
+    "Find an architecture by name; `UsageError` with similar names if there is none"
     known = {} if only_timm else known_archs()
     if name in known: return known[name]
-    names,hint = list(known),". Use a name of torchvision, of timm, or of fastai's xresnets: --arch resnet50."
+    names,hint = list(known),". Use a name from torchvision, timm or fastai's xresnets: --arch resnet50."
     try:
         import timm
         if timm.is_model(name): return name
         names += timm.list_models()
-    except ImportError: hint = ". `pip install timm` adds more than a thousand."
+    except ImportError: hint = ". Install timm for more than a thousand others: pip install timm"
     near = difflib.get_close_matches(name, sorted(set(names)), n=4)
     if near: hint = f"; did you mean {', '.join(near)}?"
     raise UsageError(f"unknown architecture {name!r}{hint}")
 
 def whole_network(
     name:str, # As for `find_arch`
-    n_out:int, # Classes
+    n_out:int, # Number of classes
 )->nn.Module:
-    "A classifier as it is, without fastai's head and from scratch"
+    "Make a classifier from scratch, with its own head instead of fastai's"
     arch = find_arch(name)
     if isinstance(arch, str):
         import timm
         return timm.create_model(arch, num_classes=n_out)
     model = arch(**{'n_out' if name in own_archs or 'xresnet' in name else 'num_classes':n_out})
-    if getattr(model, 'aux_logits', False): model.aux_logits = False # Inception would return several outputs
+    if getattr(model, 'aux_logits', False): model.aux_logits = False # Inception and GoogLeNet would return more outputs
     return model
 
 # %% ../../nbs/cli/jobs.ipynb #a18cd54f
 class ImageJob:
     "Train a classifier on a folder of images, or on the embedded digits"
-    metrics = {'accuracy':'accuracy'} # Columns and their names in the summary, the main one first
-    kind,codes = 'classifier',None # What the network is; classes of pixels
-    settings,data_notes = '',() # Text of the summary
+    metrics = {'accuracy':'accuracy'} # Columns of the history: names in the summary; the main one first
+    kind,codes = 'classifier',None # Kind of network, for messages; classes of pixels
+    settings,data_notes = '',() # Additions to the summary
 
     def __init__(self,
         opts:TrainOptions,
@@ -83,14 +83,14 @@ class ImageJob:
     def check_arch(self): find_arch(self.opts.arch)
 
     def find(self):
-        "Training and validation items"
+        "Find the training and validation items"
         return find_images(self.opts.path or digits_data(), self.opts.seed)
 
     def dls(self):
         digits = self.opts.path is None
         return image_dls(self.train, self.valid, item_tfms=Resize(self.size), bs=self.bs,
             batch_tfms=aug_transforms(do_flip=not digits, size=self.size),
-            num_workers=0 if digits else None) # decoding an 8×8 image costs less than handing it over
+            num_workers=0 if digits else None) # for 8×8 images, workers cost more than they save
 
     def make_callback(self):
         given = {k:getattr(self.opts, k) for k in method_options}
@@ -110,7 +110,7 @@ class ImageJob:
     @property
     def metric_funcs(self): return accuracy
     @property
-    def needs_package(self): return self.opts.arch=='wrn16_2' # to load the exported network
+    def needs_package(self): return self.opts.arch=='wrn16_2' # is frskd_fastai needed to load the exported network?
     @property
     def data(self): return self.opts.path or 'the embedded handwritten digits'
     @property
@@ -121,8 +121,8 @@ class ImageJob:
     def caution(self):
         n = len(self.valid)
         error = 100*(.25/n)**.5
-        return (f"accuracy on {n:,} images has a standard error of about {error:.1f} points at worst, so read "
-                "small differences with care.")
+        return (f"Accuracy on {n:,} images has a standard error of up to {error:.1f} points, so small differences "
+                "may be chance.")
     def pictures(self, learn): return {}
 
 # %% ../../nbs/cli/jobs.ipynb #5bb78962
@@ -130,12 +130,12 @@ class MaskJob(ImageJob):
     "Train a U-Net on a folder of images and masks"
     metrics = {'mean_iou':'mean IoU','pixel_accuracy':'pixel accuracy'}
     kind = 'U-Net'
-    caution = "another one can move the mean IoU by several points, so read differences with care."
+    caution = "Another seed can change the mean IoU by several points, so differences may be chance."
 
     def check_arch(self):
         if isinstance(find_arch(self.opts.arch), str):
-            raise UsageError(f"fastai makes no U-Net of timm's networks, and {self.opts.arch} is one. Use "
-                             "torchvision's or fastai's, for instance --arch resnet34.")
+            raise UsageError(f"{self.opts.arch} is from timm, and fastai can't make a U-Net from timm's networks. "
+                             "Use one of torchvision's or fastai's, for instance --arch resnet34.")
 
     def find(self):
         train,valid,self.codes = find_masks(self.opts.path, self.opts.seed)
@@ -164,13 +164,13 @@ class MaskJob(ImageJob):
     def n_classes(self): return len(self.codes)
     @property
     def data_notes(self):
-        which = f'the class {self.codes[self.void]}' if self.void<self.n_classes else 'value 255, if any,'
-        return [f'Pixels of {which} are left out.']
+        which = f'of the class {self.codes[self.void]}' if self.void<self.n_classes else 'with value 255, if any,'
+        return [f'Pixels {which} are ignored.']
     def pictures(self, learn): return {'predictions.png':show_masks(learn)}
 
 # %% ../../nbs/cli/jobs.ipynb #fe952b13
 class _FromRecipe:
-    "Data, transforms, optimizer and schedule of one of the paper's experiments"
+    "Use the data, transforms, optimizer and schedule of one of the paper's experiments"
     @property
     def recipe(self): return recipes[self.opts.recipe]
     def check_arch(self): find_arch(self.opts.arch, only_timm=self.recipe.segmentation)
@@ -189,15 +189,15 @@ class _FromRecipe:
     def settings(self):
         drops = ' and '.join(f'{o*self.opts.epochs:.4g}' for o in self.recipe.drops)
         clip = ', gradients clipped' if self.recipe.clip else ''
-        return (f" Recipe {self.opts.recipe}: SGD with momentum 0.9 and weight decay 1e-4, the rate divided "
-                f"by ten after {drops} epochs{clip}.")
+        return (f" Recipe {self.opts.recipe}: SGD with momentum 0.9 and weight decay 1e-4, learning rate "
+                f"divided by ten after {drops} epochs{clip}.")
 
 class RecipeImageJob(_FromRecipe, ImageJob):
     "Train the classifier of a recipe"
     def network(self, dls): return whole_network(self.opts.arch, self.n_classes)
 
 class RecipeMaskJob(_FromRecipe, MaskJob):
-    "Train the segmenter of a recipe"
+    "Train the segmentation network of a recipe"
     needs_package = True
     @property
     def codes(self): return self.recipe.codes
@@ -206,6 +206,6 @@ class RecipeMaskJob(_FromRecipe, MaskJob):
 def make_job(
     opts:TrainOptions,
 )->ImageJob:
-    "The job that `opts` ask for. `UsageError` or `DataError` where it can't be done"
+    "Make the job for `opts`; `UsageError` or `DataError` if it can't be done"
     jobs = [[ImageJob,MaskJob],[RecipeImageJob,RecipeMaskJob]]
     return jobs[opts.recipe is not None][tasks.index(opts.task)](opts)

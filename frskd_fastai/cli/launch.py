@@ -1,4 +1,4 @@
-"""`frskd-train` on several processes
+"""Run `frskd-train` on several processes, one per GPU
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/launch.html.md"""
 
@@ -13,56 +13,57 @@ from collections.abc import Callable
 from .command import *
 
 def n_processes()->int:
-    "How many processes train together"
+    "Count the processes that train together"
     return max(1, int(os.environ.get('WORLD_SIZE', 1)))
 
 def check_processes(
-    bs:int, # Batch size of all processes together
+    bs:int, # Total batch size of all processes
 ):
-    "`UsageError` where the processes can't train together"
+    "Raise a `UsageError` if the batch doesn't split evenly, or accelerate is missing"
     n = n_processes()
     if n==1: return
     if bs%n or bs<2*n:
-        raise UsageError(f"--bs {bs} is the batch of all {n} processes together, and each needs an equal "
-                         f"part of two images or more. Use a multiple of {n}: --bs {n*max(2,round(bs/n))}.")
+        raise UsageError(f"--bs {bs} can't be split into equal batches of at least 2 images for {n} processes. "
+                         f"Use a multiple of {n}: --bs {n*max(2,round(bs/n))}.")
     if importlib.util.find_spec('accelerate') is None:
-        raise UsageError("training on several processes needs accelerate: pip install accelerate")
+        raise UsageError("training on several processes requires accelerate, which is not installed. "
+                         "Install it: pip install accelerate")
 
 def take_gpu():
-    "Use the GPU of this process, where it is one of several; `UsageError` where there is none"
+    "Select this process's GPU, if there are several processes; `UsageError` if it has none"
     if n_processes()==1: return
     import torch
     i,n = int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
     if i>=n:
-        raise UsageError("training on several processes needs a GPU for each. This machine has "
-                         f"{n}, and process {i}, counted from 0, gets none.")
+        raise UsageError(f"process {i} (counting from 0) has no GPU: this machine has {n}. Start one process "
+                         "per GPU.")
     torch.cuda.set_device(i)
 
 def batch_size_per_process(
-    bs:int, # Batch size of all processes together
-    n:int, # Training images
+    bs:int, # Total batch size of all processes
+    n:int, # Number of training images
 )->int:
-    "A part of `bs`, or of all the images where they are fewer"
+    "Divide `bs`, or `n` if that is smaller, by the number of processes"
     return max(1, min(bs, n)//n_processes())
 
 def distributed(
     learn, # Learner
-): # Context
-    "Context in which all processes train `learn` together"
+): # Context manager
+    "Train `learn` on all processes in this context"
     if n_processes()==1: return contextlib.nullcontext()
-    import torch, fastai.distributed # gives the Learner its `distrib_ctx`
+    import torch, fastai.distributed # adds `distrib_ctx` to the Learner
     return learn.distrib_ctx(sync_bn=torch.cuda.is_available())
 
 def broadcast_from_rank0(
-    f:Callable, # Called on the first process, before the processes are connected
-): # What `f` returns, on all processes
-    "Call `f` on one process, as if there were no others"
+    f:Callable, # Called on the first process only, before the processes are connected
+): # What `f` returned, on every process
+    "Call `f` on the first process as if it were the only one, and send its result to all"
     if n_processes()==1: return f()
     import accelerate
     v = None
     if os.environ.get('RANK', '0')=='0':
-        n = os.environ.pop('WORLD_SIZE') # by which fastai knows that there are others
+        n = os.environ.pop('WORLD_SIZE') # so that fastai sees a single process
         try: v = f()
         finally: os.environ['WORLD_SIZE'] = n
-    accelerate.Accelerator() # connects them
+    accelerate.Accelerator() # connects the processes
     return accelerate.utils.broadcast_object_list([v])[0]

@@ -1,4 +1,4 @@
-"""What FRSKD costs, in time and memory, and where
+"""Measure what FRSKD costs in time and memory, and where
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/measure.html.md"""
 
@@ -21,12 +21,12 @@ from ..student.probe import sample_batch
 
 # %% ../../nbs/cli/measure.ipynb #d6e335cc
 def prediction_times(
-    models:list, # Networks in evaluation mode
+    models:list, # Networks in eval mode
     x:Tensor, # A batch
-    rounds:int=15, # After the first one, which is left out
-    repeats:int=1, # Predictions of each network in a round
-)->np.ndarray: # rounds × models
-    "Seconds of a prediction, by turns"
+    rounds:int=15, # Measured rounds; one more is run first as warm-up
+    repeats:int=1, # Predictions per network and round
+)->np.ndarray: # Shape: rounds × models
+    "Measure the seconds per prediction of networks that take turns"
     times = np.zeros((rounds+1, len(models)))
     with torch.no_grad():
         for row in times:
@@ -41,7 +41,7 @@ def prediction_times(
 variants = {'plain':None, 'paper':FRSKDCallback.paper, 'default':FRSKDCallback}
 
 class _Watch:
-    "Seconds between `begin` and `end`, by name; on a GPU measured there, by events"
+    "Measure the seconds between `begin` and `end`, by name; on a GPU with CUDA events"
     def __init__(self, gpu): self.gpu,self.starts,self.spans = gpu,{},defaultdict(list)
     def _mark(self):
         if not self.gpu: return time.perf_counter()
@@ -55,7 +55,7 @@ class _Watch:
         return [a.elapsed_time(b)/1000 if self.gpu else b-a for a,b in self.spans[name]]
 
 class _Timer(Callback):
-    "Seconds of each training step"
+    "Measure the seconds of each training step"
     order,run_valid = 99,False
     def before_fit(self): self.watch = _Watch(one_param(self.learn.model).is_cuda)
     def before_batch(self): self.watch.begin('step')
@@ -64,17 +64,17 @@ class _Timer(Callback):
     def before_validate(self): raise CancelValidException
 
 def bench_learner(
-    arch:str|Callable, # As for `frskd-train`, or a function from the number of classes to a network
-    make:Callable|None=None, # Makes the callback; None for plain training
-    size:int=224, # Of the images, in pixels
+    arch:str|Callable, # Name, as for `frskd-train`, or a function from the number of classes to a network
+    make:Callable|None=None, # Function that makes the callback; None for plain training
+    size:int=224, # Image size in pixels
     bs:int=16, # Batch size
-    steps:int=3, # In a fit
-    n_out:int=100, # Classes
-    device:str='cpu', # Or 'cuda'
-    amp:str='no', # 'fp16' or 'bf16', on a GPU
-    channels_last:bool=False, # Memory format of images and weights
+    steps:int=3, # Training steps per fit
+    n_out:int=100, # Number of classes
+    device:str='cpu', # 'cpu' or 'cuda'
+    amp:str='no', # Mixed precision: 'no', or on a GPU 'fp16' or 'bf16'
+    channels_last:bool=False, # Use the channels-last memory format?
 )->Learner:
-    "A Learner on random images, as a user would have it, from scratch"
+    "Make a Learner on random images, with a network from scratch"
     set_seed(0)
     data = list(zip(torch.randn(bs,3,size,size), torch.arange(bs)%n_out))*steps
     dls = DataLoaders(DataLoader(data, bs=bs), DataLoader(data[:bs], bs=bs), device=torch.device(device))
@@ -93,14 +93,14 @@ def bench_learner(
     return learn
 
 def _times(learn):
-    "Seconds of each step of a fit but the first"
+    "Train for one epoch; return the seconds of each step but the first"
     learn.fit(1, 1e-4)
     return learn._timer.times[1:]
 
 # %% ../../nbs/cli/measure.ipynb #7626302f
 parts = ('student','self-teacher','losses','backward','optimizer')
 class _Parts(Callback):
-    "Times the parts of a step"
+    "Time the parts of a step"
     order,run_valid = 98,False
     def __init__(self, watch): self.watch = watch
     def before_batch(self): self.watch.begin('student')
@@ -112,7 +112,7 @@ class _Parts(Callback):
 
 @contextmanager
 def _timed(watch, o, method, name):
-    "Context in which calls of `o.method` are timed"
+    "Time the calls of `o.method` in this context"
     f = getattr(o, method)
     def call(*args, **kwargs):
         watch.begin(name)
@@ -123,7 +123,7 @@ def _timed(watch, o, method, name):
     finally: delattr(o, method)
 
 def _lasting(learn):
-    "Bytes of all tensors that stay from step to step"
+    "Count the bytes of all tensors that stay allocated between steps"
     modules = [learn.model, *([learn.frskd.trained] if hasattr(learn, 'frskd') else [])]
     params = {id(p):p for m in modules for p in m.parameters()}.values()
     grads = [p.grad for p in params if p.grad is not None]
@@ -132,15 +132,15 @@ def _lasting(learn):
     return sum(o.nbytes for o in [*params, *grads, *buffers, *state])
 
 def _peak(prof, before):
-    "Bytes of the largest allocation, over those `before` on a GPU"
+    "Get the peak allocation in bytes; on a GPU, what exceeds `before`"
     if before is not None: return torch.cuda.max_memory_allocated()-before
     events = [e for e in prof.profiler.kineto_results.events() if e.name()=='[memory]']
     return max(np.cumsum([0]+[e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
 
 def profile_step(
-    learn:Learner, # From `bench_learner`; it has trained a bit
-)->dict: # Seconds of the `parts` of a step and of the whole, and `memory` at its peak in bytes
-    "One fit, on a CPU under torch's profiler, which counts its memory"
+    learn:Learner, # From `bench_learner`, after some training steps
+)->dict: # Mean seconds per step of each of the `parts`, and `memory`, the peak in bytes
+    "Run one fit, and measure the time of each part of a step and the peak memory"
     frskd,gpu,before = getattr(learn, 'frskd', None),one_param(learn.model).is_cuda,None
     watch,prof = _Watch(gpu),None
     if gpu:
@@ -161,8 +161,8 @@ def profile_step(
 
 def flops(
     learn:Learner, # From `bench_learner`
-)->tuple: # Operations (two a multiply-add) of the forward pass of one image: student's and self-teacher's
-    "What matrix multiplications and convolutions take, as torch counts them"
+)->tuple: # Forward FLOPs per image (a multiply-add counts as two) of the student and of the self-teacher
+    "Count the FLOPs of matrix multiplications and convolutions, as torch counts them"
     xb,_ = sample_batch(learn)
     student = operations(learn.model, *xb)/len(xb[0])
     if not hasattr(learn, 'frskd'): return student,0
@@ -172,14 +172,14 @@ def flops(
 # %% ../../nbs/cli/measure.ipynb #8503df86
 def bench(
     arch:str|Callable='resnet18', # As for `bench_learner`
-    variants:dict=variants, # Functions that make the callbacks, by name; the one called 'plain' is None
-    rounds:int=5, # After the first one, which is left out
-    steps:int=3, # Of each variant in a round, after a first one that is left out
+    variants:dict=variants, # Functions that make the callbacks, by name; 'plain' must be None
+    rounds:int=5, # Measured rounds; one more is run first as warm-up
+    steps:int=3, # Measured steps per variant and round; one more is run first as warm-up
     **kwargs, # As for `bench_learner`: `size`, `bs`, `device`, `amp`, `channels_last`
-)->pd.DataFrame: # A row a variant: seconds of a step and of its parts, `ratio` to plain, memory, sizes
-    "Compare training steps of the `variants`, in turn"
+)->pd.DataFrame: # One row per variant: seconds per step and per part, `ratio` to plain, memory, sizes
+    "Compare the training steps of `variants`, which take turns"
     if variants.get('plain', 0) is not None:
-        raise ValueError("FRSKD: the variants need one called 'plain' that is None, to compare with.")
+        raise ValueError("FRSKD: `variants` must have an entry 'plain' that is None, to compare the others with.")
     learners = {k:bench_learner(arch, v, steps=steps+1, **kwargs) for k,v in variants.items()}
     times,names = {k:[] for k in learners},list(learners)
     for r in range(rounds+1):
@@ -202,9 +202,9 @@ def _row(name, learn, times, plain):
 def table(
     d:pd.DataFrame, # From `bench`
 )->str: # Markdown
-    "The measurement for a reader"
-    heads = ['variant','s a step','× plain (quartiles)','memory, MB','× plain',
-             'self-teacher, M parameters (tensors)','its forward GFLOPs an image']
+    "Format the measurements as a Markdown table"
+    heads = ['variant','seconds per step','× plain (quartiles)','memory, MB','× plain',
+             'self-teacher: M parameters (tensors)','forward GFLOPs per image: self-teacher / student']
     heads += [f'{o}, %' for o in parts]
     rows = []
     for _,r in d.iterrows():
@@ -212,18 +212,18 @@ def table(
         rows.append([r.variant, f'{r.seconds:.3g}', f'{r.ratio:.2f} ({r.ratio_low:.2f}–{r.ratio_high:.2f})',
             f'{r.memory/1e6:.0f}', f'{r.memory_ratio:.2f}',
             f'{r.teacher_params/1e6:.2f} ({r.teacher_tensors})',
-            f'{r.teacher_gflops:.2f} of {r.student_gflops:.2f}', *(f'{100*r[o]/whole:.0f}' for o in parts)])
+            f'{r.teacher_gflops:.2f} / {r.student_gflops:.2f}', *(f'{100*r[o]/whole:.0f}' for o in parts)])
     return '\n'.join(markdown_table(heads, rows))
 
 def plot_bench(
     d:pd.DataFrame, # From `bench`
 )->plt.Figure:
-    "A bar a variant: the time of its step, in units of a plain one and by parts, and its memory"
+    "Plot the time of each variant's step, by its parts, and its memory, relative to plain"
     size = 9,.6*len(d)+1.8
     fig,axs = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=(3,1), layout='constrained')
     y,left = np.arange(len(d)),np.zeros(len(d))
     share = d[list(parts)].div(d[list(parts)].sum(axis=1), axis=0).mul(d.ratio, axis=0)
-    colours = '#0072B2','#E69F00','#F0E442','#56B4E9','#999999' # told apart by the colour-blind, too
+    colours = '#0072B2','#E69F00','#F0E442','#56B4E9','#999999' # distinguishable for color-blind readers
     for o,c in zip(parts, colours):
         axs[0].barh(y, share[o], left=left, color=c, label=o)
         left += share[o]

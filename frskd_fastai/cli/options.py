@@ -1,4 +1,4 @@
-"""Every decision about a training, made once from the command line
+"""The options of `frskd-train`, parsed and checked once
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/options.html.md"""
 
@@ -18,67 +18,69 @@ from .run_folder import RunFolder
 tasks = 'classification','segmentation'
 recipe_tasks = dict.fromkeys('cifar100 tinyimagenet cub200 dogs mit67 stanford40 imagenet'.split(), tasks[0])
 recipe_tasks['voc'] = tasks[1]
-own_archs = 'cifar_resnet18','wrn16_2' # Classifiers of this package, without pretrained weights
-weights = dict(alpha=(2,1), beta=(100,50), temperature=(4,1)) # FRSKD's defaults for the two tasks
-method_options = *weights,'width' # what `FRSKDCallback` takes, by the same names
+own_archs = 'cifar_resnet18','wrn16_2' # This package's classifiers; there are no pretrained weights for them
+weights = dict(alpha=(2,1), beta=(100,50), temperature=(4,1)) # FRSKD's defaults for each of the `tasks`
+method_options = *weights,'width' # passed to `FRSKDCallback` under the same names
 
 # %% ../../nbs/cli/options.ipynb #a779be91
 def _lr(s):
     if s=='auto': return s
     try: return number(float, 0, True)(s)
     except argparse.ArgumentTypeError:
-        what = "must be 'auto' or a positive number, up to 1e30"
+        what = "must be 'auto' or a positive number up to 1e30"
         raise argparse.ArgumentTypeError(f"{what}, got {s!r}") from None
 
 _path_help = (
-    "folder of images: train/ with valid/ or test/ beside it, or one folder per class; without it the "
-    "embedded handwritten digits. For segmentation: codes.txt and, split or not, images/ with labels/, gray "
-    "or palette images of class numbers; a class called void, unlabelled or ignore, else 255, is for pixels "
-    "that don't count")
+    "folder of images: one folder per class, or train/ and valid/ (or test/) with one folder per class in "
+    "each; without PATH, the embedded handwritten digits. For segmentation: codes.txt, images/ and labels/ "
+    "(the last two may be in train/ and valid/); labels are gray or palette images of class numbers, and "
+    "pixels of a class called void, unlabelled or ignore, or with value 255 if there is none, are ignored")
 
 def parser()->argparse.ArgumentParser:
-    "The options of `frskd-train`"
+    "Make the parser of `frskd-train`"
     p = argparse.ArgumentParser('frskd-train', formatter_class=Help,
-        description="Train an image classifier, or a segmenter, with FRSKD self-distillation, and export it.")
+        description="Train a classifier or a segmentation model with FRSKD self-distillation, and export it.")
     add = p.add_argument
     add('path', nargs='?', type=folder, metavar='PATH', help=_path_help)
-    add('--task', choices=tasks, default=tasks[0], help="label images, or their pixels (a U-Net)")
+    add('--task', choices=tasks, default=tasks[0], help="classify images, or their pixels (with a U-Net)")
     add('--recipe', choices=list(recipe_tasks),
-        help="train on a data set of the paper, at PATH, with the paper's settings: they replace the "
-             "defaults below, 200 epochs among them; other options still count")
+        help="train on one of the paper's data sets, in PATH, with the paper's settings instead of the "
+             "defaults below (200 epochs; 60 for voc); options that you give override them")
     add('--arch', default='resnet18',
-        help=f"architecture: torchvision's, fastai's xresnets, timm's, {', '.join(own_archs)}")
+        help=f"architecture: {', '.join(own_archs)}, or a name from torchvision, timm or fastai's xresnets")
     add('--epochs', type=number(int, 1), default=10,
-        help="epochs; with pretrained weights one epoch with a frozen body comes before")
-    add('--bs', type=number(int, 2), default=64, help="batch size, of all processes together")
+        help="number of epochs; fine-tuning pretrained weights adds one epoch at the start, with the body "
+             "frozen (not with --recipe)")
+    add('--bs', type=number(int, 2), default=64, help="total batch size of all processes")
     add('--size', type=pixels,
-        help="image size in pixels; in segmentation their height (default: 224; 48 for the embedded digits; "
-             "in segmentation the images' own, up to 224)")
+        help="image size in pixels; for segmentation, the height (default: 224; 48 for the embedded digits; "
+             f"32 for {' and '.join(own_archs)}; for segmentation the images' own height, at most 224)")
     add('--lr', type=_lr, default='auto',
-        help="learning rate, or 'auto' for fastai's lr_find (of one process)")
+        help="learning rate, or 'auto' to let fastai's lr_find choose it (on one process)")
     add('--pretrained', action=argparse.BooleanOptionalAction,
-        help="start from pretrained weights (default: yes; no for the embedded digits)")
+        help="start from pretrained weights (default: yes; no for the embedded digits, for "
+             f"{' and '.join(own_archs)}, and for classification recipes)")
     both = {k:f"(default: {a}; {b} for segmentation)" for k,(a,b) in weights.items()}
     add('--alpha', type=number(float, 0), help=f"weight of the soft-label loss {both['alpha']}")
     add('--beta', type=number(float, 0), help=f"weight of the attention loss {both['beta']}")
-    add('--temperature', type=number(float, 0, True), help=f"softens the soft labels {both['temperature']}")
+    add('--temperature', type=number(float, 0, True), help=f"temperature of the soft labels {both['temperature']}")
     add('--width', type=number(float, 0, True, high=64),
-        help="channels of the self-teacher per channel of the student (default: 2, or less for a student "
-             "with many channels); for segmentation its channels are 64 times this (default: 1)")
+        help="channels of the self-teacher per channel of the student (default: 2, or less if that makes "
+             "it too slow); for segmentation, the self-teacher's channels divided by 64 (default: 1)")
     add('--seed', type=number(int, 0), default=0,
-        help="of the split, the initial weights and the order of the data")
+        help="seed for the split, the initial weights and the order of the images")
     add('--compare', action='store_true',
-        help="train the same model plain too, with the same seed, and report both")
+        help="also train the same model without FRSKD, with the same seed, and report both")
     add('--keep-refined', action='store_true',
-        help="export the refined model as well, student and self-teacher as one network, to refined.pkl")
+        help="also export the refined model, student and self-teacher as one network, to refined.pkl")
     add('--resume', type=folder, metavar='DIR',
-        help="continue the training whose results were to go to DIR, after its last whole epoch")
+        help="continue the interrupted training whose --out was DIR, after its last complete epoch")
     return results_options(p, Path('frskd-results'))
 
 def given_options(
     argv:list, # Arguments
-)->dict: # Values by name
-    "The options in `argv`, without the defaults of the others"
+)->dict: # Values by option name
+    "Parse `argv`, and return only the options that are in it"
     p = parser()
     unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))
     return {k:v for k,v in vars(p.parse_args(argv, unset)).items() if v is not None}
@@ -86,18 +88,18 @@ def given_options(
 # %% ../../nbs/cli/options.ipynb #f4d128dd
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    "What `frskd-train` shall do"
-    argv:tuple # The arguments; those of then, where a training is resumed
-    path:Path|None # Folder of the images; None for the embedded digits, or a recipe's download
+    "Hold the options of a training, parsed and checked"
+    argv:tuple # Arguments; for `--resume`, those that the training started with
+    path:Path|None # Folder of images; None for the embedded digits or a recipe's download
     task:str # One of `tasks`
     recipe:str|None
     arch:str
     epochs:int
-    bs:int # Of all processes together
-    size:int|None # In pixels; None in segmentation: the images' own
-    lr:float|str # Or 'auto'
+    bs:int # Total batch size of all processes
+    size:int|None # Image size in pixels; None, for segmentation, means the images' own height, at most 224
+    lr:float|str # Learning rate, or 'auto'
     pretrained:bool
-    alpha:float|None # This and the next three: None for FRSKD's default
+    alpha:float|None # For this and the next three, None means FRSKD's default
     beta:float|None
     temperature:float|None
     width:float|None
@@ -107,17 +109,17 @@ class TrainOptions:
     out:Path
     force:bool
     resume:Path|None
-    data:str|None=None # Digest of the images that the resumed training began with
+    data:str|None=None # For `--resume`: digest of the images that the training started with
 
     @classmethod
     def from_argv(cls,
-        argv:list, # Arguments; `argparse` ends the program where they can't be parsed
+        argv:list, # Arguments; `argparse` exits if it can't parse them
     ):
-        "The options in `argv`. `UsageError` where they don't go together, or with the folders that are there"
+        "Parse `argv`; `UsageError` if options contradict each other or don't fit the folders"
         given = given_options(argv)
         opts = cls._resumed(given) if 'resume' in given else cls._decided(argv, given)
         if opts.finished: return opts
-        if opts.path is not None and not opts.recipe: # a recipe says what the folder has to hold
+        if opts.path is not None and not opts.recipe: # a recipe checks its folder itself
             if not opts.path.exists(): raise UsageError(f"no such folder: {opts.path}")
             if not opts.path.is_dir(): raise UsageError(f"{opts.path} is not a folder")
         if not opts.resume: RunFolder(opts.out).check(opts.force)
@@ -132,7 +134,7 @@ class TrainOptions:
         if recipe: options.update(_recipe_options(recipe))
         elif given.get('task')!='segmentation':
             options['size'] = 48 if path is None else 32 if arch in own_archs else 224
-        options['pretrained'] = path is not None and not _from_scratch(given) # the digits need no download
+        options['pretrained'] = path is not None and not _from_scratch(given) # the digits work offline
         return cls(tuple(argv), **{**options, **given})
 
     @classmethod
@@ -144,7 +146,7 @@ class TrainOptions:
             other = next((k for k in given if k not in ('path','resume')), None)
             if other:
                 raise UsageError(f"--resume {out}: this training is already finished. Drop {_option(other)}, "
-                                 "or train anew with another --out.")
+                                 "or start a new training with another --out.")
             return dataclasses.replace(cls._decided([], {}), out=out, resume=out)
         note = folder.note()
         try:
@@ -154,47 +156,49 @@ class TrainOptions:
         for k,v in given.items():
             old = getattr(then, k)
             if k in cls._elsewhere or v==old: continue
-            raise UsageError(f"--resume {out} keeps its options: {_option(k)} was {old}, not {v}")
-        if given.get('out', out)!=out: raise UsageError(f"--resume {out} writes there: drop --out")
+            raise UsageError(f"--resume {out} can't change options: {_option(k)} was {old}, not {v}. "
+                             f"Drop {_option(k)}.")
+        if given.get('out', out)!=out: raise UsageError(f"--resume {out} writes to {out}: drop --out")
         path = given.get('path', note['path'] and Path(note['path']))
         found = dict(lr=note['lr'], data=note['data'])
         return dataclasses.replace(then, path=path, out=out, force=False, resume=out, **found)
 
-    _elsewhere = 'argv','path','out','force','resume','data' # don't change what is trained
+    _elsewhere = 'argv','path','out','force','resume','data' # these don't affect what is trained
 
     @property
     def finished(self):
-        "Does `--resume` name a training that is finished?"
+        "True if `--resume` names a finished training"
         return self.resume is not None and self.data is None
 
     def training_options(self)->dict:
-        "The options that a training must have in common with the one that it continues"
+        "Get the options that must be the same when a training is resumed"
         return {k:v for k,v in dataclasses.asdict(self).items() if k not in (*self._elsewhere,'lr')}
 
 # %% ../../nbs/cli/options.ipynb #bf786c58
 def _option(name): return '--'+name.replace('_', '-')
 
 def _from_scratch(given):
-    "Is the network one without pretrained weights?"
+    "True if there are no pretrained weights for the network"
     return given.get('arch') in own_archs or recipe_tasks.get(given.get('recipe'))=='classification'
 
 def _check(given):
-    "`UsageError` where options don't go together"
+    "Raise a `UsageError` if options contradict each other"
     recipe,arch,task = (given.get(o) for o in ('recipe','arch','task'))
     if recipe and task not in (None,recipe_tasks[recipe]):
         raise UsageError(f"the recipe {recipe} is for {recipe_tasks[recipe]}: drop --task")
     if not recipe and task=='segmentation':
         if 'path' not in given:
-            raise UsageError("--task segmentation needs a PATH, a folder of images and masks: the embedded "
-                             "digits have no masks")
+            raise UsageError("--task segmentation needs a PATH to images and masks: the embedded digits have "
+                             "no masks")
         if arch in own_archs:
-            raise UsageError(f"{arch} classifies. Use another network for a U-Net: --arch resnet18.")
+            raise UsageError(f"{arch} is only a classifier and can't be the encoder of a U-Net. Use another "
+                             "network, for instance --arch resnet18.")
     if given.get('pretrained') and _from_scratch(given):
         what = f'the recipe {recipe}' if recipe else arch
         raise UsageError(f"{what} trains from scratch: drop --pretrained")
 
 def _recipe_options(name):
-    "The settings of a recipe; only now, when the options are known to be right, is fastai imported"
+    "Get a recipe's settings. This imports fastai, so it comes after the checks"
     with plain_warnings('frskd-train'): from frskd_fastai.data.recipes import recipes
     settings = {k:getattr(recipes[name], k) for k in ('arch','size','bs','epochs','lr')}
     return dict(task=recipe_tasks[name], **settings)

@@ -1,4 +1,4 @@
-"""What a training leaves: history, pictures, the exported student, and a summary
+"""The results of a training: history, pictures, the exported student, and a summary
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/report.html.md"""
 
@@ -26,34 +26,34 @@ from ..show.comparison import *
 
 # %% ../../nbs/cli/report.ipynb #ec4b021c
 class Refined:
-    "The refined model of a Learner, and how it compares with the student"
+    "Make the refined model of a Learner, and compare it with the student"
     def __init__(self,
         learn:Learner, # Trained with FRSKD
     ):
         self.learn = self.row = None
         try:
             self.learn = learn.frskd.refined()
-            if n_processes()==1: self._measure(learn) # metrics would wait for the other processes
-        except Exception as e: warn(f"this network has no refined model ({first_line(e)})")
+            if n_processes()==1: self._measure(learn) # with several, metrics would wait for the others
+        except Exception as e: warn(f"can't make a refined model of this network ({first_line(e)})")
 
     def _measure(self, student):
         with self.learn.no_bar(): loss,*values = self.learn.validate()
         self.row = values,loss
         self.params = [sum(p.numel() for p in o.model.parameters()) for o in (student,self.learn)]
         x = student.dls.valid.one_batch()[0][:1]
-        models = [o.model.eval() for o in (student,self.learn)] # a training that was finished before hasn't validated
+        models = [o.model.eval() for o in (student,self.learn)] # a resumed training may have had nothing left to do
         self.ms = 1000*np.median(prediction_times(models, x, rounds=6), axis=0)
 
     def costs(self):
-        "Cells for the student's and for the refined model's row"
+        "Format the parameters and prediction times of the student and the refined model"
         return [[f'{n/1e6:.2f} M',f'{ms:.1f} ms'] for n,ms in zip(self.params, self.ms)]
 
 # %% ../../nbs/cli/report.ipynb #1a440c32
 class Report:
-    "The results of the trainings"
+    "Write the results of one or two trainings"
     def __init__(self,
         job:ImageJob,
-        runs:list, # `Run`s that are done; the one with FRSKD is the last
+        runs:list, # Finished `Run`s; the one with FRSKD is last
         lr:float, # Learning rate
     ):
         self.job,self.opts,self.runs,self.lr = job,job.opts,runs,lr
@@ -78,7 +78,7 @@ class Report:
         print(f"\n{text}\nResults in {out}/: {', '.join(dict.fromkeys(written))}")
 
     def _write_pictures(self):
-        "The names of the pictures"
+        "Save the pictures; return their names"
         figs = {'curves.png':plot_curves(self.history, first(self.job.metrics)),
                 'attention.png':self.learn.frskd.show_attention(), **self.job.pictures(self.learn)}
         if self.comparison and (self.comparison.probs[:,0]!=self.comparison.probs[:,1]).any():
@@ -89,7 +89,7 @@ class Report:
         return list(figs)
 
     def summary(self)->str:
-        "The text of `summary.md`"
+        "Compose the text of `summary.md`"
         command = shlex.join(['frskd-train', *self.opts.argv])
         blocks = [['# frskd-train'], [f'`{command}`'], [self._training()], [self._frskd()], self._table(),
                   self._refined_note(), self.job.data_notes, self._compared(), self._versions()]
@@ -103,7 +103,7 @@ class Report:
         return (f"{o.arch}, {weights}, on {job.data}: {len(job.train):,} training and {len(job.valid):,} "
                 f"validation images of {job.n_classes} classes at {job.size_text}; {epochs}, batch size "
                 f"{o.bs}{shared}, learning rate {self.lr:.2g}, seed {o.seed}. "
-                f"Levels: {', '.join(self.learn.frskd.level_names)}.")
+                f"Feature levels: {', '.join(self.learn.frskd.level_names)}.")
 
     def _frskd(self):
         f = self.learn.frskd
@@ -111,7 +111,7 @@ class Report:
                 f"{f.width:g}, schedule {f.schedule}.{self.job.settings}")
 
     def _table(self):
-        "A row for each training, and one for the refined model if it was measured"
+        "Make a table with a row per training, and one for the refined model if it was measured"
         heads,rows = ['model',*self.job.metrics.values(),'validation loss','training time'],[]
         row = lambda name,values,loss,time: [name, *(f'{v:.2%}' for v in values), f'{loss:.4f}', time]
         for run in self.runs:
@@ -120,26 +120,26 @@ class Report:
             rows.append(row(run.name, values, last['valid_loss'], f'{run.history.seconds:.0f} s'))
         if self.refined.row:
             student,refined = self.refined.costs()
-            heads += ['parameters','one prediction']
+            heads += ['parameters','time per prediction']
             rows = [o+student for o in rows] + [row('frskd, refined', *self.refined.row, 'the same')+refined]
         return markdown_table(heads, rows)
 
     def _refined_note(self):
         if not self.refined.row: return
-        where = '`refined.pkl`' if self.opts.keep_refined else '`--keep-refined` exports it'
-        return [f"`frskd` is the student, a plain {self.job.kind} with {self.opts.arch}. The refined model is student "
-                f"and self-teacher as one network, for where a prediction may cost more: {where}."]
+        where = 'It is in `refined.pkl`.' if self.opts.keep_refined else 'Export it with `--keep-refined`.'
+        return [f"`frskd` is the student, an ordinary {self.job.kind} with {self.opts.arch}. `frskd, refined` is "
+                f"student and self-teacher as one network, for when predictions may take longer. {where}"]
 
     def _compared(self):
         if not self.comparison: return
         _,better,worse,same,p = self.comparison.counts().iloc[0]
-        return [f"Image by image: frskd is better on {better:.0f}, plain on {worse:.0f}, and {same:.0f} make "
-                "no difference. Were the two equally good, so uneven a split would come with probability "
-                f"{p:.2g}.", '',
-                f"One seed; {self.job.caution}"]
+        return [f"Compared image by image, frskd is better on {better:.0f}, plain is better on {worse:.0f}, and "
+                f"they tie on {same:.0f}. If both were equally good, a split at least this uneven would have "
+                f"probability {p:.2g}.", '',
+                f"This is one seed. {self.job.caution}"]
 
     def _versions(self):
-        package = " Its network is this package's, which has to be installed to load it."
+        package = " Loading it requires frskd_fastai, which defines its network."
         versions = ', '.join(f'{o.__name__} {o.__version__}' for o in (fastai,torch,frskd_fastai))
         return [f"{versions}, on {self.learn.dls.device}.",
                 "`student.pkl` is the trained student, without the self-teacher: "

@@ -1,4 +1,4 @@
-"""The trainings of `frskd-train`, one after the other
+"""Run the trainings of `frskd-train`, one after the other
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/run.html.md"""
 
@@ -26,7 +26,7 @@ from ..learner.resume import CheckpointError, NoCheckpoint, Resumable
 
 # %% ../../nbs/cli/run.ipynb #be6f2a39
 class History(Callback):
-    "Keeps each epoch's row of the progress table, and the seconds it took, over all fits"
+    "Collect the rows of the progress table, and the training time, over all fits"
     order = Recorder.order+1
     def __init__(self,
         run:str, # Name of the run, for the column `run`
@@ -43,7 +43,7 @@ class History(Callback):
 def plain_log(
     learn:Learner,
 ):
-    "One line an epoch in place of fastai's bars and table, where the output is no terminal and no notebook"
+    "Print one line per epoch instead of progress bars, except in a terminal or notebook"
     if sys.stdout.isatty() or IN_NOTEBOOK: return
     show = lambda v: f'{v:.4f}' if isinstance(v, float) else v
     def line(log):
@@ -54,9 +54,9 @@ def plain_log(
 
 # %% ../../nbs/cli/run.ipynb #ed7a7914
 class Run:
-    "One training of the command, and its Learner"
+    "Make the Learner of one training, and train it"
     def __init__(self,
-        name:str, # 'plain' or 'frskd'
+        name:str, # 'plain' (without FRSKD) or 'frskd'
         job:ImageJob,
     ):
         self.name,self.job,self.opts,self.history = name,job,job.opts,History(name)
@@ -68,15 +68,15 @@ class Run:
         except Exception as e: raise self._refusal(e) from e
 
     def _refusal(self, e):
-        "For a network that fastai can't cut, an image too small for it, weights out of reach"
+        "Explain why fastai can't make the Learner"
         why = first_line(e)
-        if isinstance(e, StopIteration): why = 'fastai finds no pooling layer to cut it before'
-        what = f"can't make a {self.job.kind} of {self.opts.arch} for {self.job.size} px"
+        if isinstance(e, StopIteration): why = 'fastai finds no pooling layer at which to cut it'
+        what = f"can't make a {self.job.kind} from {self.opts.arch} at {self.job.size} px"
         if not self.opts.pretrained: return UsageError(f"{what} ({why})")
-        return UsageError(f"{what} with its pretrained weights ({why}). --no-pretrained trains without them.")
+        return UsageError(f"{what} with its pretrained weights ({why}). Use --no-pretrained to train without them.")
 
     def build(self):
-        "Build the self-teacher now, so that a network that FRSKD can't serve is refused before the plain run"
+        "Build the self-teacher now, to refuse an unsupported network before the plain run"
         try: self.learn.frskd.build()
         except Exception as e:
             what = f"can't train {self.opts.arch} with FRSKD at {self.job.size} px"
@@ -85,27 +85,27 @@ class Run:
 
     def fit(self,
         lr:float, # Learning rate
-        folder:RunFolder, # For the checkpoints; where some are there, the training continues
+        folder:RunFolder, # For the checkpoints; training continues from those that exist
     ):
-        "Train. `FloatingPointError` where the training diverges: there is no student to export then"
+        "Train; `FloatingPointError` if the training diverges"
         print(f'{self.name}:')
         plain_log(self.learn)
-        set_seed(self.opts.seed+rank_distrib(), reproducible=True) # other augmentations on each process
+        set_seed(self.opts.seed+rank_distrib(), reproducible=True) # different augmentations on each process
         about = {**self.opts.training_options(), 'learning rate':lr, 'data':self.job.digest}
         keep = Resumable(folder.checkpoints(self.name), about)
-        ending = end_at_batch(self.learn) if n_processes()==1 else contextlib.nullcontext() # several: at once
+        ending = end_at_batch(self.learn) if n_processes()==1 else contextlib.nullcontext() # several end at once
         with distributed(self.learn), ending, self.learn.added_cbs(keep): self.job.fit(self.learn, lr)
         if n_processes()>1: self._validate()
         self._check_finite(keep.at_start)
 
     def _validate(self):
-        "Measure on all images: in the fit fastai repeats some, so that all processes have as many"
+        "Validate on each image once; during the fit, fastai repeats some to even out the batches"
         with self.learn.no_bar(): values = self.learn.validate()
         self.history.rows[-1].update(zip(('valid_loss',*self.job.metrics), values))
 
     def _check_finite(self, at_start):
         lost,loss = not_finite(self.learn.model.state_dict(), at_start),self.history.rows[-1]['valid_loss']
-        if not lost and (self.job.codes or math.isfinite(loss)): return # no pixel of few masks may count
+        if not lost and (self.job.codes or math.isfinite(loss)): return # in few masks, all pixels may be ignored
         what = f"{len(lost)} weights or buffers aren't" if lost else "its validation loss isn't"
         raise FloatingPointError(f"the {self.name} training has diverged: {what} finite")
 
@@ -113,24 +113,24 @@ class Run:
 def find_lr(
     job:ImageJob,
 )->float:
-    "The learning rate that fastai's `lr_find` suggests for the plain training, found by the first process"
+    "Find a learning rate for plain training with fastai's `lr_find`, on the first process"
     print('finding a learning rate ...')
     search = lambda: Run('plain', job).learn.lr_find(show_plot=False).valley
     with contextlib.redirect_stdout(io.StringIO()): lr = broadcast_from_rank0(search)
-    with contextlib.suppress(OSError): (job.opts.out/'models').rmdir() # where lr_find had its checkpoint
+    with contextlib.suppress(OSError): (job.opts.out/'models').rmdir() # lr_find's checkpoint was here
     print(f'learning rate: {lr:.2g}')
     return lr
 
 def train(
     opts:TrainOptions,
 ):
-    "Train, and write the results. `UsageError` or `DataError`, and nothing written, where that can't be done"
+    "Train, and write the results; `UsageError` or `DataError`, before writing, for bad input"
     take_gpu()
     job,folder,first = make_job(opts),RunFolder(opts.out),rank_distrib()==0
     if opts.resume and job.digest!=opts.data:
-        where = opts.path or 'the embedded set'
-        raise UsageError(f"--resume {opts.out}: the images in {where} are not those it was trained on (their "
-                         "names, sizes or labels differ)")
+        where = opts.path or 'the embedded digits'
+        raise UsageError(f"--resume {opts.out}: the images in {where} are not those it was trained on (names, "
+                         "sizes or labels differ). Give the folder of the original images as PATH.")
     runs = [Run('frskd', job).build()]
     with folder.lock() if first else contextlib.nullcontext():
         lr = find_lr(job) if opts.lr=='auto' else opts.lr
@@ -144,17 +144,18 @@ def train(
 def failure(
     e:Exception, # Raised by `train`
     opts:TrainOptions,
-)->tuple|None: # Message and exit code; None for a fault of this package
-    "What to say where a training can't be done, or can't go on"
+)->tuple|None: # Message and exit code; None for an unexpected exception
+    "Explain to the user why a training failed"
     folder = RunFolder(opts.out)
     if isinstance(e, (UsageError,DataError,UnidentifiedImageError)):
-        with contextlib.suppress(OSError): opts.resume or opts.out.rmdir() # empty, if it was made
+        with contextlib.suppress(OSError): opts.resume or opts.out.rmdir() # removed only if empty
         return e,2
     if isinstance(e, (MemoryError,torch.OutOfMemoryError)):
         why = first_line(e) if str(e).strip() else f'images of {opts.size} px'
         return f"out of memory ({why}). Use a smaller --size or --bs, or another --arch.",1
     if isinstance(e, FloatingPointError):
-        return (f"{e}. To continue would end so again: start anew with a lower --lr, and --force (the last "
-                f"good state is in {folder.checkpoints()})"),1
+        why = str(e).rstrip('.')
+        return (f"{why}. Resuming would fail again: start over with --force and a lower --lr (the last good "
+                f"checkpoints are in {folder.checkpoints()})"),1
     if isinstance(e, NoCheckpoint): return e,1
     if isinstance(e, (CheckpointError,OSError)): return f"{e}{folder.how_to_resume()}",1

@@ -1,4 +1,4 @@
-"""The folder of a training: its results, its checkpoints, and a lock
+"""The output folder of `frskd-train`: results, checkpoints, and a lock
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/run_folder.html.md"""
 
@@ -14,14 +14,14 @@ from .command import *
 
 # %% ../../nbs/cli/run_folder.ipynb #3ffaf421
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
-more_results = ('predictions.png','differences.png','refined.pkl') # Where they are asked for
+more_results = ('predictions.png','differences.png','refined.pkl') # For segmentation, `--compare`, `--keep-refined`
 
 def check_out(
     out:Path, # Folder for the results
-    force:bool, # Overwrite results that are there?
-    results:tuple, # Names of the files that it will hold
+    force:bool, # Overwrite existing results?
+    results:tuple, # Names of the result files
 ):
-    "`UsageError` if `out` can't be a folder, or holds results and `force` isn't set"
+    "Raise a `UsageError` if `out` can't be a folder, or holds results and `force` is False"
     there = next(o for o in (out,*out.parents) if o.exists())
     if not there.is_dir(): raise UsageError(f"--out {out}: {there} is a file. Name a folder.")
     old = next((o for o in results if (out/o).exists()), None)
@@ -31,7 +31,7 @@ def check_out(
 
 # %% ../../nbs/cli/run_folder.ipynb #45b1d094
 class RunFolder:
-    "A folder with results and, until these are there, the checkpoints of a training"
+    "Manage the output folder of a training"
     def __init__(self,
         path:Path, # As given by `--out` or `--resume`
     ):
@@ -39,42 +39,42 @@ class RunFolder:
         self.note_file = self.checkpoints()/'training.json'
 
     def checkpoints(self,
-        run:str='', # Name of a run; default: the folder of all
+        run:str='', # Name of a run; default: the folder for all runs
     )->Path:
-        "The folder of the checkpoints"
+        "Get the folder of the checkpoints"
         return self.path/'checkpoints'/run
 
     def check(self,
         force:bool, # Overwrite what is there?
     ):
-        "`UsageError` if a training can't begin here"
+        "Raise a `UsageError` if a training can't start here"
         check_out(self.path, force, (*results,*more_results))
         if force or not self.note_file.exists(): return
         raise UsageError(f"--out {self.path} holds an interrupted training. Continue it with --resume "
-                         f"{self.path}, or start anew with --force.")
+                         f"{self.path}, or start over with --force.")
 
     @contextlib.contextmanager
     def lock(self):
-        "Context in which no other process trains here. `UsageError` where one does"
+        "Keep other processes from training here; `UsageError` if one already does"
         self.path.mkdir(parents=True, exist_ok=True)
         try: import fcntl
         except ImportError: yield; return # Windows
         file = self.path/'checkpoints.lock'
-        with open(file, 'a') as f: # unlocked by the system however this process ends
+        with open(file, 'a') as f: # the system releases the lock, however this process ends
             try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
             except OSError:
-                raise UsageError(f"another process is training with the results in {self.path}. Wait for it, "
+                raise UsageError(f"another process is training in {self.path}. Wait for it, "
                                  "or name another folder.")
             try: yield
             finally: file.unlink(missing_ok=True)
 
     def begin(self,
         argv:list, # The command's arguments
-        path:Path|None, # Folder of the images
+        path:Path|None, # Folder of images
         lr:float, # Learning rate
         data:str, # Digest of the images
     ):
-        "Note what is being trained, and remove the checkpoints of an older training"
+        "Record what is being trained, and remove an older training's checkpoints"
         from frskd_fastai.learner.resume import CheckpointError, write_whole
         note = dict(argv=list(argv), path=path and str(path.absolute()), lr=lr, data=data)
         folder = self.checkpoints()
@@ -85,10 +85,10 @@ class RunFolder:
         except OSError as e: raise CheckpointError(f"can't write to {folder}: {e.strerror or e}") from e
 
     def note(self)->dict: # As given to `begin`
-        "What is being trained. `UsageError` where nothing is, or the note is damaged"
+        "Read what is being trained; `UsageError` if there is nothing, or the file is damaged"
         if not self.note_file.exists():
-            raise UsageError(f"--resume {self.path}: no interrupted training is there ({self.note_file} is "
-                             "missing)")
+            raise UsageError(f"--resume {self.path}: no interrupted training found ({self.note_file} is "
+                             "missing). Name the folder that was its --out.")
         try:
             note = json.loads(self.note_file.read_bytes())
             texts = all(isinstance(o, str) for o in [*note['argv'],note['data'],note['path'] or ''])
@@ -97,24 +97,24 @@ class RunFolder:
         return note
 
     def damaged(self)->UsageError:
-        "The error to raise for a note that can't be used"
-        return UsageError(f"--resume {self.path}: {self.note_file} is damaged. Start anew with --out "
+        "Return the error for a `training.json` that can't be used"
+        return UsageError(f"--resume {self.path}: {self.note_file} is damaged. Start over with --out "
                           f"{self.path} --force.")
 
     @property
     def finished(self):
-        "Are there results, and no training that is under way?"
+        "True if there are results, and no training in progress"
         return not self.note_file.exists() and all((self.path/o).exists() for o in results)
 
     def finish(self):
-        "Remove the checkpoints, the note first: what may remain never looks like an interrupted training"
+        "Remove the checkpoints; `training.json` first, so that leftovers don't look resumable"
         self.note_file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints(), ignore_errors=True)
 
-    def how_to_resume(self)->str: # Empty where nothing is kept
-        "What to say at the end of a training that was interrupted"
-        with contextlib.suppress(OSError): # where it can't be a folder
+    def how_to_resume(self)->str: # Empty if there are no checkpoints
+        "Say how to continue an interrupted training, as the end of a message"
+        with contextlib.suppress(OSError): # if it can't be a folder
             if any(self.checkpoints().glob('*/*.pth')):
                 command = shlex.join(['frskd-train','--resume',str(self.path)])
-                return f'. Whole epochs are kept; continue with: {command}'
+                return f'. Complete epochs are kept. Continue with: {command}'
         return ''

@@ -1,4 +1,4 @@
-"""Signals that end a training
+"""End a training on Ctrl-C, SIGTERM or SIGHUP
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/signals.html.md"""
 
@@ -14,24 +14,24 @@ from contextlib import contextmanager
 
 # %% ../../nbs/cli/signals.ipynb #378645f2
 class Interrupted(KeyboardInterrupt):
-    "A signal that ends a training"
+    "Raised when a signal ends a training"
     def __init__(self,
-        signum:int, # Of the signal
+        signum:int, # Number of the signal
     ): self.signum = signum
 
 _ending = [getattr(signal, o) for o in ('SIGINT','SIGTERM','SIGHUP') if hasattr(signal, o)]
 
 @contextmanager
 def signals(
-    handler:Callable, # Called with the number of the signal
+    handler:Callable, # Called with the signal's number
 ):
-    "Context in which SIGINT, SIGTERM and SIGHUP are for `handler`"
-    if threading.current_thread() is not threading.main_thread(): # Python takes handlers from no other
+    "Handle SIGINT, SIGTERM and SIGHUP with `handler` in this context"
+    if threading.current_thread() is not threading.main_thread(): # Python allows handlers in no other
         yield
         return
     pid = os.getpid()
     def handle(s, frame):
-        if os.getpid()==pid: handler(s) # inherited by processes that load images; their parent ends them
+        if os.getpid()==pid: handler(s) # DataLoader workers inherit the handler; the parent ends them
     def under_nohup(s): return s not in (signal.SIGINT,signal.SIGTERM) and signal.getsignal(s)==signal.SIG_IGN
     old = {s:signal.signal(s, handle) for s in _ending if not under_nohup(s)}
     try: yield
@@ -42,7 +42,7 @@ def signals(
 def end_at_batch(
     learn, # Learner
 ):
-    "Context in which a signal ends a fit after the batch, by `Interrupted`; a second one ends the process"
+    "On a signal, end the fit after the batch with `Interrupted`; a second one ends the process"
     from fastai.callback.core import Callback
     got = []
     def note(s):
@@ -53,4 +53,4 @@ def end_at_batch(
     def after_batch(self):
         if got: raise Interrupted(got[0])
     with signals(note), learn.added_cbs(Callback(after_batch=after_batch)): yield
-    if got: raise Interrupted(got[0]) # it came after the last batch
+    if got: raise Interrupted(got[0]) # the signal came after the last batch

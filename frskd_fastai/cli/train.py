@@ -17,10 +17,10 @@ from .signals import Interrupted, signals
 
 # %% ../../nbs/cli/train.ipynb #7d96e92e
 def main(
-    argv:list|None=None, # Arguments; the command line's by default
-)->int: # Exit code: 0; 2 for bad input; 1 where a training can't go on; 130 after Ctrl-C, 143 after SIGTERM
-    "The command `frskd-train`"
-    errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once on each machine
+    argv:list|None=None, # Arguments; default: the command line's
+)->int: # Exit code: 0; 2 for bad input; 1 if training fails; 128 + the signal that ended it
+    "Run `frskd-train`"
+    errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once per machine
     say = functools.partial(tell, 'frskd-train', file=errors)
     try: opts = TrainOptions.from_argv(sys.argv[1:] if argv is None else argv)
     except (UsageError,OSError) as e:
@@ -30,11 +30,11 @@ def main(
         print(f'This training is already finished; its results are in {opts.out}/')
         return 0
     def say_interrupted():
-        none = '; results are written at the end, so there are none'
+        none = ' before the first checkpoint: there is nothing to resume'
         say(f"interrupted{RunFolder(opts.out).how_to_resume() or none}")
     def interrupt(signum):
         if n_processes()==1: raise Interrupted(signum)
-        try: # now: one that waits for others may wait long
+        try: # at once: a process that waits for others may wait for long
             say_interrupted()
             sys.stdout.flush()
         finally: os._exit(128+signum)
@@ -55,7 +55,7 @@ def main(
 def _train(opts):
     import matplotlib.pyplot as plt, torch
     from frskd_fastai.cli.run import train
-    plt.switch_backend('agg') # pictures go to files; there may be no display
+    plt.switch_backend('agg') # figures go to files; there may be no display
     quiet = os.environ.get('RANK', '0')!='0'
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext(): train(opts)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()

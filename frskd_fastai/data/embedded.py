@@ -1,4 +1,4 @@
-"""An image set that comes with the package
+"""A small set of handwritten digits that needs no download
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/data/embedded.html.md"""
 
@@ -15,11 +15,11 @@ from fastai.vision.all import *
 def digits_data(
     dest:str|Path|None=None, # Folder to write to; default: `frskd_digits` in fastai's data folder
 )->Path: # Folder with `train/` (1,437 images) and `valid/` (360), each with a folder per digit
-    "Handwritten digits as image files, 8×8 pixels and gray; written on the first call, without a download"
+    "Write handwritten digits as gray 8×8 image files, unless they are already there"
     dest = Path(dest or fastai_path('data')/'frskd_digits')
     if dest.exists(): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=dest.parent, prefix='.frskd_digits')) # renamed once it is complete
+    tmp = Path(tempfile.mkdtemp(dir=dest.parent, prefix='.frskd_digits')) # renamed when it is complete
     _write_digits(tmp)
     tmp.chmod(0o755)
     try: tmp.rename(dest)

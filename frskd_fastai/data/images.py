@@ -1,4 +1,4 @@
-"""From a folder of images to `DataLoaders`
+"""Find the images of a classification data set in a folder, and make `DataLoaders`
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/data/images.html.md"""
 
@@ -12,80 +12,82 @@ __all__ = ['DataError', 'existing_folder', 'image_files', 'images_below', 'split
 from fastai.vision.all import *
 
 # %% ../../nbs/data/images.ipynb #2e4bb277
-class DataError(ValueError): "The images can't be used; the message says why, and what would be"
+class DataError(ValueError): "Raised when images can't be used; the message says why, and what to do"
 
 def existing_folder(
     path:str|Path,
 )->Path:
-    "`path`, or a `DataError` where it is no folder"
+    "Convert `path` to a `Path`; `DataError` if it isn't an existing folder"
     path = Path(path)
     if not path.exists(): raise DataError(f"no such folder: {path}")
     if not path.is_dir(): raise DataError(f"{path} is not a folder")
     return path
 
 def image_files(
-    folder:Path,
+    folder:Path, # Searched with all folders below it
 )->L: # Sorted
-    "The images in `folder` and its folders. `DataError` where a folder can't be read or a name isn't text"
+    "Find the images in `folder`; `DataError` if a folder or a file name can't be read"
     def unread(e): raise DataError(f"{e.filename} can't be read ({e.strerror})")
     files = L()
     for d,folders,names in os.walk(folder, followlinks=True, onerror=unread):
         here = Path(d)
         if here.is_symlink() and here.resolve() in [o.resolve() for o in here.absolute().parents]:
-            raise DataError(f"the link {here} leads in a circle, to {here.resolve()}; remove it")
+            raise DataError(f"{here} is a circular symlink to {here.resolve()}. Remove it.")
         folders[:] = [o for o in folders if not o.startswith('.')]
         files += [here/o for o in names if _is_image(here/o)]
     odd = first(f for f in files if str(f).encode(errors='ignore')!=os.fsencode(f))
-    if odd: raise DataError(f"a name of bytes that are no text, {ascii(str(odd))}; rename it")
+    if odd: raise DataError(f"a file name can't be decoded as text: {ascii(str(odd))}. Rename it.")
     return files.sorted()
 
 def _is_image(file):
-    "Not hidden, nor a pipe, on which a read would wait for ever; a broken link is told when it is opened"
+    """True for images that aren't hidden
+
+    Broken symlinks count, so that opening them raises an error. Pipes don't: reading one would wait forever."""
     named = file.suffix.lower() in image_extensions and not file.name.startswith('.')
     return named and (file.is_file() or file.is_symlink())
 
 # %% ../../nbs/data/images.ipynb #1ff54a3b
 def images_below(
     root:Path, # Folder with one folder per class
-    depth:int=0, # Which folder below `root` is the class: the first; -1 for the one that holds the image
+    depth:int=0, # Which folder on the path gives the class: 0, the first; -1, the last
 )->L: # Pairs (file, label), sorted
-    "The images of `root`, each with its class"
+    "Find the images below `root`, each with its class"
     files = image_files(root).filter(lambda f: len(f.relative_to(root).parts)>1)
     return files.map(lambda f: (f,f.relative_to(root).parts[:-1][depth]))
 
 def _check_images(
     files:list, # Image files
 ):
-    "Open every image. `DataError` that names those that can't be used"
+    "Open every image; `DataError` with the names of those that can't be used"
     bad = [f'{f} {why}' for f,why in zip(files, parallel(_problem, files)) if why]
     more = f", and {len(bad)-5} more" if len(bad)>5 else ''
-    if bad: raise DataError(f"images that can't be used: {', '.join(bad[:5])}{more}; remove or convert them")
+    if bad: raise DataError(f"images that can't be used: {', '.join(bad[:5])}{more}. Remove or convert them.")
 
 def _problem(file):
-    "What is wrong with an image, or None"
+    "Say what is wrong with an image; None if it is fine"
     try:
         with Image.open(file) as im: deep = im.mode[0] in 'IF'
     except Image.DecompressionBombError: return f'(more than {2*Image.MAX_IMAGE_PIXELS:,} pixels)'
     except Exception: return '(unreadable)'
-    if deep: return '(more than 8 bits a pixel, which fastai would clip to white)' # by `convert('RGB')`
+    if deep: return '(more than 8 bits per pixel, which fastai would clip to white)' # by `convert('RGB')`
     return None if verify_image(file) else '(unreadable)'
 
 # %% ../../nbs/data/images.ipynb #6d58619b
 def split_folders(
     path:Path, # Folder with `train/` and `valid/`, `val/` or `test/`, or without
 )->list: # Two folders, or `path` alone
-    "The folders of training and of validation images, or the one of both"
+    "Find the folders of training and validation images; `path` itself if it has no `train/`"
     if not (path/'train').is_dir(): return [path]
     valid = first(o for o in ('valid','val','test') if (path/o).is_dir())
-    if valid is None: raise DataError(f"{path} has train/, but neither valid/ nor val/ nor test/ beside it")
+    if valid is None: raise DataError(f"{path} has train/, but no valid/, val/ or test/. Add one of them.")
     return [path/'train',path/valid]
 
 def random_split(
     items:L,
     seed:int,
-    valid_pct:float, # Part of the items that goes to the second part, one at least
+    valid_pct:float, # Fraction of the items in the second part, which has at least one
 )->list: # Two `L`s, each in the order of `items`
-    "`items` in two parts"
+    "Split `items` in two at random"
     idxs = np.random.default_rng(seed).permutation(len(items)).tolist()
     n_valid = max(1, int(valid_pct*len(idxs)))
     return [items[sorted(idxs[n_valid:])],items[sorted(idxs[:n_valid])]]
@@ -94,52 +96,52 @@ def check_split(
     train:list, # Training items, pairs (file, label)
     valid:list, # Validation items
 ):
-    "`DataError` where there are no two classes, or the two don't go together"
+    "Raise a `DataError` if there is a single class, or a class without training images"
     known = set(L(train).itemgot(1))
-    if len(known)<2: raise DataError(f"only one class, {first(known)!r}, to train on: {train[0][0]}")
+    if len(known)<2: raise DataError(f"only one class, {first(known)!r}, to train on ({train[0][0]})")
     unknown = first((f,c) for f,c in valid if c not in known)
     if not unknown: return
-    raise DataError(f"class {unknown[1]!r} has no image to train on, but is in the validation set: {unknown[0]}")
+    raise DataError(f"class {unknown[1]!r} is in the validation set ({unknown[0]}), but has no training images")
 
 # %% ../../nbs/data/images.ipynb #cdef7977
-_layout = "expected train/ and valid/ (or test/), or one folder per class, with images in them"
+_layout = "Expected one folder per class, or train/ and valid/ (or test/) with one folder per class in each."
 
 def find_images(
-    path:str|Path, # Folder with `train/` and `valid/` or `test/`, or with one folder per class
-    seed:int=0, # Of the split, where `path` has no `valid/` or `test/`
-    valid_pct:float=0.2, # Part of the images that such a split holds back
+    path:str|Path, # Folder with one folder per class, or with `train/` and `valid/` (or `val/`, `test/`)
+    seed:int=0, # Seed for the random split, if `path` has no `train/`
+    valid_pct:float=0.2, # Fraction of the images in the validation set, if `path` has no `train/`
 )->tuple: # Training and validation items: two `L`s of pairs (file, label)
-    "The images of `path`, split. `DataError` where there is nothing to train on, or an image can't be used"
+    "Find the images in `path`, and split them; `DataError` if they can't be used"
     path = existing_folder(path)
     roots = split_folders(path)
     if (path/'codes.txt').is_file() and (roots[0]/'images').is_dir() and (roots[0]/'labels').is_dir():
-        raise DataError(f"{path} has codes.txt, images/ and labels/, as for segmentation; that is `frskd-train "
-                        "--task segmentation`. For classification expected one folder per class")
+        raise DataError(f"{path} has codes.txt, images/ and labels/, the layout for segmentation. Use `frskd-train "
+                        "--task segmentation`, or make one folder per class for classification.")
     parts = [images_below(o) for o in roots]
     for root,items in zip(roots, parts):
-        if not items: raise DataError(f"no images in class folders below {root}; {_layout}")
+        if not items: raise DataError(f"no images in class folders below {root}. {_layout}")
     classes = parts[0].itemgot(1).unique()
-    if len(classes)<2: raise DataError(f"only one class, {classes[0]!r}, in {roots[0]}; {_layout}")
+    if len(classes)<2: raise DataError(f"only one class, {classes[0]!r}, in {roots[0]}. {_layout}")
     _check_images(L(parts).concat().itemgot(0))
     at_random = len(parts)==1
     if at_random: parts = random_split(parts[0], seed, valid_pct)
     try: check_split(*parts)
     except DataError as e:
         if not at_random: raise
-        raise DataError(f"{e}. The images were split at random; with so few of them, make train/ and valid/ "
-                        "yourself") from None
+        raise DataError(f"{e}. The images were split at random. With so few of them, split them into train/ "
+                        "and valid/ yourself.") from None
     return tuple(parts)
 
 # %% ../../nbs/data/images.ipynb #a59f5fa9
 def image_dls(
     train:list, # Training items, pairs (file, label)
     valid:list, # Validation items
-    item_tfms:list|Callable, # Transforms of one image; they have to bring all images to one size
+    item_tfms:list|Callable, # Transforms of one image; they must bring all images to the same size
     batch_tfms:list|Callable|None=None, # Transforms of a batch
-    bs:int=64, # Batch size; at most the number of training images
-    num_workers:int|None=None, # Processes that load images; fastai's default
+    bs:int=64, # Batch size; reduced to the number of training images if they are fewer
+    num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
-    "`DataLoaders` of labelled image files"
+    "Make `DataLoaders` from labelled image files"
     block = pair_block(train, valid, CategoryBlock, ItemGetter(1), item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders([*train,*valid], bs=min(bs, len(train)), num_workers=num_workers)
 
@@ -147,9 +149,9 @@ def pair_block(
     train:list, # Training items, pairs of an image file and its target
     valid:list, # Validation items
     target:Callable, # The target's `TransformBlock`
-    get_y:Callable, # From an item to what `target` takes
+    get_y:Callable, # Function from an item to the input of `target`
     **tfms, # As for `DataBlock`
-)->DataBlock: # Of the items `[*train,*valid]`
-    "A `DataBlock` for items that are split already"
+)->DataBlock: # For the items `[*train,*valid]`
+    "Make a `DataBlock` for items that are already split"
     splitter = IndexSplitter(range(len(train), len(train)+len(valid)))
     return DataBlock((ImageBlock,target), get_x=ItemGetter(0), get_y=get_y, splitter=splitter, **tfms)

@@ -1,4 +1,4 @@
-"""From a folder of images and masks to `DataLoaders`
+"""Find the images and masks of a segmentation data set in a folder, and make `DataLoaders`
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/data/masks.html.md"""
 
@@ -13,32 +13,32 @@ from .images import *
 
 # %% ../../nbs/data/masks.ipynb #a9b75a8a
 def find_masks(
-    path:str|Path, # Folder as above
-    seed:int=0, # Of the split, where `path` has no `valid/`, `val/` or `test/`
-    valid_pct:float=0.2, # Part of the images that such a split holds back
-)->tuple: # Training and validation items, two `L`s of pairs (image, mask), and the classes
-    "The images and masks of `path`, split. `DataError` where they don't go together; every mask is read"
+    path:str|Path, # Folder in the layout above
+    seed:int=0, # Seed for the random split, if `path` has no `train/`
+    valid_pct:float=0.2, # Fraction of the images in the validation set, if `path` has no `train/`
+)->tuple: # Training and validation items, two `L`s of pairs (image, mask), and the list of classes
+    "Find the images and masks in `path`, check and split them; `DataError` if they don't match"
     path = existing_folder(path)
     codes = _read_codes(path/'codes.txt')
     parts = [masks_below(o) for o in split_folders(path)]
     if len(parts)==1:
-        if len(parts[0])<2: raise DataError(f"one image in {path/'images'}; it takes one more to validate on")
+        if len(parts[0])<2: raise DataError(f"only one image in {path/'images'}. Add at least one more.")
         parts = random_split(parts[0], seed, valid_pct)
     found = [set().union(*(_check_mask(*o, codes) for o in part)) for part in parts]
     _check_classes(found[0]-{void_label(codes)}, codes, parts[0][0][1].parent)
     return (*parts,codes)
 
 def void_label(
-    codes:list, # Classes
-)->int: # Its number
-    "The label of pixels without one"
+    codes:list, # Class names
+)->int: # Number of the class called void, unlabelled or ignore, or 255
+    "Find the value of pixels that have no label"
     names = 'void','unlabelled','unlabeled','ignore','ignored'
     return first([i for i,c in enumerate(codes) if c.lower() in names] + [255])
 
 def masks_below(
     root:Path, # Folder with `images/` and `labels/`
 )->L: # Pairs (image, mask), sorted
-    "The images of `root`, each with the mask of the same name. `DataError` that names one that is alone"
+    "Pair each image below `root` with the mask of the same name; `DataError` if one is missing"
     images,masks = (_by_name(root/o) for o in ('images','labels'))
     unseen,unlabelled = (first(o for o in a if o not in b) for a,b in ((masks,images),(images,masks)))
     if unseen: raise DataError(f"mask without an image: {masks[unseen]}")
@@ -47,44 +47,44 @@ def masks_below(
 
 # %% ../../nbs/data/masks.ipynb #119503f6
 def _read_codes(file):
-    "The classes, a line each"
+    "Read the class names, one per line"
     if not file.is_file():
-        raise DataError(f"{file.parent} has no codes.txt, which names the classes: one a line, the first for "
-                        "the pixels of value 0")
+        raise DataError(f"{file.parent} has no codes.txt. List the class names in it, one per line; the first is for "
+                        "pixels of value 0.")
     try: codes = [o.strip() for o in file.read_text(encoding='utf-8-sig').splitlines() if o.strip()]
-    except UnicodeDecodeError: raise DataError(f"{file} is no text in UTF-8; save it as that") from None
+    except UnicodeDecodeError: raise DataError(f"{file} is not UTF-8 text. Save it as UTF-8.") from None
     names = f"{len(codes)} class{'' if codes else 'es'}"
-    if len(codes)<2: raise DataError(f"{file} names {names}; it needs two or more, one a line")
+    if len(codes)<2: raise DataError(f"{file} names {names}. List two or more, one per line.")
     return codes
 
 def _by_name(folder):
-    "The images of `folder` by their names, without what ends them"
+    "Find the images in `folder`, by name without extension"
     if not folder.is_dir():
-        raise DataError(f"{folder.parent} has no folder {folder.name}/; expected images/ and labels/, with "
-                        "masks of the same names")
+        raise DataError(f"{folder.parent} has no folder {folder.name}/. Put the images into images/, and their "
+                        "masks, with the same names, into labels/.")
     files = {}
     for f in image_files(folder):
         name = str(f.relative_to(folder).with_suffix(''))
-        if name in files: raise DataError(f"two images called {name} in {folder}")
+        if name in files: raise DataError(f"two images are called {name} in {folder}. Rename one.")
         files[name] = f
     if not files: raise DataError(f"no images in {folder}")
     return files
 
 def _check_mask(image, mask, codes):
-    "The labels in `mask`, or a `DataError`"
+    "Read a mask, and return its labels; `DataError` if it can't be used"
     try:
         with Image.open(image) as im:
             im.load()
             size,deep = im.size,im.mode[0] in 'IF'
         with Image.open(mask) as m: values,mode = np.asarray(m),m.mode
     except (OSError,Image.DecompressionBombError) as e:
-        raise DataError(f"unreadable image, {image} or its mask {mask}: {e}") from None
-    if deep: raise DataError(f"{image} has more than 8 bits a pixel; fastai would clip it to white, convert it")
+        raise DataError(f"can't read the image {image} or its mask {mask}: {e}") from None
+    if deep: raise DataError(f"{image} has more than 8 bits per pixel, which fastai would clip to white. Convert it.")
     if mode not in ('L','P'):
-        raise DataError(f"{mask} is no mask, but an image of mode {mode}; a mask is a gray or palette image "
-                        "(mode L or P) of class numbers")
+        raise DataError(f"{mask} is not a mask, but an image of mode {mode}. Masks are gray or palette images "
+                        "(mode L or P) of class numbers.")
     h,w = values.shape
-    if size!=(w,h): raise DataError(f"{mask} is {w}×{h} pixels, its image {size[0]}×{size[1]}")
+    if size!=(w,h): raise DataError(f"{mask} is {w}×{h} pixels, but its image is {size[0]}×{size[1]}")
     labels,void = set(np.unique(values).tolist()),void_label(codes)
     top = max(labels-{void}, default=0)
     if top>=len(codes):
@@ -94,24 +94,24 @@ def _check_mask(image, mask, codes):
     return labels
 
 def _check_classes(labels, codes, folder):
-    "`DataError` where the masks to train on have fewer than two classes"
+    "Raise a `DataError` if the training masks have fewer than two classes"
     if len(labels)>1: return
-    have = f"one class only, {codes[first(labels)]}" if labels else "no class only"
-    void = ", and 255 is for pixels without a label, not for a class" if void_label(codes)==255 else ''
-    raise DataError(f"the masks in {folder} have labels of {have}; class numbers are lines of codes.txt, "
-                    f"counted from 0{void}")
+    have = f"only one class, {codes[first(labels)]}" if labels else "no class"
+    void = ", and 255 is for pixels without a label" if void_label(codes)==255 else ''
+    raise DataError(f"the masks in {folder} have labels of {have}. Class numbers are line numbers of codes.txt, "
+                    f"counted from 0{void}.")
 
 # %% ../../nbs/data/masks.ipynb #923f4a8d
 def mask_dls(
     train:list, # Training items, pairs (image, mask)
     valid:list, # Validation items
-    codes:list, # Classes
-    item_tfms:list|Callable, # Transforms of one image and its mask; they have to bring all to one size
+    codes:list, # Class names
+    item_tfms:list|Callable, # Transforms of one image and its mask; they must bring all to the same size
     batch_tfms:list|Callable|None=None, # Transforms of a batch
-    bs:int=8, # Batch size; at most the number of training images
-    num_workers:int|None=None, # Processes that load images; fastai's default
+    bs:int=8, # Batch size; reduced to the number of training images if they are fewer
+    num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
-    "`DataLoaders` of images and masks; of palette images they read the numbers"
+    "Make `DataLoaders` from images and masks; palette masks are read as class numbers"
     read = Pipeline([ItemGetter(1), load_image, np.asarray])
     block = pair_block(train, valid, MaskBlock(codes), read, item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders([*train,*valid], bs=min(bs, len(train)), num_workers=num_workers)

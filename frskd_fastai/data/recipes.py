@@ -1,4 +1,4 @@
-"""The paper's experiments by name: where the data is, how it is laid out, and how it is trained
+"""The paper's experiments by name: where to get the data, how to lay it out, and how to train on it
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/data/recipes.html.md"""
 
@@ -17,10 +17,10 @@ from .masks import *
 
 # %% ../../nbs/data/recipes.ipynb #a875e3a4
 def _listed(root, names, label):
-    "Items for the files `names` below `root`"
+    "Make items for the files `names` below `root`"
     items = L((root/n,label(n)) for n in names)
     lost = first(f for f,_ in items if not f.is_file())
-    if lost: raise DataError(f"{lost} is listed, but missing")
+    if lost: raise DataError(f"{lost} is listed but missing")
     return items
 
 def _lines(file):
@@ -30,32 +30,32 @@ def _lines(file):
 def _first_folder(name): return name.split('/')[0]
 
 def _folders(path, valid, depth=-1):
-    "`train/` and a `valid` folder, whose images are in a folder of their class"
+    "Read `train/` and the folder `valid`, in which images are in class folders"
     return images_below(path/'train', depth),images_below(path/valid, depth)
 
 def _tinyimagenet(path):
-    "Training images below their class; validation images in one folder, with a table of classes"
+    "Read training images from class folders, validation images from one folder with a table"
     classes = dict(o.split('\t')[:2] for o in _lines(path/'val/val_annotations.txt'))
     return images_below(path/'train'),_listed(path/'val/images', classes, classes.get)
 
 def _cub200(path):
-    "All images below their class; one list numbers them, another says which are for training"
+    "Read class folders; one list numbers the images, another marks those for training"
     names,is_train = (dict(o.split() for o in _lines(path/f)) for f in ('images.txt','train_test_split.txt'))
     parts = [[n for i,n in names.items() if is_train.get(i)==k] for k in '10']
     return [_listed(path/'images', o, _first_folder) for o in parts]
 
 def _dogs(path):
-    "All images below their class; two Matlab files list them"
+    "Read class folders, split by two Matlab files"
     from scipy.io import loadmat
     files = [loadmat(path/f'{k}_list.mat', simplify_cells=True)['file_list'] for k in ('train','test')]
     return [_listed(path/'Images', map(str, np.atleast_1d(o)), _first_folder) for o in files]
 
 def _mit67(path):
-    "All images below their class; two text files list them"
+    "Read class folders, split by two text files"
     return [_listed(path/'Images', _lines(path/f'{k}Images.txt'), _first_folder) for k in ('Train','Test')]
 
 def _stanford40(path):
-    "All images in one folder, named after their class; two lists a class"
+    "Read one folder, with the class in the file name, split by two lists per class"
     lists = [sorted((path/'ImageSplits').glob(f'*_{k}.txt')) for k in ('train','test')]
     names = [[n for f in files for n in _lines(f)] for files in lists]
     return [_listed(path/'JPEGImages', o, lambda n: n.rpartition('_')[0]) for o in names]
@@ -65,7 +65,7 @@ voc_codes = ('background aeroplane bicycle bird boat bottle bus car cat chair co
              'motorbike person pottedplant sheep sofa train tvmonitor').split()
 
 def _voc(path):
-    "Images and masks of two years, each in a folder of its own; text files list them"
+    "Read images and masks of VOC 2007 and 2012, split by text files"
     def listed(year, part):
         root = path/f'VOC{year}'
         names = _lines(root/f'ImageSets/Segmentation/{part}.txt')
@@ -73,50 +73,50 @@ def _voc(path):
         images,masks = (_listed(root/d, [n+ext for n in names], noop).itemgot(0) for d,ext in kinds)
         return images.zipwith(masks)
     test = listed(2007, 'test')
-    tested = {f'2007_{i.stem}' for i,_ in test} # their names in later years
+    tested = {f'2007_{i.stem}' for i,_ in test} # their names in VOC 2012
     return listed(2007, 'trainval') + listed(2012, 'trainval').filter(lambda o: o[0].stem not in tested),test
 
 # %% ../../nbs/data/recipes.ipynb #bfc7b126
 def small_tfms(
-    size:int, # Of the images, in pixels
+    size:int, # Image size in pixels
 )->list: # Item transforms
-    "Padded, cropped and mirrored; images of another size are resized first"
+    "Pad, crop and flip at random; resize images of another size first"
     resize = Resize(size)
     resize.order = CropPad.order-1 # fastai sorts transforms by `order`, and would pad first
     return [resize, CropPad(size+2*(size//8), pad_mode=PadMode.Zeros), RandomCrop(size), FlipItem()]
 
 def large_tfms(
-    size:int, # Of the crop, in pixels
+    size:int, # Size of the crop in pixels
 )->list: # Item transforms
-    "Cropped to 8% of the image or more, and mirrored"
+    "Crop to at least 8% of the image, and flip, at random"
     return [RandomResizedCrop(size, min_scale=0.08), FlipItem()]
 
 def mask_tfms(
-    size:int, # Of the crop, in pixels
+    size:int, # Size of the crop in pixels
 )->list: # Item transforms of image and mask
-    "Cropped to a quarter of the image or more, and mirrored; in validation all of it, squeezed to a square"
+    "Crop to at least 25% and flip, at random; for validation, squeeze the image to a square"
     return [RandomResizedCrop(size, min_scale=0.25, val_xtra=0), FlipItem()]
 
 # %% ../../nbs/data/recipes.ipynb #f0cc473f
 @dataclass
 class Recipe:
-    "One experiment"
+    "Hold the settings of one experiment"
     data:str       # Name of the data set
-    find:Callable  # From its folder to training and validation items
-    needs:tuple    # What the folder must hold
-    get:str        # Where it comes from
-    layout:str     # What its folder holds
-    url:str|None = None # fastai's URL, for a download
-    arch:str = 'resnet18'
-    size:int = 224
-    bs:int = 32
-    tfms:Callable = large_tfms # From the size to item transforms
-    stats:tuple = imagenet_stats # Mean and standard deviation, for the normalisation
-    codes:list|None = None # Classes, in segmentation
-    epochs:int = 200
-    lr:float = 0.1
-    drops:tuple = (1/2,3/4) # Parts of the training after which the learning rate is divided by ten
-    clip:float|None = None # Largest absolute value of a gradient's element
+    find:Callable  # Function from the folder to training and validation items
+    needs:tuple    # Files and folders that must exist
+    get:str        # Where to get the data set
+    layout:str     # Description of the layout, for messages
+    url:str|None = None # fastai's URL for the download, if it has one
+    arch:str = 'resnet18' # Architecture of the student
+    size:int = 224 # Image size in pixels
+    bs:int = 32 # Batch size
+    tfms:Callable = large_tfms # Function from the size to item transforms
+    stats:tuple = imagenet_stats # Mean and standard deviation for normalization
+    codes:list|None = None # Class names, for segmentation
+    epochs:int = 200 # Number of epochs
+    lr:float = 0.1 # Initial learning rate
+    drops:tuple = (1/2,3/4) # Fractions of the training after which the learning rate is divided by ten
+    clip:float|None = None # Largest absolute value of a gradient element; None for no clipping
 
     @property
     def segmentation(self): return self.codes is not None
@@ -127,7 +127,7 @@ _voc_parts = 'JPEGImages','SegmentationClass','ImageSets/Segmentation'
 recipes = dict(
     cifar100 = Recipe(
         'CIFAR-100', partial(_folders, valid='test'), ('train','test'), URLs.CIFAR_100,
-        'train/ and test/, each with a folder per class (in folders of superclasses, or not)',
+        'train/ and test/, each with a folder per class (with or without folders of superclasses)',
         URLs.CIFAR_100, stats=cifar_stats, **_small),
     tinyimagenet = Recipe(
         'TinyImageNet', _tinyimagenet, ('train','val/images','val/val_annotations.txt'),
@@ -154,8 +154,8 @@ recipes = dict(
     voc = Recipe(
         'PASCAL VOC 2007+2012', _voc, [f'VOC{year}/{o}' for year in (2007,2012) for o in _voc_parts],
         'http://host.robots.ox.ac.uk/pascal/VOC/ (VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar and '
-        'VOCtrainval_11-May-2012.tar, unpacked at one place)',
-        'VOC2007/ and VOC2012/ (in VOCdevkit/, or not), each with JPEGImages/*.jpg, SegmentationClass/*.png '
+        'VOCtrainval_11-May-2012.tar, unpacked in the same folder)',
+        'VOC2007/ and VOC2012/ (with or without VOCdevkit/), each with JPEGImages/*.jpg, SegmentationClass/*.png '
         'and ImageSets/Segmentation/*.txt',
         arch='efficientnet_b0', size=512, bs=16, tfms=mask_tfms, codes=voc_codes, epochs=60, lr=0.01,
         drops=(2/3,), clip=2.),
@@ -164,27 +164,28 @@ recipes = dict(
 # %% ../../nbs/data/recipes.ipynb #80312b2b
 def recipe_items(
     name:str, # A key of `recipes`
-    path:str|Path|None=None, # Folder with the data; None for fastai's download, where there is one
+    path:str|Path|None=None, # Folder with the data; default: fastai's download, if it has one
 )->tuple: # Training and validation items: two `L`s of pairs (file, label), or (image, mask)
-    "The images of a recipe, split as its data set has it. `DataError`, with how to get them, where one lacks"
+    "Find the images of a recipe, in their official split; `DataError` if any are missing"
     r = recipes[name]
     try:
         path = _download(r.url) if path is None else existing_folder(path)
         return _found(r, path)
     except Exception as e:
-        why = e if isinstance(e, DataError) else f"{path} can't be read as {r.data} ({type(e).__name__}: {e})"
-        raise DataError(f"{why}. The recipe {name} needs {r.data}, from {r.get}, as a folder with "
-                        f"{r.layout}: `frskd-train FOLDER --recipe {name}`") from e
+        why = f"{path} can't be read as {r.data} ({type(e).__name__}: {e})"
+        if isinstance(e, DataError): why = str(e).rstrip('.')
+        raise DataError(f"{why}. The recipe {name} needs {r.data} from {r.get}, in a folder with {r.layout}. "
+                        f"Then use `frskd-train FOLDER --recipe {name}`.") from e
 
 def _download(url):
-    if url is None: raise DataError("no folder given")
+    if url is None: raise DataError("no folder was given")
     try: return untar_data(url)
     except Exception as e:
         why = (str(e) or 'no reason given').splitlines()[0]
         raise DataError(f"can't download {url} ({type(e).__name__}: {why})") from e
 
 def _found(r, path):
-    "The items of the recipe `r` in `path`, or in the folder there that has most of what it needs"
+    "Find the items of `r` in `path`, or in the folder in it that has most of what `r` needs"
     path = max([path, *sorted(path.iterdir())], key=lambda p: sum((p/n).exists() for n in r.needs))
     lost = first(n for n in r.needs if not (path/n).exists())
     if lost: raise DataError(f"{path/lost} is missing")
@@ -198,11 +199,11 @@ def recipe_dls(
     name:str, # A key of `recipes`
     train:list, # Training items, as from `recipe_items`
     valid:list, # Validation items
-    size:int|None=None, # Of the images, in pixels; the recipe's by default
-    bs:int|None=None, # Batch size; the recipe's by default
-    num_workers:int|None=None, # Processes that load images; fastai's default
+    size:int|None=None, # Image size in pixels; default: the recipe's
+    bs:int|None=None, # Batch size; default: the recipe's
+    num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
-    "`DataLoaders` with the transforms of a recipe"
+    "Make `DataLoaders` with a recipe's transforms"
     r = recipes[name]
     make = partial(mask_dls, codes=r.codes) if r.segmentation else image_dls
     return make(train, valid, item_tfms=r.tfms(size or r.size), batch_tfms=Normalize.from_stats(*r.stats),
@@ -210,8 +211,8 @@ def recipe_dls(
 
 # %% ../../nbs/data/recipes.ipynb #b6cacbda
 class ClipValue(Callback):
-    "Clip each element of the gradients, of student and self-teacher, to ±`limit`"
-    order = GradientClip.order # After mixed precision has unscaled them
+    "Clip each element of the student's and the self-teacher's gradients to ±`limit`"
+    order = GradientClip.order # After mixed precision has unscaled the gradients
     def __init__(self,
         limit:float, # Largest absolute value
     ): self.limit = limit
@@ -223,7 +224,7 @@ def recipe_learner(
     model:nn.Module, # The student
     **kwargs, # As for `Learner`: `cbs`, `metrics` ...
 )->Learner:
-    "A Learner with the recipe's loss function, and SGD as torch has it: all parameters decay"
+    "Make a Learner with the recipe's loss, and SGD that decays all parameters, as torch's does"
     pixels = dict(axis=1, ignore_index=255) if recipes[name].segmentation else {}
     loss = CrossEntropyLossFlat(**pixels)
     sgd = partial(SGD, mom=0.9, decouple_wd=False)
@@ -232,8 +233,8 @@ def recipe_learner(
 def recipe_fit(
     learn:Learner, # From `recipe_learner`
     name:str, # A key of `recipes`
-    epochs:int|None=None, # The recipe's by default
-    lr:float|None=None, # The first learning rate; the recipe's by default
+    epochs:int|None=None, # Number of epochs; default: the recipe's
+    lr:float|None=None, # Initial learning rate; default: the recipe's
 ):
     "Train with the recipe's schedule"
     r = recipes[name]
