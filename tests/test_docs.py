@@ -183,7 +183,7 @@ def test_link(monkeypatch):
     site.pages['nbs/method/losses.ipynb'] = SimpleNamespace(md=Path('method/losses.md'))
     leads = {
         '#here':'#here', 'https://arxiv.org/abs/2103.08273':'https://arxiv.org/abs/2103.08273',
-        'models.csv':f'{git}/blob/main/nbs/tutorials/models.csv',
+        '../models.csv':f'{git}/blob/main/nbs/models.csv',
         'tests/conftest.py#L1':f'{git}/blob/main/tests/conftest.py#L1',
         '../../benchmarks':f'{git}/tree/main/benchmarks', f'{git}/tree/main/tests':f'{git}/tree/main/tests',
         'benchmarks/results/README.md#a':'../measurements.md#a',
