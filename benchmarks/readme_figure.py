@@ -22,8 +22,10 @@ def main(args):
     fig = learn.frskd.show_attention(n=args.n)
     drawn,png = io.BytesIO(),io.BytesIO()
     fig.savefig(drawn, dpi=80)
-    few_colours = Image.open(drawn).convert('RGB').convert('P', palette=Image.Palette.ADAPTIVE, colors=256)
-    few_colours.save(png, 'png', optimize=True) # a fifth of the size
+    full = Image.open(drawn).convert('RGB')
+    palette = full.quantize(256)
+    # a fifth of the size of all colours; dithered, so that the photographs keep theirs
+    full.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(png, 'png', optimize=True)
     if args.png: Path(args.png).write_bytes(png.getvalue())
     data = {'image/png':base64.b64encode(png.getvalue()).decode()+'\n', 'text/plain':['<Figure>']}
     for notebook,id in CELLS.items():

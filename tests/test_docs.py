@@ -163,11 +163,13 @@ def test_code_fits():
 def test_markdown(monkeypatch):
     "Lists render as in Jupyter, code stays unchanged, and outputs look as in a terminal"
     monkeypatch.syspath_prepend(root/'tools')
-    from make_docs import loose, mathml, outside_code, printed
+    from make_docs import _warning, loose, mathml, outside_code, printed
     assert outside_code(loose, 'It is\n- a\n  - b\n\n1. c\n2. d') == 'It is\n\n- a\n    - b\n\n1. c\n2. d'
     for same in '```\nif x:\n- a\n```', '- a\n- b', '    x\n    y': assert outside_code(loose, same)==same
     assert printed('\x1b[31mred\x1b[0m\n50%\r100%\n')=='```{ .text .output .no-copy }\nred\n100%\n```'
     assert printed(' \n')==''
+    told = 'x.py:1: UserWarning: one\ntwo\n  warn("one")\nkept\ny.py:2: FutureWarning: three\n'
+    assert _warning.sub('', told)=='kept\n'
     formula = mathml(r'<span class="arithmatex">\(x &lt; 1\)</span>')
     assert re.fullmatch(r'<span class="arithmatex"><math .*<mi>x</mi>.*</math></span>', formula)
 

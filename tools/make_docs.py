@@ -49,7 +49,8 @@ def notebooks():
 # Notebooks to Markdown
 
 _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
-_warning = re.compile(r'^\S+:\d+: \w*Warning: .*\n(?:  .*\n?)?', re.M)  # Python's, with its line of code
+# A warning of Python: its message may have several lines; an indented one, the line of code, ends it
+_warning = re.compile(r'^\S+:\d+: \w*Warning: .*\n(?:(?:\S.*\n)*?  .*\n?)?', re.M)
 
 def printed(s):
     "Format the output `s` as a block, as a terminal would show it"
