@@ -163,11 +163,16 @@ def test_code_fits():
 def test_markdown(monkeypatch):
     "Lists render as in Jupyter, code stays unchanged, and outputs look as in a terminal"
     monkeypatch.syspath_prepend(root/'tools')
-    from make_docs import _warning, loose, mathml, outside_code, printed
+    from make_docs import _warning, loose, mathml, outside_code, printed, progress_table, stream
     assert outside_code(loose, 'It is\n- a\n  - b\n\n1. c\n2. d') == 'It is\n\n- a\n    - b\n\n1. c\n2. d'
     for same in '```\nif x:\n- a\n```', '- a\n- b', '    x\n    y': assert outside_code(loose, same)==same
     assert printed('\x1b[31mred\x1b[0m\n50%\r100%\n')=='```{ .text .output .no-copy }\nred\n100%\n```'
     assert printed(' \n')==''
+    table = 'epoch     train_loss  time\n0         1.5         00:01\n1         0.5         00:02\n'
+    first,shown,last = stream('before\n' + table + 'after\n')
+    assert 'before' in first and 'after' in last and shown.count('<tr>')==3 and '<td>0.5</td>' in shown
+    assert 'epoch' not in first+last
+    assert [o for o in stream(table*2) if o]==[progress_table(table)]*2
     told = 'x.py:1: UserWarning: one\ntwo\n  warn("one")\nkept\ny.py:2: FutureWarning: three\n'
     assert _warning.sub('', told)=='kept\n'
     formula = mathml(r'<span class="arithmatex">\(x &lt; 1\)</span>')

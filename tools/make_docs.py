@@ -52,6 +52,25 @@ _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
 # A warning of Python: its message may have several lines; an indented one, the line of code, ends it
 _warning = re.compile(r'^\S+:\d+: \w*Warning: .*\n(?:(?:\S.*\n)*?  .*\n?)?', re.M)
 
+# What fastai prints of a fit where it can't show a table: a line of names, a line an epoch
+_progress = re.compile(r'^epoch(?: {2,}\S+)+ *\n(?:\d+(?: {2,}\S+)+ *(?:\n|\Z))+', re.M)
+
+def progress_table(s):
+    "Turn fastai's printed progress into an HTML table, as a notebook shows it"
+    head,*rows = (l.split() for l in s.strip().split('\n'))
+    def row(tag, cells): return '<tr>' + ''.join(f'<{tag}>{html.escape(o)}</{tag}>' for o in cells) + '</tr>'
+    return f'<div class="output"><table>{row("th", head)}{"".join(row("td", r) for r in rows)}</table></div>'
+
+def stream(s):
+    "Blocks of Markdown for what a cell prints"
+    s = '\n'.join(map(screen, _ansi.sub('', s).split('\n')))
+    end = 0
+    for m in _progress.finditer(s):
+        yield printed(s[end:m.start()])
+        yield progress_table(m[0])
+        end = m.end()
+    yield printed(s[end:])
+
 def printed(s):
     "Format the output `s` as a block, as a terminal would show it"
     s = '\n'.join(map(screen, _ansi.sub('', s).split('\n'))).rstrip()
@@ -106,10 +125,12 @@ class Page:
         if d.get('include')=='false': return
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip('\n')
         if src and d.get('echo')!='false': yield fenced(src, 'python')
-        if d.get('output')!='false': yield from map(self.output, c.outputs)
+        if d.get('output')=='false': return
+        for o in c.outputs:
+            if o.output_type=='stream': yield from stream(_warning.sub('', o.text) if o.name=='stderr' else o.text)
+            else: yield self.output(o)
 
     def output(self, o):
-        if o.output_type=='stream': return printed(_warning.sub('', o.text) if o.name=='stderr' else o.text)
         if o.output_type=='error': return printed(f'{o.ename}: {o.evalue}')
         return self.shown(o.data)
 
