@@ -107,8 +107,10 @@ class exec_entries(exec_show_docs):
         self.k.user_ns['show_doc'] = entry
 
 class Lookup(NbdevLookup):
-    "Links names in backticks, but of plain words only calls: `train` may be an option"
-    def _link_sym(self, m): return m[0] if re.fullmatch('`[a-z]+`', m[0]) else super()._link_sym(m)
+    "Links names in backticks, but of plain words only calls: `train` may be an option. What has a link keeps it"
+    def _link_sym(self, m):
+        linked = m.string[:m.start()].endswith('[') and m.string[m.end():].startswith('](')
+        return m[0] if linked or re.fullmatch('`[a-z]+`', m[0]) else super()._link_sym(m)
 
 def add_links(cell):
     "Add links like nbdev's processor of this name, but by `Lookup`"
