@@ -82,7 +82,10 @@ def test_what_is_shown_is_what_was_judged():
     logits = b.get_preds(act=noop)[0]
     assert lines[0]==a.dls.vocab[a.dls.valid_ds[best][1]] and lines[2].startswith(f'plain {c.probs[best,1]:.2f}')
     if '→' in lines[2]: assert lines[2].endswith(f'→ {b.dls.vocab[logits[best].argmax()]}')
-    plt.close(fig)
+    c.names = ['a name that is much longer than the image below it is wide','plain']
+    wrapped = c.show(n=6, size=1.8)
+    assert max(len(l) for ax in wrapped.axes for l in ax.get_title().split('\n')) <= 28
+    plt.close('all')
 
 def rows(): return pd.DataFrame(dict(file=[str(f) for f in images()], label=[f.parent.name for f in images()]))
 table = dict(get_x=ColReader('file'), get_y=ColReader('label'), items=rows)

@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/show/comparison.html.md"""
 __all__ = ['StudentComparison']
 
 # %% ../../nbs/show/comparison.ipynb #df451e08
+import textwrap
 from fastai.vision.all import *
 from ..student.features import *
 from ..student.probe import *
@@ -155,7 +156,8 @@ class StudentComparison:
             for who,p,right,z in zip(self.names, self.probs[i], self.right[i], both):
                 wrong = f' → {label_text(task.predicted(z, names))}' if right<1 else ''
                 lines.append(f'{who} {p:.2f}{wrong}')
-            ax.set_title('\n'.join(lines), fontsize=8, wrap=True)
+            wrapped = [textwrap.fill(o, int(16*size)) for o in lines] # as wide as the image's place
+            ax.set_title('\n'.join(wrapped), fontsize=8)
         return fig
 
     def _draw_masks(self, batches, idxs, size):
