@@ -1,4 +1,4 @@
-"""Kill and resume trainings at random moments, for tests/test_resume.py: `python killed.py KIND KILLS FOLDER`
+"""Kill and resume training runs at random moments, for tests/test_resume.py: `python killed.py KIND KILLS FOLDER`
 
 It first trains undisturbed, then trains again with SIGKILL at random moments and `--resume`, until it has killed KILLS
 processes. It prints the result as JSON. Each start is a fork, so that fastai is imported only once."""

@@ -346,7 +346,7 @@ def test_lr_find_counts_no_steps(make, capsys):
     assert learn.frskd.trust.steps==6 and 'FRSKD' not in capsys.readouterr().out
 
 def test_the_line_about_short_trainings(make, capsys):
-    "The message about short trainings appears only if something trains and prints; later fits count fewer steps"
+    "The message about short training runs appears only if something trains and prints; later fits count fewer steps"
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-3) # `make` turns printing off
     learn.logger = print

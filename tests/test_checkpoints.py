@@ -82,7 +82,7 @@ def test_two_fits_are_one_longer_one_without_a_break(make):
     """Two fits equal one longer fit
 
     Together with the test above, resuming from the file equals a fit of four epochs. With trust, this holds if both
-    trainings are long enough for all of it (`full=1` here)."""
+    training runs are long enough for all of it (`full=1` here)."""
     ends = []
     for fits in [4],[2,2]:
         learn = make(cbs=FRSKDCallback(), opt_func=partial(SGD, mom=.9))

@@ -18,7 +18,7 @@ class Spy:
         return self.loss(p, y, reduction=self.reduction, **self.kw)
 
 class Factors(Callback):
-    "Records trust after each step, without the rule for short trainings"
+    "Records trust after each step, without the rule for short training runs"
     order,run_valid = 100,False
     def before_fit(self): self.seen = []
     def after_batch(self): self.seen.append(float(self.frskd.factor/self.frskd.trust.share))

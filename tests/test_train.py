@@ -206,7 +206,7 @@ CASES += [(c,a,2) for c,v in MISTAKES.items() for a in v]
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    "Make a file, and result folders of interrupted, damaged and finished trainings"
+    "Make a file, and result folders of interrupted, damaged and finished training runs"
     root = tmp_path_factory.mktemp('folders')
     (root/'file.png').write_bytes(b'')
     for d in 'images','used','done','stopped/checkpoints','damaged/checkpoints': (root/d).mkdir(parents=True)

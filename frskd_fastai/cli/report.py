@@ -50,7 +50,7 @@ class Refined:
 
 # %% ../../nbs/cli/report.ipynb #1a440c32
 class Report:
-    "Write the results of one or two trainings"
+    "Write the results of one run or two"
     def __init__(self,
         job:ImageJob,
         runs:list, # Finished `Run`s; the one with FRSKD is last

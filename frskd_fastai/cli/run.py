@@ -1,4 +1,4 @@
-"""Run the trainings of `frskd-train`, one after the other
+"""Carry out the training runs of `frskd-train`, one after the other
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/run.html.md"""
 

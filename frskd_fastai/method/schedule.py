@@ -68,7 +68,7 @@ class Ramp(Schedule):
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00b
 class Trust(Schedule):
-    "Use the self-teacher's probability of the right answer as factor; less in short trainings"
+    "Use the self-teacher's probability of the right answer as factor; less in short training runs"
     needs_answers = True
     def __init__(self,
         beta:float=0.95, # Weight of the old running mean at each step
