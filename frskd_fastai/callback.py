@@ -60,10 +60,11 @@ class FRSKDCallback(StudentReader):
         # Self-teacher channels per student channel: one number, or one per level. Default: 2 (the paper's), or less if
         # `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
-        budget:float=0.8, # If `width` isn't given: the self-teacher's largest cost, as a fraction of the student's FLOPs
+        budget:float=0.8, # Largest self-teacher if `width` isn't given, as a fraction of the student's FLOPs
         depth:int=1, # Depthwise-separable convolutions per node; the paper uses 2. Not used for segmentation
         levels:int|list=4, # How many of the deepest feature levels to use, or their module names (see `list_levels`)
-        finest:int|None=None, # Index of a level, 0 is the largest; larger maps are pooled to its size. Default: 1; segmentation: 0
+        # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
+        finest:int|None=None,
         # Factor on everything the student learns from the self-teacher: 'trust' (see `Trust`), 'constant' (the
         # paper's), 'ramp' (see `late_ramp`), or a function from training progress to a factor, both from 0 to 1
         schedule:str|Callable='trust',
