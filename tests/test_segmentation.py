@@ -266,7 +266,7 @@ def test_own_dense_self_teacher(seg):
     assert learn.frskd.teacher.channels==[16]*3 and learn.frskd.teacher.head[0].out_channels==256
     from frskd_fastai.method.teacher import SelfTeacher
     learn = seg(cbs=FRSKDCallback(teacher=partial(SelfTeacher, width=1)))
-    shapes = r"logits of shape \(2, 4\); the student's are \(2, 4, height, width\)"
+    shapes = r"logits of shape \(2, 4\), but the student's have shape \(2, 4, height, width\)"
     with pytest.raises(ValueError, match=shapes): learn.frskd.build()
     with pytest.raises(ValueError, match=shapes): learn.fit(1)
 
