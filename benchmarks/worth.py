@@ -113,7 +113,7 @@ class Digits(Setting):
         return vision_learner(dls, resnet18, pretrained=False, **kw)
 
 class Groceries(Setting):
-    # The best of six rates for plain training, seed 99, and the largest: `finetune.py ... --per-class 10 --arms plain --lrs`
+    # The best of six rates for plain training, and the largest: `finetune.py ... --per-class 10 --arms plain --lrs`
     lr = 1.6e-2
     def __init__(self, args):
         super().__init__(args)
