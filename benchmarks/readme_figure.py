@@ -8,7 +8,7 @@ The network is that of `finetune.py`, the photographs have 128 px.
 The figure is saved as the output of the cells in `CELLS`, which call `learn.frskd.show_attention`. The tests skip
 these cells, because the package contains neither the photographs nor the weights. A hidden cell after each one makes
 the same call with the page's own Learner. `make export` copies the figure to README.md. The photographs are from the
-Grocery Store Dataset (Klasson, Zhang and Kjellström, WACV 2019; MIT licence).
+Grocery Store Dataset (Klasson, Zhang and Kjellström, WACV 2019; MIT license).
 """
 import base64, io, json
 from fastai.vision.all import *
@@ -24,7 +24,7 @@ def main(args):
     fig.savefig(drawn, dpi=80)
     full = Image.open(drawn).convert('RGB')
     palette = full.quantize(256)
-    # a fifth of the size of all colours; dithered, so that the photographs keep theirs
+    # a fifth of the size of all colors; dithered, so that the photographs keep theirs
     full.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(png, 'png', optimize=True)
     if args.png: Path(args.png).write_bytes(png.getvalue())
     data = {'image/png':base64.b64encode(png.getvalue()).decode()+'\n', 'text/plain':['<Figure>']}

@@ -45,7 +45,7 @@ class _option:
         if cb.trained is not None: setattr(cb.trained, self.name, value)
 
 class FRSKDCallback(StudentReader):
-    """Train a self-teacher on the student's feature maps and distil it into the student
+    """Train a self-teacher on the student's feature maps and distill it into the student
 
     FRSKD is [arXiv 2103.08273](https://arxiv.org/abs/2103.08273). You validate and export the plain student."""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]

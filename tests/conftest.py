@@ -21,7 +21,7 @@ def split(m): return L(m.stem, m.stages, m.head).map(params)
 
 VOID = 4
 def masks(x, y):
-    "Make masks: ink is 1 + digit modulo 3, paper is 0, gray pixels between them are unlabelled"
+    "Make masks: ink is 1 + digit modulo 3, paper is 0, gray pixels between them are unlabeled"
     ink = x[:,0]
     return torch.where(ink>.6, 1+y[:,None,None]%3, torch.where(ink<.2, 0, VOID)).long()
 

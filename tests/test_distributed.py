@@ -218,7 +218,7 @@ def test_data_parallel_on_one_device(make):
     assert isinstance(learn.model, SmallNet) and n_hooks(learn.model)==0
 
 @pytest.mark.parametrize('kw', [dict(),dict(feature_loss='overhaul'),dict(feature_loss='hint')], ids=str)
-def test_synchronised_batchnorm_takes_the_place(kw, make):
+def test_synchronized_batchnorm_takes_the_place(kw, make):
     """After `sync_bn=True` replaces the BatchNorms, parameters are the same, so optimizer and checkpoints still fit
 
     Synchronized steps themselves need GPUs."""
@@ -241,7 +241,7 @@ def test_synchronised_batchnorm_takes_the_place(kw, make):
     assert same(weights(cb.trained), before)
 
 @pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs: BatchNorm is synchronized on GPUs only')
-def test_synchronised_batchnorm(tmp_path):
+def test_synchronized_batchnorm(tmp_path):
     "On two GPUs, both networks stay equal with synchronized BatchNorm"
     with Ranks(tmp_path, env=dict(ACCELERATE_USE_CPU='0', RANKS_GPU='1')) as r:
         both = r.run('trains', how='sync_bn')

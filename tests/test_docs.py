@@ -238,7 +238,7 @@ def wait(browser, f):
     return WebDriverWait(browser, 20, .1).until(lambda _: f())
 
 def shown(browser, width, scheme='light'):
-    "Show pages in a window of `width` pixels, with the reader's preferred colour `scheme`"
+    "Show pages in a window of `width` pixels, with the reader's preferred color `scheme`"
     size = dict(width=width, height=800, deviceScaleFactor=1, mobile=width<500)
     features = [dict(name='prefers-color-scheme', value=scheme)]
     browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)

@@ -60,7 +60,7 @@ def test_pickled_metrics_need_no_frskd():
         assert b'frskd' not in b and pickle.loads(b).name==m.name
         assert deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)
 
-# -- Recognised, trained, left alone ----------------------------------------------------------------------
+# -- Recognized, trained, left alone ----------------------------------------------------------------------
 def test_unet_learner_in_one_line(items, tmp_path, capsys):
     "`unet_learner(dls, resnet18, cbs=FRSKDCallback())` works; the levels are the decoder's maps, finest first"
     dls = DataLoaders(DataLoader(items[:8], bs=4), DataLoader(items[8:12], bs=4)); dls.c = 4
@@ -201,7 +201,7 @@ LOSSES = {'CrossEntropyLossFlat':cross_entropy, 'torch':lambda: nn.CrossEntropyL
           'partial':lambda: partial(F.cross_entropy, ignore_index=VOID), 'combination':lambda: DiceAndFocal(VOID)}
 @pytest.mark.parametrize('name', LOSSES)
 def test_ignored_pixels_are_not_distilled(name, seg):
-    "Soft labels average over the labelled pixels; ignored ones give the student no gradient"
+    "Soft labels average over the labeled pixels; ignored ones give the student no gradient"
     loss = LOSSES[name]()
     assert ignored_labels(loss)-{-100}=={VOID}
     learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2)),Look()

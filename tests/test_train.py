@@ -266,7 +266,7 @@ def masks(tmp_path):
 SEG = '--task','segmentation','--epochs','1','--bs','4','--lr','1e-3','--no-pretrained'
 
 def test_segmentation(masks, tmp_path, capsys):
-    "Segmentation writes results with predictions, ignores unlabelled pixels, and exports a file that needs no FRSKD"
+    "Segmentation writes results with predictions, ignores unlabeled pixels, and exports a file that needs no FRSKD"
     out = tmp_path/'r'
     code,printed,err = run(masks, *SEG, '--compare', '--out', out, capsys=capsys)
     assert code==0, err
@@ -321,7 +321,7 @@ SPOILED = {
     'mode 1':'an image of mode 1',
     '0 and 255':'labels of only one class, paper. Class numbers are line numbers of codes.txt, counted from 0, and '
                 '255 is for',
-    'colours':'is not a mask, but an image of mode RGB',
+    'colors':'is not a mask, but an image of mode RGB',
     'broken':"can't read the image",
     'Latin-1 codes':'is not UTF-8 text',
     'no codes':'has no codes.txt',
@@ -343,7 +343,7 @@ def spoil(root, what):
             m = Image.fromarray(np.where(a==1, 255, 0).astype(np.uint8))
             (m.convert('1') if what=='mode 1' else m).save(f)
     if what=='0 and 255': codes.write_text('paper\nink\n')
-    if what=='colours': write(0, 3)
+    if what=='colors': write(0, 3)
     if what=='broken': mask.write_bytes(b'no image')
     if what=='Latin-1 codes': codes.write_bytes('void\nPapier\nStraße\n'.encode('latin-1'))
     if what=='no codes': codes.unlink()

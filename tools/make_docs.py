@@ -233,7 +233,7 @@ def relative(page, md, anchor): return os.path.relpath(md, page.md.parent) + (f'
 # The site
 
 def scheme(name, prefers, icon, other):
-    "Configure a colour scheme and its button that switches to the `other` scheme"
+    "Configure a color scheme and its button that switches to the `other` scheme"
     toggle = dict(icon=f'lucide/{icon}', name=f'Switch to the {other} scheme')
     media = f'(prefers-color-scheme: {prefers})'
     return dict(scheme=name, media=media, primary='indigo', accent='indigo', toggle=toggle)

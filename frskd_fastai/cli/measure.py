@@ -223,8 +223,8 @@ def plot_bench(
     fig,axs = plt.subplots(1, 2, figsize=size, sharey=True, width_ratios=(3,1), layout='constrained')
     y,left = np.arange(len(d)),np.zeros(len(d))
     share = d[list(parts)].div(d[list(parts)].sum(axis=1), axis=0).mul(d.ratio, axis=0)
-    colours = '#0072B2','#E69F00','#F0E442','#56B4E9','#999999' # distinguishable for color-blind readers
-    for o,c in zip(parts, colours):
+    colors = '#0072B2','#E69F00','#F0E442','#56B4E9','#999999' # distinguishable for color-blind readers
+    for o,c in zip(parts, colors):
         axs[0].barh(y, share[o], left=left, color=c, label=o)
         left += share[o]
     error = d.ratio-d.ratio_low,d.ratio_high-d.ratio

@@ -34,7 +34,7 @@ _path_help = (
     "folder of images: one folder per class, or train/ and valid/ (or test/) with one folder per class in "
     "each; without PATH, the embedded handwritten digits. For segmentation: codes.txt, images/ and labels/ "
     "(the last two may be in train/ and valid/); labels are gray or palette images of class numbers, and "
-    "pixels of a class called void, unlabelled or ignore, or with value 255 if there is none, are ignored")
+    "pixels of a class called void, unlabeled or ignore, or with value 255 if there is none, are ignored")
 
 def parser()->argparse.ArgumentParser:
     "Make the parser of `frskd-train`"

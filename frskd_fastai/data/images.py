@@ -141,7 +141,7 @@ def image_dls(
     bs:int=64, # Batch size; reduced to the number of training images if they are fewer
     num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
-    "Make `DataLoaders` from labelled image files"
+    "Make `DataLoaders` from labeled image files"
     block = pair_block(train, valid, CategoryBlock, ItemGetter(1), item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders([*train,*valid], bs=min(bs, len(train)), num_workers=num_workers)
 

@@ -30,7 +30,7 @@ def find_masks(
 
 def void_label(
     codes:list, # Class names
-)->int: # Number of the class called void, unlabelled or ignore, or 255
+)->int: # Number of the class called void, unlabeled or ignore, or 255
     "Find the value of pixels that have no label"
     names = 'void','unlabelled','unlabeled','ignore','ignored'
     return first([i for i,c in enumerate(codes) if c.lower() in names] + [255])
@@ -40,9 +40,9 @@ def masks_below(
 )->L: # Pairs (image, mask), sorted
     "Pair each image below `root` with the mask of the same name; `DataError` if one is missing"
     images,masks = (_by_name(root/o) for o in ('images','labels'))
-    unseen,unlabelled = (first(o for o in a if o not in b) for a,b in ((masks,images),(images,masks)))
+    unseen,unlabeled = (first(o for o in a if o not in b) for a,b in ((masks,images),(images,masks)))
     if unseen: raise DataError(f"mask without an image: {masks[unseen]}")
-    if unlabelled: raise DataError(f"image without a mask: {images[unlabelled]}")
+    if unlabeled: raise DataError(f"image without a mask: {images[unlabeled]}")
     return L((images[o],masks[o]) for o in images)
 
 # %% ../../nbs/data/masks.ipynb #119503f6

@@ -19,7 +19,7 @@ def prepare_like_model(
 )->nn.Module: # `module`, or its `DistributedDataParallel`
     """Move `module` to the model's device and, if the model is distributed, wrap it in DDP too
 
-    Its BatchNorm is synchronised if `distrib_ctx(sync_bn=...)` says so"""
+    Its BatchNorm is synchronized if `distrib_ctx(sync_bn=...)` says so"""
     device = one_param(learn.model).device
     module.to(device)
     if not isinstance(learn.model, DistributedDataParallel) or not trainable_params(module): return module

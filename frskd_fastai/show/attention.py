@@ -33,7 +33,7 @@ def _gray(image):
 def _limit(maps): return max(1., torch.cat([o.abs().flatten() for o in maps]).quantile(.99).item())
 
 def _overlay(ax, gray, attention, style):
-    "Draw `attention` in colour over the gray image, at half its contrast so that the colours stay visible"
+    "Draw `attention` in color over the gray image, at half its contrast so that the colors stay visible"
     middle,half = (gray.max()+gray.min())/2,(gray.max()-gray.min())/2+1e-6
     extent = 0,gray.shape[1],gray.shape[0],0
     ax.imshow(gray, cmap='gray', extent=extent, vmin=middle-2*half, vmax=middle+2*half)

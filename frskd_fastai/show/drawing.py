@@ -1,4 +1,4 @@
-"""What the figures share: colours, names of classes and levels, images of the validation set
+"""What the figures share: colors, names of classes and levels, images of the validation set
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/show/drawing.html.md"""
 
@@ -64,7 +64,7 @@ def show_wrong(
     keep:Tensor, # bool, H×W: pixels that count
     ax:plt.Axes,
 ):
-    "Draw wrong pixels in colour, right ones in gray and ignored ones in white"
+    "Draw wrong pixels in color, right ones in gray and ignored ones in white"
     cmap = matplotlib.colors.ListedColormap(['#DDDDDD',okabe_ito[1]])
     ax.imshow(np.ma.masked_where(~keep, ~right), cmap=cmap, vmin=0, vmax=1, interpolation='nearest')
     ax.axis('off')

@@ -45,7 +45,7 @@ def plot_curves(
     history:pd.DataFrame, # One row per run and epoch; columns `run`, `train_loss`, `valid_loss` and metrics
     metric:str='accuracy', # Column to plot on the right
 )->plt.Figure:
-    "Plot losses and a metric per epoch, one colour per run"
+    "Plot losses and a metric per epoch, one color per run"
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), okabe_ito):
         d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]

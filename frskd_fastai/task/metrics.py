@@ -40,7 +40,7 @@ class _PixelMetric(Metric):
         return new
 
 class PixelAccuracy(_PixelMetric):
-    "Compute the fraction of labelled pixels that are predicted correctly"
+    "Compute the fraction of labeled pixels that are predicted correctly"
     name = 'pixel_accuracy'
     @property
     def value(self): return None if self.counts is None else self.counts[0].sum()/self.counts[2].sum()
