@@ -45,8 +45,9 @@ def say_if_short(
     quiet = not learn.n_epoch or learn.logger is noop or hasattr(learn, 'lr_finder') or rank_distrib()
     frozen = learn.opt.frozen_idx>0 # the first phase of `fine_tune`
     if quiet or frozen or schedule.share>=.25: return
-    print(f"FRSKD: only {schedule.last} training steps in total, so distillation has little effect on the student "
-          f"(full effect from {schedule.full:,}). Consider `learn.frskd.refined()`, which keeps the self-teacher.")
+    print(f"FRSKD: only {schedule.last} training steps in total, so distillation is scaled down to at most "
+          f"{schedule.share:.1%} (100% from {schedule.full:,} steps). "
+          "Consider `learn.frskd.refined()`, which keeps the self-teacher.")
 
 @contextmanager
 def single_position(
