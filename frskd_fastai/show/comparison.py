@@ -137,7 +137,8 @@ class StudentComparison:
         batches = [o.batch(better+worse) for o in self.judged]
         draw = self._draw_masks if batches[0][1].ndim==Segmentation.ndim else self._draw_labels
         fig = draw(batches, better+worse, size)
-        title = f"{self.names[0]} is better on the first {len(better)}, worse on the last {len(worse)}"
+        title = (f"{self.names[0]}: better on the first {len(better)}, worse on the last {len(worse)}, "
+                 "by answer, then by probability")
         fig.suptitle(title, fontsize=9)
         return fig
 

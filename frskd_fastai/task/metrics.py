@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/task/metrics.html.md"""
 __all__ = ['PixelAccuracy', 'MeanIoU']
 
 # %% ../../nbs/task/metrics.ipynb #3e7a0001
+from numbers import Integral
 from fastai.basics import *
 from .task import *
 
@@ -16,8 +17,13 @@ class _PixelMetric(Metric):
     "Count the hits, predictions and labels of each class, in pixels"
     counts = None
     def __init__(self,
-        ignored:int|set|list=(), # Label or labels to skip, as in the loss function's `ignore_index`
-    ): self.task = Segmentation(L(ignored))
+        ignored:int|set|list=(), # Number or numbers of the labels to skip, as in the loss function's `ignore_index`
+    ):
+        for o in L(ignored):
+            if not isinstance(o, Integral):
+                raise ValueError(f"{type(self).__name__}: ignored takes numbers of labels, got {o!r}. "
+                                 "Use the label's place in the list of codes: `codes.index('void')`.")
+        self.task = Segmentation(L(ignored))
 
     ignored = property(lambda self: self.task.ignored)
 
