@@ -63,18 +63,22 @@ def progress_table(s):
 
 def stream(s):
     "Blocks of Markdown for what a cell prints"
-    s = '\n'.join(map(screen, _ansi.sub('', s).split('\n')))
-    end = 0
+    s,end = terminal(s),0
     for m in _progress.finditer(s):
-        yield printed(s[end:m.start()])
+        yield block(s[end:m.start()])
         yield progress_table(m[0])
         end = m.end()
-    yield printed(s[end:])
+    yield block(s[end:])
+
+def terminal(s):
+    "Return what a terminal shows of the output `s`, without colors"
+    return '\n'.join(map(screen, _ansi.sub('', s).split('\n')))
+
+def block(s): return fenced(s.rstrip(), '{ .text .output .no-copy }') if s.strip() else ''
 
 def printed(s):
     "Format the output `s` as a block, as a terminal would show it"
-    s = '\n'.join(map(screen, _ansi.sub('', s).split('\n'))).rstrip()
-    return fenced(s, '{ .text .output .no-copy }') if s.strip() else ''
+    return block(terminal(s))
 
 def outside_code(f, s):
     "Apply `f` to the parts of `s` that are neither fenced nor in backticks"

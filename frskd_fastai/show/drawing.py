@@ -35,7 +35,7 @@ def level_label(
     module,parent = (model.get_submodule(o) for o in (name,name.rpartition('.')[0]))
     if type(module) is not nn.Sequential: return type(module).__name__
     block = type(module[0])
-    stages = [o for o in parent if isinstance(o, nn.Sequential)] if isinstance(parent, nn.Sequential) else []
+    stages = [o for o in parent.children() if isinstance(o, nn.Sequential)]
     resnet = block.__module__=='torchvision.models.resnet' and module in stages
     return f'layer{stages.index(module)+1}' if resnet else block.__name__
 
