@@ -17,7 +17,8 @@ An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed 
 The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone)
 and the cheaper self-teachers of `cheap.py`. `plain longer` trains for so many more epochs that it takes as long as
 `plain frskd` according to `--times`. Arms with the same seed share the initial student and the order of the data.
-Runs use one CPU thread, or the GPU if there is one.
+Runs use one CPU thread, or the GPU if there is one; a difference is between runs on the same device. The times are
+those of one CPU thread, and of the GPU in `wide`.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
@@ -39,10 +40,10 @@ import argparse, time
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
-from schedule_study import CropFlip, NoValid, cifar, mean_se, small_resnet
+from schedule_study import CropFlip, NoValid, cifar, small_resnet
 import camvid_study, finetune
 
-RECIPES = 'plain','smoothing','mixup','cutmix'
+RECIPES = dict(plain='plain', smoothing='label smoothing', mixup='MixUp', cutmix='CutMix')
 METHODS = {
     'frskd':          FRSKDCallback,
     'paper':          FRSKDCallback.paper,
@@ -98,8 +99,8 @@ class Cifar(Setting):
         train = TensorLoader(self.x, self.y, device, bs=self.bs, shuffle=True, drop_last=True)
         dls = DataLoaders(train, TensorLoader(self.xv, self.yv, device, bs=500), device=device)
         cbs = [CropFlip(), *self.callbacks(recipe, method)]
-        # On a GPU, fastai's optimizer takes longer than the rest of the step
-        fused = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))
+        # On a GPU, fastai's Adam takes longer than the rest of the step; this is the same with torch's kernel
+        fused = partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(.9,.99), eps=1e-5, fused=True))
         opt_func = fused if device.type=='cuda' else Adam
         learn = Learner(dls, self.student(self.c), loss_func=self.loss_func(recipe), opt_func=opt_func, cbs=cbs)
         learn.to_channelslast(use_amp=False)
@@ -155,10 +156,18 @@ class CamVid(Setting):
 SETTINGS = { # name: (class, budgets in epochs)
     'few':       (partial(Cifar, per_class=50), [20,60]),
     'many':      (partial(Cifar, per_class=500), [20]),
-    'wide':      (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [60]),
+    'wide':      (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [20,60]),
     'groceries': (Groceries, [5,15]),
     'digits':    (Digits, [2,5,20]),
     'camvid':    (CamVid, [20,60])}
+
+TITLES = {
+    'few':       '33 classes × 50, small ResNet',
+    'many':      '33 classes × 500, small ResNet',
+    'wide':      '33 classes × 500, ResNet-18',
+    'groceries': '81 classes × 10, fine-tuning',
+    'digits':    'digits, ResNet-18',
+    'camvid':    'CamVid, small U-Net'}
 
 def make_learner(setting, seed, recipe, method):
     "Build a seeded Learner, ready to train"
@@ -217,7 +226,7 @@ def run(args):
     setting = make(args)
     if args.times: return measure(args, setting)
     for seed,epochs,arm in itertools.product(args.seeds, args.epochs or budgets, args.arms):
-        key = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed)
+        key = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, device=args.device_name)
         if args.out.exists() and (pd.read_csv(args.out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
         rows = pd.DataFrame(train(args, setting, epochs, seed, arm))
         rows.to_csv(args.out, mode='a', header=not args.out.exists(), index=False)
@@ -258,57 +267,86 @@ def times(args, setting, method):
     if not args.times_out.exists(): return math.nan
     setting = {'many':'few'}.get(setting, setting) # their steps are the same
     d = pd.read_csv(args.times_out)
-    return d[(d.setting==setting) & (d.method==method) & (d.device==args.device_name)].ratio.median()
+    return d[(d.setting==setting) & (d.method==method)].ratio.median()
 
 # -- Results ----------------------------------------------------------------------------------------------------
-def results(args):
-    "Yield rows and paired differences from plain per setting, budget, arm and network"
+def summary(args):
+    """Summarize the runs in a row per setting, budget, arm and network
+
+    `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss` and `more_ece` are differences from
+    plain training with the same seed on the same device; `score_se`, `gain_se` and `more_loss_se` are standard errors,
+    `n` and `pairs` the numbers of runs and differences."""
     d = pd.read_csv(args.out)
     part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
-    d = d[d.part==part].assign(metric=d.miou.fillna(d.accuracy)) # the larger set if there are two
-    for (setting,epochs),g in d.groupby(['setting','epochs'], sort=False):
-        plain = g[g.arm=='plain'].set_index('seed')
-        for (arm,network),o in g.groupby(['arm','network'], sort=False):
-            o = o.set_index('seed')
-            yield setting,epochs,arm,network,o,{k:(o[k]-plain[k]).dropna() for k in ('metric','loss','ece')}
+    d = d[d.part==part].assign(score=d.miou.fillna(d.accuracy)) # the larger set if there are two
+    pair = ['setting','epochs','seed','device']
+    plain = d[d.arm=='plain'].set_index(pair)[['score','loss','ece']]
+    d = d.join(plain.add_suffix('_plain'), on=pair)
+    d = d.assign(gain=d.score-d.score_plain, more_loss=d.loss-d.loss_plain, more_ece=d.ece-d.ece_plain)
+    g = d.groupby(['setting','epochs','arm','network'], sort=False)
+    means = g[['score','gain','loss','more_loss','ece','more_ece','trained_epochs']].mean()
+    errors = g[['score','gain','more_loss']].sem().add_suffix('_se')
+    out = means.join(errors).assign(n=g.size(), pairs=g.gain.count()).reset_index()
+    return out.assign(time=[relative_time(args, *o) for o in zip(out.setting, out.epochs, out.arm, out.trained_epochs)])
 
-def relative_time(args, setting, epochs, arm, o):
+def relative_time(args, setting, epochs, arm, trained_epochs):
     "Return the training time relative to plain training"
     method = arm.partition(' ')[2]
-    if method=='longer': return (o.trained_epochs/epochs).mean()
-    return times(args, setting, method or 'plain')
+    return trained_epochs/epochs if method=='longer' else times(args, setting, method or 'plain')
+
+def plus_minus(mean, se, n=2, sign=''):
+    "Format a mean and its standard error, if there is one, with `n` decimals"
+    if math.isnan(mean): return ''
+    text = f'{mean:{sign}.{n}f}' + ('' if math.isnan(se) else f' ± {se:.{n}f}')
+    return text.replace('-', '−')
 
 def table(args):
     "Print all results as a Markdown table"
-    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','seeds'
+    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','runs'
     print('| '+' | '.join(heads)+' |\n'+'|---'*len(heads)+'|')
-    for setting,epochs,arm,network,o,diff in results(args):
-        t = relative_time(args, setting, epochs, arm, o)
-        cells = [setting, epochs, arm, network, f'{t:.2f}', mean_se(o.metric), mean_se(diff['metric'], sign='+'),
-                 mean_se(diff['loss'], 3, '+'), f'{o.ece.mean():.1f}', len(o)]
+    for o in summary(args).itertuples():
+        if o.arm=='plain': o = o._replace(gain=math.nan, more_loss=math.nan)
+        cells = [o.setting, o.epochs, o.arm, o.network, f'{o.time:.2f}', plus_minus(o.score, o.score_se),
+                 plus_minus(o.gain, o.gain_se, sign='+'), plus_minus(o.more_loss, o.more_loss_se, 3, '+'),
+                 f'{o.ece:.1f}', o.n]
         print('| '+' | '.join(map(str, cells))+' |')
 
-def figure(args):
-    "Plot gain against training time, relative to plain; one panel per setting and budget"
-    rows = list(results(args))
-    panels = list(dict.fromkeys((s,e) for s,e,*_ in rows))
-    n = (len(panels)+2)//3
-    fig,axs = subplots(n, min(3, len(panels)), figsize=(13,4*n), layout='constrained')
-    marks = dict(student='o', refined='s', average='^')
-    for ax in list(axs.flat)[len(panels):]: ax.axis('off')
-    for ax,panel in zip(axs.flat, panels):
-        ax.axhline(0, color='k', lw=.8, ls=':')
-        for setting,epochs,arm,network,o,diff in rows:
-            gain = diff['metric']
-            if (setting,epochs)!=panel or arm=='plain' or not len(gain): continue
-            t = relative_time(args, setting, epochs, arm, o)
-            c = dict(zip(ARMS, plt.cm.tab20.colors))[arm]
-            ax.errorbar(t, gain.mean(), gain.std()/len(gain)**.5 if len(gain)>1 else 0, fmt=marks[network], color=c,
-                        label=arm if network=='student' else None)
-        ax.set(title=f'{panel[0]}, {panel[1]} epochs', xlabel='training time, × plain',
+MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
+    '':               ('o','student','alone'),
+    ' frskd':         ('s','student','with FRSKD: student'),
+    ' frskd average': ('^','average','with FRSKD: average of both networks'),
+    ' longer':        ('X','student',"plain training for as long as FRSKD takes")}
+COLORS = dict(zip((*RECIPES,'longer'), ('#000000','#0072B2','#D55E00','#009E73','#999999')))
+
+def plot(d):
+    "Plot gain against training time for each recipe, alone and with FRSKD; `d` is a `summary`"
+    d = d[d.pairs>0].fillna({'gain_se':0})
+    runs = {o:g.set_index(['arm','network']) for o,g in d.groupby(['setting','epochs'])}
+    runs = dict(sorted(runs.items(), key=lambda o: (list(SETTINGS).index(o[0][0]),o[0][1])))
+    cols = min(3, len(runs))
+    rows = -(-len(runs)//cols)
+    fig,axs = subplots(rows, cols, figsize=(4.3*cols,3.5*rows), layout='constrained')
+    for ax in list(axs.flat)[len(runs):]: ax.axis('off')
+    for ax,((setting,epochs),run) in zip(axs.flat, runs.items()):
+        plot_run(ax, run)
+        ax.set(title=f'{TITLES[setting]}, {epochs} epochs', xlabel='training time, × plain',
                ylabel='gain over plain training, points')
-    axs.flat[0].legend(fontsize=7)
-    fig.savefig(args.figure, dpi=110)
+        ax.title.set_fontsize(9)
+    handles = [plt.Line2D([], [], color=COLORS[o], lw=4, label=RECIPES[o]) for o in RECIPES]
+    handles += [plt.Line2D([], [], color=COLORS['longer' if k==' longer' else 'plain'], marker=m, ls='',
+                           mfc='w' if n=='average' else None, label=label) for k,(m,n,label) in MARKS.items()]
+    fig.legend(handles=handles, fontsize=8, loc='outside lower center', ncols=4)
+    return fig
+
+def plot_run(ax, run):
+    "Plot the gains of a setting and budget"
+    ax.axhline(0, color='k', lw=.8, ls=':')
+    for recipe,(kind,(mark,network,_)) in itertools.product(RECIPES, MARKS.items()):
+        arm = recipe+kind.removesuffix(' average')
+        if (arm,network) not in run.index: continue
+        o,color = run.loc[(arm,network)],COLORS['longer' if kind==' longer' else recipe]
+        ax.errorbar(o.time, o.gain, o.gain_se, fmt=mark, color=color, mfc='w' if network=='average' else color)
+        if kind==' frskd': ax.plot([1,o.time], [run.loc[(recipe,'student')].gain,o.gain], color=color, lw=.8)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -330,6 +368,6 @@ if __name__=='__main__':
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
     torch.set_num_threads(1)
     if args.table: table(args)
-    elif args.figure: figure(args)
+    elif args.figure: plot(summary(args)).savefig(args.figure, dpi=110)
     elif args.setting: run(args)
     else: p.error('SETTING is missing: name one, or use --table or --figure')
