@@ -62,7 +62,7 @@ class FRSKDCallback(StudentReader):
         width:float|list|None=None,
         budget:float=0.8, # Largest self-teacher if `width` isn't given, as a fraction of the student's FLOPs
         depth:int=1, # Depthwise-separable convolutions per node; the paper uses 2. Not used for segmentation
-        levels:int|list=4, # How many of the deepest feature levels to use, or their module names (see `list_levels`)
+        levels:int|list=4, # At most how many of the deepest feature levels to use, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
         # Factor on everything the student learns from the self-teacher: 'trust' (see `Trust`), 'constant' (the

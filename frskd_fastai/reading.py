@@ -14,6 +14,7 @@ from fastai.basics import *
 from .task.task import *
 from .task.checks import *
 from .student.features import *
+from .student.names import *
 from .student.levels import *
 from .student.probe import *
 from .learner.fit_scopes import *

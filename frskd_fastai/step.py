@@ -47,7 +47,8 @@ def say_if_short(
     if quiet or frozen or schedule.share>=.25: return
     print(f"FRSKD: only {schedule.last} training steps in total, so distillation is scaled down to at most "
           f"{schedule.share:.1%} (100% from {schedule.full:,} steps). "
-          "Consider `learn.frskd.refined()`, which keeps the self-teacher.")
+          "Consider the refined model, which keeps the self-teacher: `learn.frskd.refined()`, or "
+          "`frskd-train --keep-refined`.")
 
 @contextmanager
 def single_position(

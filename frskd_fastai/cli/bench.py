@@ -145,3 +145,6 @@ def main(
         tell('frskd-bench', 'interrupted: no results were written')
         return 130
     return 0
+
+# %% ../../nbs/cli/bench.ipynb #mainbenc1
+if __name__=='__main__': sys.exit(main())

@@ -85,6 +85,7 @@ def bench_learner(
     if whole: learn = Learner(dls, model(n_out), **kw)
     else:     learn = vision_learner(dls, model, pretrained=False, normalize=False, **kw)
     learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, (ProgressCallback,Recorder))))
+    learn.logger = noop # FRSKD says that these runs are short
     learn.dls.to(torch.device(device))
     learn.model.to(device)
     if channels_last: learn.to_channelslast(use_amp=False)

@@ -59,3 +59,6 @@ def _train(opts):
     quiet = os.environ.get('RANK', '0')!='0'
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext(): train(opts)
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+
+# %% ../../nbs/cli/train.ipynb #maintrai1
+if __name__=='__main__': sys.exit(main())

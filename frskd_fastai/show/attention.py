@@ -11,6 +11,7 @@ __all__ = ['attention_maps']
 from fastai.vision.all import *
 from ..callback import *
 from ..method.losses import *
+from ..student.names import *
 from .drawing import *
 
 # %% ../../nbs/show/attention.ipynb #ea0502f0
