@@ -298,7 +298,7 @@ def plus_minus(mean, se, n=2, sign=''):
     "Format a mean and its standard error, if there is one, with `n` decimals"
     if math.isnan(mean): return ''
     text = f'{mean:{sign}.{n}f}' + ('' if math.isnan(se) else f' ± {se:.{n}f}')
-    return text.replace('-', '−')
+    return text.replace('-', '−').replace(' ', '\xa0') # in one line
 
 def table(args):
     "Print all results as a Markdown table"
@@ -310,6 +310,32 @@ def table(args):
                  plus_minus(o.gain, o.gain_se, sign='+'), plus_minus(o.more_loss, o.more_loss_se, 3, '+'),
                  f'{o.ece:.1f}', o.n]
         print('| '+' | '.join(map(str, cells))+' |')
+
+OVERVIEW = { # rows of `overview`: (arm, network)
+    'plain, as long as FRSKD': ('plain longer','student'),
+    'label smoothing':         ('smoothing','student'),
+    'MixUp':                   ('mixup','student'),
+    'CutMix':                  ('cutmix','student'),
+    '**FRSKD**, student':      ('plain frskd','student'),
+    '**FRSKD**, refined':      ('plain frskd','refined'),
+    '**FRSKD**, average':      ('plain frskd','average'),
+    'label smoothing + FRSKD': ('smoothing frskd','student'),
+    'MixUp + FRSKD':           ('mixup frskd','student'),
+    'CutMix + FRSKD':          ('cutmix frskd','student')}
+
+def overview(d):
+    "Return the Markdown table of the README from a `summary`: recipes against settings"
+    runs = d[(d.arm=='plain frskd') & (d.pairs>0)][['setting','epochs']].drop_duplicates().values.tolist()
+    runs.sort(key=lambda o: (list(SETTINGS).index(o[0]),o[1]))
+    d = d.set_index(['setting','epochs','arm','network'])
+    def gain(run, row):
+        if (*run,*row) not in d.index: return ''
+        o = d.loc[(*run,*row)]
+        return plus_minus(o.gain, o.gain_se, sign='+') + ('' if o.pairs>2 else f' ({o.pairs:.0f})')
+    lines = ['training run', *(f'{TITLES[s]}, {e} epochs' for s,e in runs)], ['---']*(len(runs)+1)
+    lines += ['plain: accuracy', *(f'{d.loc[(*o,"plain","student")].score:.2f}' for o in runs)],
+    lines += *([name, *(gain(o, row) for o in runs)] for name,row in OVERVIEW.items()),
+    return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
     '':               ('o','student','alone'),
@@ -362,12 +388,14 @@ if __name__=='__main__':
     p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
     p.add_argument('--times', action='store_true', help='time a step of each method and stop')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
+    p.add_argument('--overview', action='store_true', help="print the README's table from --out and stop")
     p.add_argument('--figure', type=Path, help='plot the results to this file and stop')
     args = p.parse_args()
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
     torch.set_num_threads(1)
     if args.table: table(args)
+    elif args.overview: print(overview(summary(args)))
     elif args.figure: plot(summary(args)).savefig(args.figure, dpi=110)
     elif args.setting: run(args)
     else: p.error('SETTING is missing: name one, or use --table or --figure')

@@ -257,8 +257,8 @@ def shown(browser, width, scheme='light'):
     browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
     browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=features))
 
-# Return the first lines of code blocks that are cut off: wider than their box, which doesn't scroll
-CUT_OFF = """return [...document.querySelectorAll("pre > code")].filter(e => {
+# Return the first lines of code blocks and formulas that are cut off: wider than their box, which doesn't scroll
+CUT_OFF = """return [...document.querySelectorAll("pre > code, .arithmatex")].filter(e => {
     const scrolls = ["auto","scroll"].includes(getComputedStyle(e).overflowX)
     const hidden = e.getBoundingClientRect().right > document.documentElement.clientWidth + 1
     return hidden || e.scrollWidth > e.clientWidth + 1 && (arguments[0] || !scrolls)
@@ -266,7 +266,7 @@ CUT_OFF = """return [...document.querySelectorAll("pre > code")].filter(e => {
 
 @pytest.mark.parametrize('width', [1280, 390])
 def test_browser_pages(browser, url, pages, width):
-    "No page is wider than the window or logs an error; code fits a wide window, and scrolls in a narrow one"
+    "No page is wider than the window or logs an error; code and formulas fit a wide window, and scroll in a narrow one"
     shown(browser, width)
     bad = []
     for name in pages:
