@@ -1,6 +1,7 @@
 """Compare training recipes with and without FRSKD: more epochs, label smoothing, MixUp, CutMix.
 
     python benchmarks/worth.py few --epochs 20 60  # trains what is missing; appends a row per network to --out
+    python benchmarks/worth.py few many camvid --workers 16 # sixteen runs at a time, for instance on a GPU
     python benchmarks/worth.py few --times         # times a step of each method in --arms; needs an idle machine
     python benchmarks/worth.py --table
     python benchmarks/worth.py --figure benchmarks/results/worth.png
@@ -36,7 +37,8 @@ The rule for choosing `FRSKDCallback`'s default, written before any method had a
 - If all are out, the default is the one that is worse in the fewest of them; among equals, the one with the highest
   average.
 """
-import argparse, time
+import argparse, multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
@@ -44,6 +46,7 @@ from schedule_study import CropFlip, NoValid, cifar, small_resnet
 import camvid_study, finetune
 
 RECIPES = dict(plain='plain', smoothing='label smoothing', mixup='MixUp', cutmix='CutMix')
+MIXING = dict(mixup=MixUp, cutmix=CutMix)
 METHODS = {
     'frskd':          FRSKDCallback,
     'paper':          FRSKDCallback.paper,
@@ -83,7 +86,7 @@ class Setting:
     def loss_func(self, recipe):
         return CrossEntropyLossFlat(label_smoothing=.1 if recipe=='smoothing' else 0., **self.loss_kw)
     def callbacks(self, recipe, method):
-        cbs = [{'mixup':MixUp, 'cutmix':CutMix}[recipe]()] if recipe in ('mixup','cutmix') else []
+        cbs = [MIXING[recipe]()] if recipe in MIXING else []
         return cbs if method is None else [*cbs,method()]
     def fit(self, learn, epochs): learn.fit_one_cycle(epochs, self.lr)
     def keep(self, y): return y>=0 # which labels count
@@ -147,8 +150,6 @@ class CamVid(Setting):
         kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
         return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
     def callbacks(self, recipe, method):
-        if recipe in ('mixup','cutmix'):
-            raise SystemExit("worth.py: MixUp and CutMix don't support segmentation. Drop these arms.")
         if method==FRSKDCallback.paper: method = partial(method, segmentation=True)
         return super().callbacks(recipe, method)
     def keep(self, y): return y!=self.void
@@ -205,36 +206,58 @@ def networks(learn, x):
     _,student,_,teacher = learn.frskd.run_both(x)
     return [student,teacher]
 
-def train(args, setting, epochs, seed, arm):
-    "Train one arm and return its rows"
+loaded = {} # settings by name
+def setting_of(args, name):
+    "Return a `Setting`, whose data are read once in each process"
+    torch.set_num_threads(1)
+    if name not in loaded: loaded[name] = SETTINGS[name][0](args)
+    return loaded[name]
+
+def train(args, name, epochs, seed, arm):
+    "Train one arm in the setting `name` and return its rows"
+    setting = setting_of(args, name)
     recipe,method,longer = parse_arm(arm)
-    if longer and math.isnan(times(args, args.setting, 'frskd')):
-        raise SystemExit(f'worth.py: no times measured yet. Run `worth.py {args.setting} --times` first.')
-    n = round(epochs*times(args, args.setting, 'frskd')) if longer else epochs
+    n = round(epochs*times(args, name, 'frskd')) if longer else epochs
     learn = make_learner(setting, seed, recipe, method)
     start = time.process_time() # CPU time, since other processes may be running
     learn.add_cb(NoValid(math.inf))
     with learn.no_bar(), learn.no_logging(): setting.fit(learn, n)
-    about = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, trained_epochs=n)
+    about = dict(setting=name, arm=arm, epochs=epochs, seed=seed, trained_epochs=n)
     about.update(cpu_seconds=round(time.process_time()-start, 1), device=args.device_name)
     parts = {'valid':learn.dls.valid, **setting.more_dls}
     judged = {part:judge(setting, learn, dl) for part,dl in parts.items()}
     return [dict(about, part=part, network=k, **o) for part,networks in judged.items() for k,o in networks.items()]
 
+def missing(args):
+    "List the runs that have no rows: setting, epochs, seed and arm"
+    done = pd.read_csv(args.out) if args.out.exists() else pd.DataFrame(dict(device=[]))
+    keys = ['setting','epochs','seed','arm']
+    done = set(done[done.device==args.device_name].get(keys, done).itertuples(index=False, name=None))
+    asked = [(name,epochs,seed,arm) for name in args.settings
+             for seed,epochs,arm in itertools.product(args.seeds, args.epochs or SETTINGS[name][1], args.arms)]
+    asked = [o for o in asked if o[0]!='camvid' or parse_arm(o[3])[0] not in MIXING] # they don't mix masks
+    unknown = {o[0] for o in asked if o[3]=='plain longer' and math.isnan(times(args, o[0], 'frskd'))}
+    if unknown: raise SystemExit(f'worth.py: no times measured yet. Run `worth.py {" ".join(unknown)} --times` first.')
+    return [o for o in asked if o not in done]
+
+def save(args, rows):
+    "Append the rows of a run to `--out` and print them"
+    rows = pd.DataFrame(rows)
+    rows.to_csv(args.out, mode='a', header=not args.out.exists(), index=False)
+    shown = rows[['setting','arm','epochs','seed','part','network','accuracy','loss','cpu_seconds']]
+    print(shown.to_string(index=False, header=False), flush=True)
+
 def run(args):
-    make,budgets = SETTINGS[args.setting]
-    setting = make(args)
-    if args.times: return measure(args, setting)
-    for seed,epochs,arm in itertools.product(args.seeds, args.epochs or budgets, args.arms):
-        key = dict(setting=args.setting, arm=arm, epochs=epochs, seed=seed, device=args.device_name)
-        if args.out.exists() and (pd.read_csv(args.out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue
-        rows = pd.DataFrame(train(args, setting, epochs, seed, arm))
-        rows.to_csv(args.out, mode='a', header=not args.out.exists(), index=False)
-        shown = rows[['arm','epochs','seed','part','network','accuracy','loss','cpu_seconds']]
-        print(shown.to_string(index=False, header=False), flush=True)
+    "Train what is missing; a run that fails is reported and doesn't stop the others"
+    context = multiprocessing.get_context('spawn') # CUDA doesn't survive a fork
+    with ProcessPoolExecutor(args.workers, context) as pool:
+        runs = {pool.submit(train, args, *o):o for o in missing(args)}
+        for f in as_completed(runs):
+            try: save(args, f.result())
+            except Exception as e: print(f'{runs[f]}: {type(e).__name__}: {e}', flush=True)
 
 # -- Time per step ----------------------------------------------------------------------------------------------
-def measure(args, setting, rounds=7, steps=6):
+def measure(args, name, rounds=7, steps=6):
     "Time training steps of all methods in turns; appends the ratios to plain to `--times-out`"
     class Timer(Callback):
         order,run_valid = 99,False
@@ -247,6 +270,7 @@ def measure(args, setting, rounds=7, steps=6):
             self.times.append(self.now()-self.start)
             if len(self.times)>steps: raise CancelFitException
     names = [m for m in METHODS if m in {arm.partition(' ')[2] for arm in args.arms}]
+    setting = setting_of(args, name)
     learners = {k:make_learner(setting, 0, 'plain', METHODS.get(k)) for k in ['plain',*names]}
     times = defaultdict(list)
     for i in range(rounds+1):
@@ -256,7 +280,7 @@ def measure(args, setting, rounds=7, steps=6):
     rows = []
     for k,t in times.items():
         low,mid,high = np.quantile(np.array(t)/times['plain'], [.25,.5,.75])
-        rows.append(dict(setting=args.setting, method=k, seconds=round(np.median(t), 4), ratio=round(mid, 3),
+        rows.append(dict(setting=name, method=k, seconds=round(np.median(t), 4), ratio=round(mid, 3),
                          low=round(low, 3), high=round(high, 3), device=args.device_name))
     rows = pd.DataFrame(rows)
     rows.to_csv(args.times_out, mode='a', header=not args.times_out.exists(), index=False)
@@ -376,13 +400,14 @@ def plot_run(ax, run):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('setting', nargs='?', choices=SETTINGS)
+    p.add_argument('settings', nargs='*', metavar='SETTING', help=', '.join(SETTINGS))
     p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in CHEAP], choices=ARMS)
     p.add_argument('--epochs', nargs='+', type=int, help="budgets; default: all budgets of the setting")
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--cifar', default='../shared/data/cifar100-1.zip')
     p.add_argument('--groceries', default='../shared/data/groceries.zip')
     p.add_argument('--camvid', default='../shared/data/camvid-half.zip')
+    p.add_argument('--workers', type=int, default=1, help='number of runs at a time')
     here = Path(__file__).parent/'results'
     p.add_argument('--out', type=Path, default=here/'worth.csv')
     p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
@@ -393,9 +418,12 @@ if __name__=='__main__':
     args = p.parse_args()
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
-    torch.set_num_threads(1)
+    unknown = set(args.settings)-set(SETTINGS)
+    if unknown: p.error(f'no such setting: {", ".join(unknown)}')
     if args.table: table(args)
     elif args.overview: print(overview(summary(args)))
     elif args.figure: plot(summary(args)).savefig(args.figure, dpi=110)
-    elif args.setting: run(args)
-    else: p.error('SETTING is missing: name one, or use --table or --figure')
+    elif args.times:
+        for o in args.settings: measure(args, o)
+    elif args.settings: run(args)
+    else: p.error('SETTING is missing: name one or more, or use --table, --overview or --figure')

@@ -47,7 +47,7 @@ class _option:
 class FRSKDCallback(StudentReader):
     """Train a self-teacher on the student's feature maps and distill it into the student
 
-    FRSKD is [arXiv 2103.08273](https://arxiv.org/abs/2103.08273). You validate and export the plain student."""
+    FRSKD is Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)). You validate and export the plain student."""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (_option() for _ in range(10))
     compile,columns = _option(),_option()
@@ -60,9 +60,9 @@ class FRSKDCallback(StudentReader):
         # Self-teacher channels per student channel: one number, or one per level. Default: 2 (the paper's), or less if
         # `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
-        budget:float=0.8, # Largest self-teacher if `width` isn't given, as a fraction of the student's FLOPs
+        budget:float=0.8, # Maximum FLOPs of the self-teacher if `width` isn't given, as a fraction of the student's
         depth:int=1, # Depthwise-separable convolutions per node; the paper uses 2. Not used for segmentation
-        levels:int|list=4, # At most how many of the deepest feature levels to use, or module names (see `list_levels`)
+        levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
         # Factor on everything the student learns from the self-teacher: 'trust' (see `Trust`), 'constant' (the

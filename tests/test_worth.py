@@ -1,5 +1,5 @@
 "The study of training recipes, benchmarks/worth.py: differences, and the table in the docs"
-import argparse, json, math
+import argparse, json, math, os, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
 
@@ -41,6 +41,21 @@ def test_the_table_in_the_docs(worth, page):
     "README and tutorial have the table that `worth.py --overview` prints"
     cells = json.loads((root/'nbs'/page).read_text(encoding='utf-8'))['cells']
     assert worth.overview(results(worth)) in '\n'.join(''.join(o['source']) for o in cells)
+
+def test_runs(worth, tmp_path):
+    "Two runs at a time: each appends its rows once, with the same start; what is there is not repeated"
+    cmd = [sys.executable, 'benchmarks/worth.py', 'digits', '--epochs', '1', '--seeds', '0', '--workers', '2']
+    cmd += ['--arms', 'plain', 'smoothing frskd', '--out', str(tmp_path/'rows.csv')]
+    env = os.environ | {'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}
+    for text in 'digits',None:
+        r = subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True)
+        assert r.returncode==0 and (text in r.stdout if text else not r.stdout), r.stdout+r.stderr
+        d = pd.read_csv(tmp_path/'rows.csv')
+        assert sorted(zip(d.arm, d.network))==[('plain','student')] + [
+            ('smoothing frskd',o) for o in ('average','refined','student')]
+    assert d.accuracy.between(5, 100).all() and d.loss.between(.01, 10).all() and (d.trained_epochs==1).all()
+    r = subprocess.run([*cmd[:2], 'tidy'], cwd=root, env=env, capture_output=True, text=True)
+    assert r.returncode==2 and r.stderr.strip().endswith('no such setting: tidy')
 
 def test_numbers_in_a_table(worth):
     "A minus is a minus, and no line breaks inside"

@@ -33,7 +33,7 @@ class Observer:
     The images require a gradient there, so that autograd's graph leads back to them; no other gradient changes"""
     def __init__(self,
         model:nn.Module, # The student
-        levels:int|list=4, # At most how many of the deepest levels to find, or a list of module names
+        levels:int|list=4, # Maximum number of levels, counted from the deepest, or a list of module names
         hooks:type=FeatureHooks, # Class that keeps the outputs
     ):
         self.model,self.levels = model,levels
@@ -200,7 +200,7 @@ def module_operations(
 def find_levels(
     model:nn.Module, # The student
     *xb:Tensor, # One batch of inputs, on the model's device
-    levels:int|list=4, # At most how many of the deepest levels to find, or a list of module names
+    levels:int|list=4, # Maximum number of levels, counted from the deepest, or a list of module names
 )->tuple: # `L` of `Level`s, largest map first, and the model's output
     """Find the feature levels of `model` in one forward pass on `xb`, without changing the model
 
