@@ -43,9 +43,9 @@ from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
 from schedule_study import CropFlip, NoValid, cifar, small_resnet
+from worth_results import RECIPES, overview, plot, summary, table, times
 import camvid_study, finetune
 
-RECIPES = dict(plain='plain', smoothing='label smoothing', mixup='MixUp', cutmix='CutMix')
 MIXING = dict(mixup=MixUp, cutmix=CutMix)
 METHODS = {
     'frskd':          FRSKDCallback,
@@ -162,14 +162,6 @@ SETTINGS = { # name: (class, budgets in epochs)
     'digits':    (Digits, [2,5,20]),
     'camvid':    (CamVid, [20,60])}
 
-TITLES = {
-    'few':       '33 classes × 50, small ResNet',
-    'many':      '33 classes × 500, small ResNet',
-    'wide':      '33 classes × 500, ResNet-18',
-    'groceries': '81 classes × 10, fine-tuning',
-    'digits':    'digits, ResNet-18',
-    'camvid':    'CamVid, small U-Net'}
-
 def make_learner(setting, seed, recipe, method):
     "Build a seeded Learner, ready to train"
     set_seed(seed)
@@ -217,7 +209,7 @@ def train(args, name, epochs, seed, arm):
     "Train one arm in the setting `name` and return its rows"
     setting = setting_of(args, name)
     recipe,method,longer = parse_arm(arm)
-    n = round(epochs*times(args, name, 'frskd')) if longer else epochs
+    n = round(epochs*times(args.times_out, name, 'frskd')) if longer else epochs
     learn = make_learner(setting, seed, recipe, method)
     start = time.process_time() # CPU time, since other processes may be running
     learn.add_cb(NoValid(math.inf))
@@ -236,7 +228,7 @@ def missing(args):
     asked = [(name,epochs,seed,arm) for name in args.settings
              for seed,epochs,arm in itertools.product(args.seeds, args.epochs or SETTINGS[name][1], args.arms)]
     asked = [o for o in asked if o[0]!='camvid' or parse_arm(o[3])[0] not in MIXING] # they don't mix masks
-    unknown = {o[0] for o in asked if o[3]=='plain longer' and math.isnan(times(args, o[0], 'frskd'))}
+    unknown = {o[0] for o in asked if o[3]=='plain longer' and math.isnan(times(args.times_out, o[0], 'frskd'))}
     if unknown: raise SystemExit(f'worth.py: no times measured yet. Run `worth.py {" ".join(unknown)} --times` first.')
     return [o for o in asked if o not in done]
 
@@ -286,118 +278,6 @@ def measure(args, name, rounds=7, steps=6):
     rows.to_csv(args.times_out, mode='a', header=not args.times_out.exists(), index=False)
     print(rows.to_string(index=False))
 
-def times(args, setting, method):
-    "Return the median of the measured time ratios to plain; NaN if there is none"
-    if not args.times_out.exists(): return math.nan
-    setting = {'many':'few'}.get(setting, setting) # their steps are the same
-    d = pd.read_csv(args.times_out)
-    return d[(d.setting==setting) & (d.method==method)].ratio.median()
-
-# -- Results ----------------------------------------------------------------------------------------------------
-def summary(args):
-    """Summarize the runs in a row per setting, budget, arm and network
-
-    `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss` and `more_ece` are differences from
-    plain training with the same seed on the same device; `score_se`, `gain_se` and `more_loss_se` are standard errors,
-    `n` and `pairs` the numbers of runs and differences."""
-    d = pd.read_csv(args.out)
-    part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
-    d = d[d.part==part].assign(score=d.miou.fillna(d.accuracy)) # the larger set if there are two
-    pair = ['setting','epochs','seed','device']
-    plain = d[d.arm=='plain'].set_index(pair)[['score','loss','ece']]
-    d = d.join(plain.add_suffix('_plain'), on=pair)
-    d = d.assign(gain=d.score-d.score_plain, more_loss=d.loss-d.loss_plain, more_ece=d.ece-d.ece_plain)
-    g = d.groupby(['setting','epochs','arm','network'], sort=False)
-    means = g[['score','gain','loss','more_loss','ece','more_ece','trained_epochs']].mean()
-    errors = g[['score','gain','more_loss']].sem().add_suffix('_se')
-    out = means.join(errors).assign(n=g.size(), pairs=g.gain.count()).reset_index()
-    return out.assign(time=[relative_time(args, *o) for o in zip(out.setting, out.epochs, out.arm, out.trained_epochs)])
-
-def relative_time(args, setting, epochs, arm, trained_epochs):
-    "Return the training time relative to plain training"
-    method = arm.partition(' ')[2]
-    return trained_epochs/epochs if method=='longer' else times(args, setting, method or 'plain')
-
-def plus_minus(mean, se, n=2, sign=''):
-    "Format a mean and its standard error, if there is one, with `n` decimals"
-    if math.isnan(mean): return ''
-    text = f'{mean:{sign}.{n}f}' + ('' if math.isnan(se) else f' ± {se:.{n}f}')
-    return text.replace('-', '−').replace(' ', '\xa0') # in one line
-
-def table(args):
-    "Print all results as a Markdown table"
-    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','runs'
-    print('| '+' | '.join(heads)+' |\n'+'|---'*len(heads)+'|')
-    for o in summary(args).itertuples():
-        if o.arm=='plain': o = o._replace(gain=math.nan, more_loss=math.nan)
-        cells = [o.setting, o.epochs, o.arm, o.network, f'{o.time:.2f}', plus_minus(o.score, o.score_se),
-                 plus_minus(o.gain, o.gain_se, sign='+'), plus_minus(o.more_loss, o.more_loss_se, 3, '+'),
-                 f'{o.ece:.1f}', o.n]
-        print('| '+' | '.join(map(str, cells))+' |')
-
-OVERVIEW = { # rows of `overview`: (arm, network)
-    'plain, as long as FRSKD': ('plain longer','student'),
-    'label smoothing':         ('smoothing','student'),
-    'MixUp':                   ('mixup','student'),
-    'CutMix':                  ('cutmix','student'),
-    '**FRSKD**, student':      ('plain frskd','student'),
-    '**FRSKD**, refined':      ('plain frskd','refined'),
-    '**FRSKD**, average':      ('plain frskd','average'),
-    'label smoothing + FRSKD': ('smoothing frskd','student'),
-    'MixUp + FRSKD':           ('mixup frskd','student'),
-    'CutMix + FRSKD':          ('cutmix frskd','student')}
-
-def overview(d):
-    "Return the Markdown table of the README from a `summary`: recipes against settings"
-    runs = d[(d.arm=='plain frskd') & (d.pairs>0)][['setting','epochs']].drop_duplicates().values.tolist()
-    runs.sort(key=lambda o: (list(SETTINGS).index(o[0]),o[1]))
-    d = d.set_index(['setting','epochs','arm','network'])
-    def gain(run, row):
-        if (*run,*row) not in d.index: return ''
-        o = d.loc[(*run,*row)]
-        return plus_minus(o.gain, o.gain_se, sign='+') + ('' if o.pairs>2 else f' ({o.pairs:.0f})')
-    lines = ['training run', *(f'{TITLES[s]}, {e} epochs' for s,e in runs)], ['---']*(len(runs)+1)
-    lines += ['plain: accuracy', *(f'{d.loc[(*o,"plain","student")].score:.2f}' for o in runs)],
-    lines += *([name, *(gain(o, row) for o in runs)] for name,row in OVERVIEW.items()),
-    return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
-
-MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
-    '':               ('o','student','alone'),
-    ' frskd':         ('s','student','with FRSKD: student'),
-    ' frskd average': ('^','average','with FRSKD: average of both networks'),
-    ' longer':        ('X','student',"plain training for as long as FRSKD takes")}
-COLORS = dict(zip((*RECIPES,'longer'), ('#000000','#0072B2','#D55E00','#009E73','#999999')))
-
-def plot(d):
-    "Plot gain against training time for each recipe, alone and with FRSKD; `d` is a `summary`"
-    d = d[d.pairs>0].fillna({'gain_se':0})
-    runs = {o:g.set_index(['arm','network']) for o,g in d.groupby(['setting','epochs'])}
-    runs = dict(sorted(runs.items(), key=lambda o: (list(SETTINGS).index(o[0][0]),o[0][1])))
-    cols = min(3, len(runs))
-    rows = -(-len(runs)//cols)
-    fig,axs = subplots(rows, cols, figsize=(4.3*cols,3.5*rows), layout='constrained')
-    for ax in list(axs.flat)[len(runs):]: ax.axis('off')
-    for ax,((setting,epochs),run) in zip(axs.flat, runs.items()):
-        plot_run(ax, run)
-        ax.set(title=f'{TITLES[setting]}, {epochs} epochs', xlabel='training time, × plain',
-               ylabel='gain over plain training, points')
-        ax.title.set_fontsize(9)
-    handles = [plt.Line2D([], [], color=COLORS[o], lw=4, label=RECIPES[o]) for o in RECIPES]
-    handles += [plt.Line2D([], [], color=COLORS['longer' if k==' longer' else 'plain'], marker=m, ls='',
-                           mfc='w' if n=='average' else None, label=label) for k,(m,n,label) in MARKS.items()]
-    fig.legend(handles=handles, fontsize=8, loc='outside lower center', ncols=4)
-    return fig
-
-def plot_run(ax, run):
-    "Plot the gains of a setting and budget"
-    ax.axhline(0, color='k', lw=.8, ls=':')
-    for recipe,(kind,(mark,network,_)) in itertools.product(RECIPES, MARKS.items()):
-        arm = recipe+kind.removesuffix(' average')
-        if (arm,network) not in run.index: continue
-        o,color = run.loc[(arm,network)],COLORS['longer' if kind==' longer' else recipe]
-        ax.errorbar(o.time, o.gain, o.gain_se, fmt=mark, color=color, mfc='w' if network=='average' else color)
-        if kind==' frskd': ax.plot([1,o.time], [run.loc[(recipe,'student')].gain,o.gain], color=color, lw=.8)
-
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('settings', nargs='*', metavar='SETTING', help=', '.join(SETTINGS))
@@ -420,9 +300,11 @@ if __name__=='__main__':
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
     unknown = set(args.settings)-set(SETTINGS)
     if unknown: p.error(f'no such setting: {", ".join(unknown)}')
-    if args.table: table(args)
-    elif args.overview: print(overview(summary(args)))
-    elif args.figure: plot(summary(args)).savefig(args.figure, dpi=110)
+    if args.table or args.overview or args.figure:
+        d = summary(args.out, args.times_out)
+        if args.table: print(table(d))
+        if args.overview: print(overview(d))
+        if args.figure: plot(d).savefig(args.figure, dpi=110)
     elif args.times:
         for o in args.settings: measure(args, o)
     elif args.settings: run(args)

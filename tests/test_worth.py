@@ -1,5 +1,5 @@
 "The study of training recipes, benchmarks/worth.py: differences, and the table in the docs"
-import argparse, json, math, os, subprocess, sys
+import json, math, os, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
 
@@ -9,14 +9,13 @@ if not (root/'benchmarks/worth.py').exists(): pytest.skip('needs the repository'
 @pytest.fixture
 def worth(monkeypatch):
     monkeypatch.syspath_prepend(root/'benchmarks')
-    import worth
-    return worth
+    import worth_results
+    return worth_results
 
 def results(worth, rows=None, folder=root/'benchmarks/results'):
     "Summarize the rows of the study, or other `rows`, which are written to `folder`"
     if rows is not None: rows.to_csv(folder/'worth.csv', index=False)
-    times = root/'benchmarks/results/worth_times.csv'
-    return worth.summary(argparse.Namespace(out=folder/'worth.csv', times_out=times))
+    return worth.summary(folder/'worth.csv', root/'benchmarks/results/worth_times.csv')
 
 def test_differences_are_between_runs_on_one_device(worth, tmp_path):
     row = dict(setting='digits', epochs=2, trained_epochs=2, part='valid', network='student', loss=1., ece=5.)
