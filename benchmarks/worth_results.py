@@ -78,11 +78,16 @@ OVERVIEW = { # rows of `overview`: (arm, network)
     '**FRSKD**, average':      ('plain frskd','average'),
     'label smoothing + FRSKD': ('smoothing frskd','student'),
     'MixUp + FRSKD':           ('mixup frskd','student'),
+    'MixUp + FRSKD, average':  ('mixup frskd','average'),
     'CutMix + FRSKD':          ('cutmix frskd','student')}
+
+def compared(d):
+    "List the settings and budgets of a `summary` in which FRSKD is compared with plain training"
+    return list(d[(d.arm=='plain frskd') & (d.pairs>0)].groupby(['setting','epochs'], sort=False).groups)
 
 def overview(d):
     "Return the Markdown table of the README from a `summary`: recipes against settings"
-    runs = d[(d.arm=='plain frskd') & (d.pairs>0)][['setting','epochs']].drop_duplicates().values.tolist()
+    runs = compared(d)
     d = d.set_index(['setting','epochs','arm','network'])
     def gain(run, row):
         if (*run,*row) not in d.index: return ''
@@ -102,8 +107,8 @@ COLORS = dict(zip((*RECIPES,'longer'), ('#000000','#0072B2','#D55E00','#009E73',
 
 def plot(d):
     "Plot gain against training time for each recipe, alone and with FRSKD; `d` is a `summary`"
-    d = d[d.pairs>0].fillna({'gain_se':0})
-    runs = {o:g.set_index(['arm','network']) for o,g in d.groupby(['setting','epochs'], sort=False)}
+    found = d[d.pairs>0].fillna({'gain_se':0}).set_index(['setting','epochs','arm','network'])
+    runs = {o:found.loc[o] for o in compared(d)}
     cols = min(3, len(runs))
     rows = -(-len(runs)//cols)
     fig,axs = plt.subplots(rows, cols, figsize=(4.3*cols,3.5*rows), layout='constrained')
