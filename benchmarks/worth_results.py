@@ -107,8 +107,8 @@ COLORS = dict(zip((*RECIPES,'longer'), ('#000000','#0072B2','#D55E00','#009E73',
 
 def plot(d):
     "Plot gain against training time for each recipe, alone and with FRSKD; `d` is a `summary`"
-    found = d[d.pairs>0].fillna({'gain_se':0}).set_index(['setting','epochs','arm','network'])
-    runs = {o:found.loc[o] for o in compared(d)}
+    found = d[d.pairs>0].fillna({'gain_se':0}).groupby(['setting','epochs'])
+    runs = {o:found.get_group(o).set_index(['arm','network']) for o in compared(d)}
     cols = min(3, len(runs))
     rows = -(-len(runs)//cols)
     fig,axs = plt.subplots(rows, cols, figsize=(4.3*cols,3.5*rows), layout='constrained')
