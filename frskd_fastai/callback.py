@@ -47,7 +47,8 @@ class _option:
 class FRSKDCallback(StudentReader):
     """Train a self-teacher on the student's feature maps and distill it into the student
 
-    FRSKD is Feature Refinement via Self-Knowledge Distillation ([arXiv 2103.08273](https://arxiv.org/abs/2103.08273)). You validate and export the plain student."""
+    FRSKD is Feature Refinement via Self-Knowledge Distillation ([paper](https://arxiv.org/abs/2103.08273)).
+    You validate and export the plain student."""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (_option() for _ in range(10))
     compile,columns = _option(),_option()
