@@ -92,9 +92,9 @@ def overview(d):
     def gain(run, row):
         if (*run,*row) not in d.index: return ''
         o = d.loc[(*run,*row)]
-        return plus_minus(o.gain, o.gain_se, sign='+') + ('' if o.pairs>2 else f' ({o.pairs:.0f})')
+        return plus_minus(o.gain, o.gain_se, 1, '+') + ('' if o.pairs>2 else f' ({o.pairs:.0f})')
     lines = ['training run', *(f'{TITLES[s]}, {e} epochs' for s,e in runs)], ['---']*(len(runs)+1)
-    lines += ['plain: accuracy', *(f'{d.loc[(*o,"plain","student")].score:.2f}' for o in runs)],
+    lines += ['plain: accuracy', *(f'{d.loc[(*o,"plain","student")].score:.1f}' for o in runs)],
     lines += *([name, *(gain(o, row) for o in runs)] for name,row in OVERVIEW.items()),
     return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
 
@@ -109,9 +109,9 @@ def plot(d):
     "Plot gain against training time for each recipe, alone and with FRSKD; `d` is a `summary`"
     found = d[d.pairs>0].fillna({'gain_se':0}).groupby(['setting','epochs'])
     runs = {o:found.get_group(o).set_index(['arm','network']) for o in compared(d)}
-    cols = min(3, len(runs))
+    cols = min(2, len(runs))
     rows = -(-len(runs)//cols)
-    fig,axs = plt.subplots(rows, cols, figsize=(4.3*cols,3.5*rows), layout='constrained')
+    fig,axs = plt.subplots(rows, cols, figsize=(4.2*cols,3*rows+.5), layout='constrained')
     for ax in list(axs.flat)[len(runs):]: ax.axis('off')
     for ax,((setting,epochs),run) in zip(axs.flat, runs.items()):
         plot_run(ax, run)
@@ -121,7 +121,7 @@ def plot(d):
     handles = [plt.Line2D([], [], color=COLORS[o], lw=4, label=RECIPES[o]) for o in RECIPES]
     handles += [plt.Line2D([], [], color=COLORS['longer' if k==' longer' else 'plain'], marker=m, ls='',
                            mfc='w' if n=='average' else None, label=label) for k,(m,n,label) in MARKS.items()]
-    fig.legend(handles=handles, fontsize=8, loc='outside lower center', ncols=4)
+    fig.legend(handles=handles, fontsize=8, loc='outside lower center', ncols=3)
     return fig
 
 def plot_run(ax, run):
