@@ -53,8 +53,6 @@ def test_runs(worth, tmp_path):
         assert sorted(zip(d.arm, d.network))==[('plain','student')] + [
             ('smoothing frskd',o) for o in ('average','refined','student')]
     assert d.accuracy.between(5, 100).all() and d.loss.between(.01, 10).all() and (d.trained_epochs==1).all()
-    r = subprocess.run([*cmd[:2], 'tidy'], cwd=root, env=env, capture_output=True, text=True)
-    assert r.returncode==2 and r.stderr.strip().endswith('no such setting: tidy')
 
 def test_numbers_in_a_table(worth):
     "A minus is a minus, and no line breaks inside"
