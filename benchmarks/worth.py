@@ -201,7 +201,6 @@ def networks(learn, x):
 loaded = {} # settings by name
 def setting_of(args, name):
     "Return a `Setting`, whose data are read once in each process"
-    torch.set_num_threads(1)
     if name not in loaded: loaded[name] = SETTINGS[name][0](args)
     return loaded[name]
 
@@ -222,9 +221,10 @@ def train(args, name, epochs, seed, arm):
 
 def missing(args):
     "List the runs that have no rows: setting, epochs, seed and arm"
-    done = pd.read_csv(args.out) if args.out.exists() else pd.DataFrame(dict(device=[]))
-    keys = ['setting','epochs','seed','arm']
-    done = set(done[done.device==args.device_name].get(keys, done).itertuples(index=False, name=None))
+    done = set()
+    if args.out.exists():
+        d = pd.read_csv(args.out).query('device==@args.device_name')
+        done = set(zip(d.setting, d.epochs, d.seed, d.arm))
     asked = [(name,epochs,seed,arm) for name in args.settings
              for seed,epochs,arm in itertools.product(args.seeds, args.epochs or SETTINGS[name][1], args.arms)]
     asked = [o for o in asked if o[0]!='camvid' or parse_arm(o[3])[0] not in MIXING] # they don't mix masks
@@ -239,10 +239,12 @@ def save(args, rows):
     shown = rows[['setting','arm','epochs','seed','part','network','accuracy','loss','cpu_seconds']]
     print(shown.to_string(index=False, header=False), flush=True)
 
+def one_thread(): torch.set_num_threads(1)
+
 def run(args):
     "Train what is missing; a run that fails is reported and doesn't stop the others"
     context = multiprocessing.get_context('spawn') # CUDA doesn't survive a fork
-    with ProcessPoolExecutor(args.workers, context) as pool:
+    with ProcessPoolExecutor(args.workers, context, one_thread) as pool:
         runs = {pool.submit(train, args, *o):o for o in missing(args)}
         for f in as_completed(runs):
             try: save(args, f.result())
@@ -306,6 +308,7 @@ if __name__=='__main__':
         if args.overview: print(overview(d))
         if args.figure: plot(d).savefig(args.figure, dpi=110)
     elif args.times:
+        one_thread()
         for o in args.settings: measure(args, o)
     elif args.settings: run(args)
     else: p.error('SETTING is missing: name one or more, or use --table, --overview or --figure')

@@ -26,7 +26,7 @@ def summary(
 ): # DataFrame
     """Summarize the runs in a row per setting, budget, arm and network
 
-    `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss` and `more_ece` are differences from
+    `run` names the setting and budget. `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss` and `more_ece` are differences from
     plain training with the same seed on the same device; `score_se`, `gain_se` and `more_loss_se` are standard errors,
     `n` and `pairs` the numbers of runs and differences."""
     d = pd.read_csv(file)
@@ -43,7 +43,8 @@ def summary(
     order = lambda o: o.map(list(TITLES).index) if o.name=='setting' else o
     out = out.sort_values(['setting','epochs'], key=order, kind='stable', ignore_index=True)
     about = zip(out.setting, out.epochs, out.arm, out.trained_epochs)
-    return out.assign(time=[relative_time(times_file, *o) for o in about])
+    return out.assign(time=[relative_time(times_file, *o) for o in about],
+                      run=[f'{TITLES[s]}, {e} epochs' for s,e in zip(out.setting, out.epochs)])
 
 def relative_time(times_file, setting, epochs, arm, trained_epochs):
     "Return the training time relative to plain training"
@@ -55,6 +56,10 @@ def plus_minus(mean, se, n=2, sign=''):
     if math.isnan(mean): return ''
     text = f'{mean:{sign}.{n}f}' + ('' if math.isnan(se) else f' ± {se:.{n}f}')
     return text.replace('-', '−').replace(' ', '\xa0') # in one line
+
+def gain_text(o, n):
+    "Format the gain in a row of a `summary` with `n` decimals, and the number of runs if it is below three"
+    return plus_minus(o.gain, o.gain_se, n, '+') + ('' if o.pairs>2 else f' ({o.pairs})')
 
 def table(d):
     "Return a `summary` as a Markdown table"
@@ -82,20 +87,17 @@ OVERVIEW = { # rows of `overview`: (arm, network)
     'CutMix + FRSKD':          ('cutmix frskd','student')}
 
 def compared(d):
-    "List the settings and budgets of a `summary` in which FRSKD is compared with plain training"
-    return list(d[(d.arm=='plain frskd') & (d.pairs>0)].groupby(['setting','epochs'], sort=False).groups)
+    "Keep the runs of a `summary` in which FRSKD is compared with plain training"
+    return d[d.run.isin(d.run[(d.arm=='plain frskd') & (d.pairs>0)])]
 
 def overview(d):
     "Return the Markdown table of the README from a `summary`: recipes against settings"
-    runs = compared(d)
-    d = d.set_index(['setting','epochs','arm','network'])
-    def gain(run, row):
-        if (*run,*row) not in d.index: return ''
-        o = d.loc[(*run,*row)]
-        return plus_minus(o.gain, o.gain_se, 1, '+') + ('' if o.pairs>2 else f' ({o.pairs:.0f})')
-    lines = ['training run', *(f'{TITLES[s]}, {e} epochs' for s,e in runs)], ['---']*(len(runs)+1)
-    lines += ['plain: accuracy', *(f'{d.loc[(*o,"plain","student")].score:.1f}' for o in runs)],
-    lines += *([name, *(gain(o, row) for o in runs)] for name,row in OVERVIEW.items()),
+    d = compared(d)
+    runs = d.run.unique()
+    cells = {(o.run,o.arm,o.network):gain_text(o, 1) for o in d.itertuples()}
+    plain = d[d.arm=='plain'].set_index('run').score
+    lines = [['training run',*runs], ['---']*(len(runs)+1), ['plain: accuracy',*(f'{plain[o]:.1f}' for o in runs)]]
+    lines += [[name,*(cells.get((o,*row), '') for o in runs)] for name,row in OVERVIEW.items()]
     return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
@@ -107,17 +109,16 @@ COLORS = dict(zip((*RECIPES,'longer'), ('#000000','#0072B2','#D55E00','#009E73',
 
 def plot(d):
     "Plot gain against training time for each recipe, alone and with FRSKD; `d` is a `summary`"
-    found = d[d.pairs>0].fillna({'gain_se':0}).groupby(['setting','epochs'])
-    runs = {o:found.get_group(o).set_index(['arm','network']) for o in compared(d)}
+    found = compared(d[d.pairs>0]).fillna({'gain_se':0}).groupby('run', sort=False)
+    runs = {title:rows.set_index(['arm','network']) for title,rows in found}
     cols = min(2, len(runs))
     rows = -(-len(runs)//cols)
     fig,axs = plt.subplots(rows, cols, figsize=(4.2*cols,3*rows+.5), layout='constrained')
     for ax in list(axs.flat)[len(runs):]: ax.axis('off')
-    for ax,((setting,epochs),run) in zip(axs.flat, runs.items()):
+    for ax,(title,run) in zip(axs.flat, runs.items()):
         plot_run(ax, run)
-        ax.set(title=f'{TITLES[setting]}, {epochs} epochs', xlabel='training time, × plain',
-               ylabel='gain over plain training, points')
-        ax.title.set_fontsize(9)
+        ax.set(xlabel='training time, × plain', ylabel='gain over plain training, points')
+        ax.set_title(title, fontsize=9)
     handles = [plt.Line2D([], [], color=COLORS[o], lw=4, label=RECIPES[o]) for o in RECIPES]
     handles += [plt.Line2D([], [], color=COLORS['longer' if k==' longer' else 'plain'], marker=m, ls='',
                            mfc='w' if n=='average' else None, label=label) for k,(m,n,label) in MARKS.items()]

@@ -369,3 +369,10 @@ def test_bad_options_for_segmentation(args, msg, masks, tmp_path, capsys):
     if args[1]=='cifar100': return
     code,_,err = run('--task', 'segmentation', '--out', tmp_path/'r', capsys=capsys)
     assert code==2 and 'needs a PATH' in err
+
+@pytest.mark.parametrize('command', ['train','bench'])
+def test_as_a_module(command):
+    "`python -m` runs a command as its script does"
+    cmd = [sys.executable, '-m', f'frskd_fastai.cli.{command}', '--size', 'none']
+    r = subprocess.run(cmd, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert r.returncode==2 and 'argument --size' in r.stderr and not r.stdout

@@ -147,4 +147,5 @@ def main(
     return 0
 
 # %% ../../nbs/cli/bench.ipynb #mainbenc1
-if __name__=='__main__': sys.exit(main())
+# a notebook is `__main__` too, but has no file
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())

@@ -61,4 +61,5 @@ def _train(opts):
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 # %% ../../nbs/cli/train.ipynb #maintrai1
-if __name__=='__main__': sys.exit(main())
+# a notebook is `__main__` too, but has no file
+if __name__=='__main__' and '__file__' in globals(): sys.exit(main())

@@ -40,7 +40,7 @@ def plot_agreement(self:FRSKDCallback,
     dl=None, # Data loader with targets. Default: the validation set
 )->plt.Axes:
     "Plot who is right, over all classes and for the `n` classes with the most disagreement"
-    if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
+    check_n(n)
     d = self.agreement(dl)
     d = d[d.sum(axis=1)>0]
     part = d.div(d.sum(axis=1), axis=0)

@@ -127,7 +127,7 @@ class StudentComparison:
 
         First the images on which the first Learner does better, then those on which it does worse; half of each, if
         there are enough. Images where the answers differ come before those where only the probabilities do."""
-        if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
+        check_n(n)
         right,probs = (o[:,0]-o[:,1] for o in (self.right,self.probs))
         gain = 2*right+probs # a right answer outweighs any probability
         order = gain.argsort(descending=True, stable=True).tolist()

@@ -225,8 +225,9 @@ def list_levels(
     kinds = dict(BCHW='', BHWC=', channels last', BNC=', tokens')
     labels = [level_label(learn.model, o.name) for o in found]
     names = [o.name if o.name==label else f'{o.name} ({label})' for o,label in zip(found, labels)]
+    width = max(map(len, names))
     for o,name in zip(found, names):
         shape = '×'.join(map(str, (1,o.channels,*o.size)))
         prefix = f" (and {o.prefix} class or register tokens)" if o.prefix else ''
-        print(f"{name:{max(map(len, names))}}  {shape}{kinds[o.kind]}{prefix}")
+        print(f"{name:{width}}  {shape}{kinds[o.kind]}{prefix}")
     return found

@@ -25,7 +25,7 @@ def level_label(
     if not label.isdigit(): return label
     # fastai's bodies are `nn.Sequential`s, whose modules have numbers for names
     module,parent = (uncompiled(model).get_submodule(o) for o in (name,name.rpartition('.')[0]))
-    if type(module) is not nn.Sequential: return type(module).__name__
+    if type(module) is not nn.Sequential or not len(module): return type(module).__name__
     block = type(module[0])
     stages = [o for o in parent.children() if isinstance(o, nn.Sequential)]
     resnet = block.__module__=='torchvision.models.resnet' and module in stages
