@@ -82,8 +82,8 @@ def mean_log_p(
     for y,w in mixed_labels(learn):
         try: a = task.answers(logits, y)
         except (ValueError,AttributeError) as e:
-            raise ValueError(f"FRSKD: the schedule 'trust' can't read labels from these targets ({e}). "
-                             "Use a schedule that needs no labels: `FRSKDCallback(schedule='ramp')`.") from e
+            raise ValueError(f"FRSKD: the schedule 'trust' can't read labels from these targets. Use a schedule "
+                             "that needs no labels: `FRSKDCallback(schedule='ramp')`.") from e
         if isinstance(w, Tensor): w = w.float().view(-1,1)
         sums = sums + torch.stack([(torch.where(a.asked, a.log_p, 0)*w).sum(), (a.asked*w).sum()])
     if distributed: sums = maybe_gather(sums[None]).sum(0)

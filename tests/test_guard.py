@@ -248,6 +248,7 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
         code = command.main([str(tmp_path/'data'), *args, option, value, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==1 and err.count('\n')==1 and msg in err and 'start over' in err
+    assert not any(o in err for o in ('Restart','Check','GradientClip')) # advice for scripts
     assert f'the last good checkpoints are in {tmp_path}/r/checkpoints' in err
     assert [o.name for o in (tmp_path/'r').iterdir()]==['checkpoints']
     assert (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
@@ -269,7 +270,7 @@ def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
         code = command.main([*args, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==spoiled and (tmp_path/'r/student.pkl').exists()==(not spoiled)
-    if spoiled: assert "the plain training has diverged: 1 weights or buffers aren't finite" in err
+    if spoiled: assert "the plain training run has diverged: 1 weights or buffers aren't finite" in err
 
 def test_without_a_recorder(make):
     "It works for a Learner without fastai's Recorder"

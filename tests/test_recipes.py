@@ -198,7 +198,7 @@ def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
     with pred.no_bar(): assert pred.predict(valid[0][0])[0].shape==(64,64)
 
 UNFIT = [(['--task','classification'],'for segmentation'), (['--arch','resnet19'],'resnet19'),
-         (['--arch','cifar_resnet18'],'unknown architecture'),
+         (['--arch','cifar_resnet18'],'did you mean resnet18'), (['--arch','0000'],"recipe takes timm's networks"),
          (['--arch','vit_tiny_patch16_224'],'needs 4, 8, 16 and 32')]
 @pytest.mark.parametrize('args,word', UNFIT)
 def test_options_that_do_not_fit_voc(args, word, tmp_path, capsys):

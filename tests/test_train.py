@@ -313,14 +313,14 @@ def test_masks_without_the_task(masks, tmp_path, capsys):
     assert code==2 and err.count('\n')==1 and '--task segmentation' in err and not (tmp_path/'r').exists()
 
 SPOILED = {
-    'no image':'mask without an image: {mask}',
-    'no mask':'image without a mask: {im}',
+    'no image':'mask without an image: {mask}. Add the image',
+    'no mask':'image without a mask: {im}. Add the mask',
     'other size':'{mask} is 5×5 pixels, but its image is 36×32',
     'class':'{mask} has class number 9, but codes.txt names 3 classes, 0 to 2',
     '255 beside void':'has class number 255',
     'mode 1':'an image of mode 1',
-    '0 and 255':'labels of only one class, paper. Class numbers are line numbers of codes.txt, counted from 0, and '
-                '255 is for',
+    '0 and 255':'contain only the class paper, but training needs two or more. Class numbers are line numbers of '
+                'codes.txt, counted from 0, and 255 is for',
     'colors':'is not a mask, but an image of mode RGB',
     'broken':"can't read the image",
     'Latin-1 codes':'is not UTF-8 text',

@@ -71,7 +71,7 @@ class BenchOptions:
     ):
         "Raise a `UsageError` if `--amp` doesn't work on `device`"
         if self.amp=='no' or device!='cpu': return
-        raise UsageError(f"--amp {self.amp} needs a GPU: fastai has no mixed precision on a CPU")
+        raise UsageError(f"--amp {self.amp} needs a GPU: fastai has no mixed precision on a CPU. Drop --amp.")
 
     def bad_teacher(self,
         why, # Text or exception
@@ -102,7 +102,7 @@ def _measure(opts, device):
 def run_bench(
     opts:BenchOptions,
 ):
-    "Measure, and write the results; `UsageError`, before anything is written, if that fails"
+    "Measure, then write the results; if measuring fails, raise `UsageError` before anything is written"
     import fastai, torch, matplotlib.pyplot as plt
     from frskd_fastai.cli.jobs import find_arch
     from frskd_fastai.cli.measure import plot_bench, table

@@ -29,7 +29,7 @@ def number(
     def convert(s):
         try: v = kind(s)
         except ValueError: v = math.nan
-        if high<v<math.inf: raise argparse.ArgumentTypeError(f"must be at most {high:.2g}, got {s!r}")
+        if high<v<math.inf: raise argparse.ArgumentTypeError(f"must be at most {high:g}, got {s!r}")
         if not (low<v<math.inf or (v==low and not strict)):
             raise argparse.ArgumentTypeError(f"must be a {wanted}, got {s!r}")
         return v

@@ -46,6 +46,7 @@ def find_arch(
         import timm
         if timm.is_model(name): return name
         names += timm.list_models()
+        if only_timm: hint = ". This recipe takes timm's networks: --arch efficientnet_b0."
     except ImportError: hint = ". Install timm for more than a thousand others: pip install timm"
     near = difflib.get_close_matches(name, sorted(set(names)), n=4)
     if near: hint = f"; did you mean {', '.join(near)}?"
@@ -66,7 +67,7 @@ def whole_network(
 
 # %% ../../nbs/cli/jobs.ipynb #a18cd54f
 class ImageJob:
-    "Train a classifier on a folder of images, or on the embedded digits"
+    "Train a classifier on a folder of images, or on the built-in digits"
     metrics = {'accuracy':'accuracy'} # Columns of the history: names in the summary; the main one first
     kind,codes = 'classifier',None # Kind of network, for messages; classes of pixels
     settings,data_notes = '',() # Additions to the summary
@@ -112,7 +113,7 @@ class ImageJob:
     @property
     def needs_package(self): return self.opts.arch=='wrn16_2' # is frskd_fastai needed to load the exported network?
     @property
-    def data(self): return self.opts.path or 'the embedded handwritten digits'
+    def data(self): return self.opts.path or 'the built-in handwritten digits'
     @property
     def size_text(self): return f'{self.size} px'
     @property

@@ -36,7 +36,7 @@ def take_gpu():
     i,n = int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
     if i>=n:
         raise UsageError(f"process {i} (counting from 0) has no GPU: this machine has {n}. Start one process "
-                         "per GPU.")
+                         "per GPU; without a GPU, start frskd-train without a launcher.")
     torch.cuda.set_device(i)
 
 def batch_size_per_process(

@@ -163,7 +163,7 @@ def profile_step(
 def flops(
     learn:Learner, # From `bench_learner`
 )->tuple: # Forward FLOPs per image (a multiply-add counts as two) of the student and of the self-teacher
-    "Count the FLOPs of matrix multiplications and convolutions, as torch counts them"
+    "Count the FLOPs of the convolutions and linear layers"
     xb,_ = sample_batch(learn)
     student = operations(learn.model, *xb)/len(xb[0])
     if not hasattr(learn, 'frskd'): return student,0

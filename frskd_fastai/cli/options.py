@@ -32,7 +32,7 @@ def _lr(s):
 
 _path_help = (
     "folder of images: one folder per class, or train/ and valid/ (or test/) with one folder per class in "
-    "each; without PATH, the embedded handwritten digits. For segmentation: codes.txt, images/ and labels/ "
+    "each; without PATH, the built-in handwritten digits. For segmentation: codes.txt, images/ and labels/ "
     "(the last two may be in train/ and valid/); labels are gray or palette images of class numbers, and "
     "pixels of a class called void, unlabeled or ignore, or with value 255 if there is none, are ignored")
 
@@ -53,20 +53,20 @@ def parser()->argparse.ArgumentParser:
              "frozen (not with --recipe)")
     add('--bs', type=number(int, 2), default=64, help="total batch size of all processes")
     add('--size', type=pixels,
-        help="image size in pixels; for segmentation, the height (default: 224; 48 for the embedded digits; "
+        help="image size in pixels; for segmentation, the height (default: 224; 48 for the built-in digits; "
              f"32 for {' and '.join(own_archs)}; for segmentation the images' own height, at most 224)")
     add('--lr', type=_lr, default='auto',
         help="learning rate, or 'auto' to let fastai's lr_find choose it (on one process)")
     add('--pretrained', action=argparse.BooleanOptionalAction,
-        help="start from pretrained weights (default: yes; no for the embedded digits, for "
+        help="start from pretrained weights (default: yes; no for the built-in digits, for "
              f"{' and '.join(own_archs)}, and for classification recipes)")
     both = {k:f"(default: {a}; {b} for segmentation)" for k,(a,b) in weights.items()}
     add('--alpha', type=number(float, 0), help=f"weight of the soft-label loss {both['alpha']}")
     add('--beta', type=number(float, 0), help=f"weight of the attention loss {both['beta']}")
     add('--temperature', type=number(float, 0, True), help=f"temperature of the soft labels {both['temperature']}")
     add('--width', type=number(float, 0, True, high=64),
-        help="channels of the self-teacher per channel of the student (default: 2, or less if that makes "
-             "it too slow); for segmentation, the self-teacher's channels divided by 64 (default: 1)")
+        help="channels of the self-teacher per channel of the student (default: 2, or less if 2 would "
+             "make it too slow); for segmentation, the self-teacher's channels divided by 64 (default: 1)")
     add('--seed', type=number(int, 0), default=0,
         help="seed for the split, the initial weights and the order of the images")
     add('--compare', action='store_true',
@@ -88,9 +88,9 @@ def given_options(
 # %% ../../nbs/cli/options.ipynb #f4d128dd
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
-    "Hold the options of a training, parsed and checked"
+    "Hold the options of a training run, parsed and checked"
     argv:tuple # Arguments; for `--resume`, those that the training started with
-    path:Path|None # Folder of images; None for the embedded digits or a recipe's download
+    path:Path|None # Folder of images; None for the built-in digits or a recipe's download
     task:str # One of `tasks`
     recipe:str|None
     arch:str
@@ -171,7 +171,7 @@ class TrainOptions:
         return self.resume is not None and self.data is None
 
     def training_options(self)->dict:
-        "Get the options that must be the same when a training is resumed"
+        "Get the options that must be the same when a training run is resumed"
         return {k:v for k,v in dataclasses.asdict(self).items() if k not in (*self._elsewhere,'lr')}
 
 # %% ../../nbs/cli/options.ipynb #bf786c58
@@ -188,7 +188,7 @@ def _check(given):
         raise UsageError(f"the recipe {recipe} is for {recipe_tasks[recipe]}: drop --task")
     if not recipe and task=='segmentation':
         if 'path' not in given:
-            raise UsageError("--task segmentation needs a PATH to images and masks: the embedded digits have "
+            raise UsageError("--task segmentation needs a PATH to images and masks: the built-in digits have "
                              "no masks")
         if arch in own_archs:
             raise UsageError(f"{arch} is only a classifier and can't be the encoder of a U-Net. Use another "

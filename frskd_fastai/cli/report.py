@@ -1,4 +1,4 @@
-"""The results of a training: history, pictures, the exported student, and a summary
+"""The results of a training run: history, pictures, the exported student, and a summary
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/report.html.md"""
 

@@ -8,7 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/cli/run.html.md"""
 __all__ = ['History', 'plain_log', 'Run', 'find_lr', 'train', 'failure']
 
 # %% ../../nbs/cli/run.ipynb #13801749
-import contextlib, io, sys, time
+import contextlib, io, re, sys, time
 import pandas as pd
 from fastai.vision.all import *
 from PIL import UnidentifiedImageError
@@ -54,7 +54,7 @@ def plain_log(
 
 # %% ../../nbs/cli/run.ipynb #ed7a7914
 class Run:
-    "Make the Learner of one training, and train it"
+    "Make the Learner of one training run, and train it"
     def __init__(self,
         name:str, # 'plain' (without FRSKD) or 'frskd'
         job:ImageJob,
@@ -107,7 +107,7 @@ class Run:
         lost,loss = not_finite(self.learn.model.state_dict(), at_start),self.history.rows[-1]['valid_loss']
         if not lost and (self.job.codes or math.isfinite(loss)): return # in few masks, all pixels may be ignored
         what = f"{len(lost)} weights or buffers aren't" if lost else "its validation loss isn't"
-        raise FloatingPointError(f"the {self.name} training has diverged: {what} finite")
+        raise FloatingPointError(f"the {self.name} training run has diverged: {what} finite")
 
 # %% ../../nbs/cli/run.ipynb #dc2a0ed9
 def find_lr(
@@ -128,7 +128,7 @@ def train(
     take_gpu()
     job,folder,first = make_job(opts),RunFolder(opts.out),rank_distrib()==0
     if opts.resume and job.digest!=opts.data:
-        where = opts.path or 'the embedded digits'
+        where = opts.path or 'the built-in digits'
         raise UsageError(f"--resume {opts.out}: the images in {where} are not those it was trained on (names, "
                          "sizes or labels differ). Give the folder of the original images as PATH.")
     runs = [Run('frskd', job).build()]
@@ -145,7 +145,7 @@ def failure(
     e:Exception, # Raised by `train`
     opts:TrainOptions,
 )->tuple|None: # Message and exit code; None for an unexpected exception
-    "Explain to the user why a training failed"
+    "Explain to the user why a training run failed"
     folder = RunFolder(opts.out)
     if isinstance(e, (UsageError,DataError,UnidentifiedImageError)):
         with contextlib.suppress(OSError): opts.resume or opts.out.rmdir() # removed only if empty
@@ -154,7 +154,7 @@ def failure(
         why = first_line(e) if str(e).strip() else f'images of {opts.size} px'
         return f"out of memory ({why}). Use a smaller --size or --bs, or another --arch.",1
     if isinstance(e, FloatingPointError):
-        why = str(e).rstrip('.')
+        why = re.sub(r'\. (Restart|Check) .*', '', str(e)) # advice for those who write their own script
         return (f"{why}. Resuming would fail again: start over with --force and a lower --lr (the last good "
                 f"checkpoints are in {folder.checkpoints()})"),1
     if isinstance(e, NoCheckpoint): return e,1

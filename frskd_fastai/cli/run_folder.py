@@ -31,7 +31,7 @@ def check_out(
 
 # %% ../../nbs/cli/run_folder.ipynb #45b1d094
 class RunFolder:
-    "Manage the output folder of a training"
+    "Manage the output folder of a training run"
     def __init__(self,
         path:Path, # As given by `--out` or `--resume`
     ):
@@ -47,7 +47,7 @@ class RunFolder:
     def check(self,
         force:bool, # Overwrite what is there?
     ):
-        "Raise a `UsageError` if a training can't start here"
+        "Raise a `UsageError` if a training run can't start here"
         check_out(self.path, force, (*results,*more_results))
         if force or not self.note_file.exists(): return
         raise UsageError(f"--out {self.path} holds an interrupted training. Continue it with --resume "
@@ -88,7 +88,7 @@ class RunFolder:
         "Read what is being trained; `UsageError` if there is nothing, or the file is damaged"
         if not self.note_file.exists():
             raise UsageError(f"--resume {self.path}: no interrupted training found ({self.note_file} is "
-                             "missing). Name the folder that was its --out.")
+                             "missing). Give --resume the folder that was given as --out.")
         try:
             note = json.loads(self.note_file.read_bytes())
             texts = all(isinstance(o, str) for o in [*note['argv'],note['data'],note['path'] or ''])

@@ -1,4 +1,4 @@
-"""End a training on Ctrl-C, SIGTERM or SIGHUP
+"""End a training run on Ctrl-C, SIGTERM or SIGHUP
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/cli/signals.html.md"""
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 # %% ../../nbs/cli/signals.ipynb #378645f2
 class Interrupted(KeyboardInterrupt):
-    "Raised when a signal ends a training"
+    "Raised when a signal ends a training run"
     def __init__(self,
         signum:int, # Number of the signal
     ): self.signum = signum
@@ -42,7 +42,7 @@ def signals(
 def end_at_batch(
     learn, # Learner
 ):
-    "On a signal, end the fit after the batch with `Interrupted`; a second one ends the process"
+    "On a signal, raise `Interrupted` after the current batch; a second signal ends the process"
     from fastai.callback.core import Callback
     got = []
     def note(s):

@@ -69,7 +69,7 @@ def _problem(file):
         with Image.open(file) as im: deep = im.mode[0] in 'IF'
     except Image.DecompressionBombError: return f'(more than {2*Image.MAX_IMAGE_PIXELS:,} pixels)'
     except Exception: return '(unreadable)'
-    if deep: return '(more than 8 bits per pixel, which fastai would clip to white)' # by `convert('RGB')`
+    if deep: return '(more than 8 bits per channel, which fastai would clip to white)' # by `convert('RGB')`
     return None if verify_image(file) else '(unreadable)'
 
 # %% ../../nbs/data/images.ipynb #6d58619b
@@ -98,10 +98,12 @@ def check_split(
 ):
     "Raise a `DataError` if there is a single class, or a class without training images"
     known = set(L(train).itemgot(1))
-    if len(known)<2: raise DataError(f"only one class, {first(known)!r}, to train on ({train[0][0]})")
+    if len(known)<2: raise DataError(f"only one class, {first(known)!r}, to train on ({train[0][0]}). Add training "
+                                         "images of another class")
     unknown = first((f,c) for f,c in valid if c not in known)
     if not unknown: return
-    raise DataError(f"class {unknown[1]!r} is in the validation set ({unknown[0]}), but has no training images")
+    raise DataError(f"class {unknown[1]!r} is in the validation set ({unknown[0]}), but has no training images. "
+                    "Add some, or remove the class")
 
 # %% ../../nbs/data/images.ipynb #cdef7977
 _layout = "Expected one folder per class, or train/ and valid/ (or test/) with one folder per class in each."

@@ -41,8 +41,8 @@ def masks_below(
     "Pair each image below `root` with the mask of the same name; `DataError` if one is missing"
     images,masks = (_by_name(root/o) for o in ('images','labels'))
     unseen,unlabeled = (first(o for o in a if o not in b) for a,b in ((masks,images),(images,masks)))
-    if unseen: raise DataError(f"mask without an image: {masks[unseen]}")
-    if unlabeled: raise DataError(f"image without a mask: {images[unlabeled]}")
+    if unseen: raise DataError(f"mask without an image: {masks[unseen]}. Add the image, or remove the mask.")
+    if unlabeled: raise DataError(f"image without a mask: {images[unlabeled]}. Add the mask, or remove the image.")
     return L((images[o],masks[o]) for o in images)
 
 # %% ../../nbs/data/masks.ipynb #119503f6
@@ -79,27 +79,28 @@ def _check_mask(image, mask, codes):
         with Image.open(mask) as m: values,mode = np.asarray(m),m.mode
     except (OSError,Image.DecompressionBombError) as e:
         raise DataError(f"can't read the image {image} or its mask {mask}: {e}") from None
-    if deep: raise DataError(f"{image} has more than 8 bits per pixel, which fastai would clip to white. Convert it.")
+    if deep: raise DataError(f"{image} has more than 8 bits per channel, which fastai would clip to white. Convert it.")
     if mode not in ('L','P'):
         raise DataError(f"{mask} is not a mask, but an image of mode {mode}. Masks are gray or palette images "
                         "(mode L or P) of class numbers.")
     h,w = values.shape
-    if size!=(w,h): raise DataError(f"{mask} is {w}×{h} pixels, but its image is {size[0]}×{size[1]}")
+    if size!=(w,h):
+        raise DataError(f"{mask} is {w}×{h} pixels, but its image is {size[0]}×{size[1]}. Make them the same size.")
     labels,void = set(np.unique(values).tolist()),void_label(codes)
     top = max(labels-{void}, default=0)
     if top>=len(codes):
         hint = f" ({void} is for pixels without a label)" if 255 in (void,top) else ''
         raise DataError(f"{mask} has class number {top}, but codes.txt names {len(codes)} classes, 0 to "
-                        f"{len(codes)-1}{hint}")
+                        f"{len(codes)-1}{hint}. Correct the mask, or add the class to codes.txt.")
     return labels
 
 def _check_classes(labels, codes, folder):
     "Raise a `DataError` if the training masks have fewer than two classes"
     if len(labels)>1: return
-    have = f"only one class, {codes[first(labels)]}" if labels else "no class"
+    have = f"only the class {codes[first(labels)]}" if labels else "no class"
     void = ", and 255 is for pixels without a label" if void_label(codes)==255 else ''
-    raise DataError(f"the masks in {folder} have labels of {have}. Class numbers are line numbers of codes.txt, "
-                    f"counted from 0{void}.")
+    raise DataError(f"the masks in {folder} contain {have}, but training needs two or more. Class numbers are line "
+                    f"numbers of codes.txt, counted from 0{void}.")
 
 # %% ../../nbs/data/masks.ipynb #923f4a8d
 def mask_dls(

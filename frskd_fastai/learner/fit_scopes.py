@@ -56,7 +56,7 @@ def deepcopied(
 
 # %% ../../nbs/learner/fit_scopes.ipynb #d6642be4
 def in_tta()->bool:
-    "Check whether `Learner.tta` sends this event: it sends a fit's events, without the lock"
+    "Check whether this event comes from `Learner.tta`, which sends a fit's events without holding `learn.lock`"
     frame = sys._getframe()
     while frame is not None and frame.f_code is not Learner.tta.__code__: frame = frame.f_back
     return frame is not None
@@ -90,7 +90,8 @@ class FitScopes(TrainingOnly):
     @learn.setter
     def learn(self, learn):
         if learn is not None and self.learn is not None:
-            raise ValueError(f"FRSKD: this {type(self).__name__} is already attached to a Learner. Create another one.")
+            raise ValueError(f"FRSKD: this {type(self).__name__} is already attached to a Learner. Create a new one "
+                             "for each Learner.")
         if self.learn is not None:
             self.close()
             self.detach()

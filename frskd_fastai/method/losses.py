@@ -80,7 +80,7 @@ def attention_map(
 def attention_loss(
     student:list, # Student's feature maps F_i, B×c_i×H_i×W_i
     teacher:list, # Refined maps T_i, B×d_i×H_i×W_i; detached here
-    ratios:list|None=None, # Each map's positions over those before pooling, see `pool_ratios`. Default: 1
+    ratios:list|None=None, # Fraction of each map's positions that pooling leaves, see `pool_ratios`. Default: 1
 )->Tensor: # Scalar, float32
     "Compute Σ_i mean ( φ(F_i) − φ(T_i) )² over batch and positions (paper section 3.2, L_F)"
     loss = 0.

@@ -14,7 +14,7 @@ from fastai.basics import *
 class Schedule:
     "Give a factor, 0 to 1, for all that the student gets from the self-teacher; counts steps"
     needs_answers = False # Does `update` need the log-probability of the right answers?
-    share = 1. # Largest factor in a training of this length, 0 to 1
+    share = 1. # Largest factor in a training run of this length, 0 to 1
     def __init__(self):
         self.steps,self.last = 0,math.inf # steps so far, and by the end of the fit
 
@@ -38,7 +38,7 @@ class Schedule:
     def state_dict(self): return dict(steps=self.steps)
     def load_state_dict(self,
         state:dict, # The `state_dict` of any schedule
-        device=None, # Device of the training
+        device=None, # Device that the training runs on
     ):
         self.steps = self.last = state['steps'] # until the next fit calls `will_train`
 
@@ -72,7 +72,7 @@ class Trust(Schedule):
     needs_answers = True
     def __init__(self,
         beta:float=0.95, # Weight of the old running mean at each step
-        full:int=1000, # Steps for the full factor; a shorter training of n steps gets n/full of it
+        full:int=1000, # Steps for the full factor; a shorter training run of n steps gets n/full of it
     ):
         super().__init__()
         self.beta,self.full = beta,full

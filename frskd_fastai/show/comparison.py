@@ -64,7 +64,7 @@ class _Judged:
         dl,seen = self.source.ordered(),[]
         if not dl.indexed:
             raise ValueError("FRSKD: can't show images of an iterable data set. "
-                             "Compare on a data set with an index.")
+                             "Use one that has `__getitem__`.")
         every = self.source.idxs
         b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
         _validate(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
@@ -125,7 +125,7 @@ class StudentComparison:
     )->plt.Figure:
         """Draw the images on which the two differ most
 
-        First the images on which the first Learner does better, then those on which it does worse; half of each, if
+        First the images on which the first Learner does better, then those on which it does worse; `n`/2 of each, if
         there are enough. Images where the answers differ come before those where only the probabilities do."""
         check_n(n)
         right,probs = (o[:,0]-o[:,1] for o in (self.right,self.probs))

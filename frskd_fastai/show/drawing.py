@@ -40,11 +40,12 @@ def validation_samples(
     learn:Learner,
     n:int, # Number of samples
 )->tuple: # A batch, and the decoded samples
-    "Take samples at equal distances from the validation set"
+    "Take evenly spaced samples of the validation set"
     check_n(n)
     dl = learn.dls.valid
     size = len(dl.dataset)
-    if not size: raise ValueError("FRSKD: this Learner has no validation images; an exported one has none.")
+    if not size: raise ValueError("FRSKD: this Learner has no validation images, as after `load_learner`. "
+                               "Set `learn.dls` to data with a validation set.")
     idxs = np.linspace(0, size-1, min(n, size)).astype(int).tolist()
     dl = dl.new(shuffle=False, bs=len(idxs), num_workers=0, get_idxs=lambda: idxs)
     b = dl.one_batch()

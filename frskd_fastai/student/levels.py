@@ -17,9 +17,9 @@ from .probe import *
 from .search import *
 
 # %% ../../nbs/student/levels.ipynb #obs00002
-_dense_levels = ("for segmentation, levels are found automatically only in a `DynamicUnet` (`unet_learner`). Name at "
-                 "least two modules of this network whose maps lead to its prediction: "
-                 "`FRSKDCallback(levels=[...])`.")
+_dense_levels = ("for segmentation, levels are found automatically only in a `DynamicUnet` (`unet_learner`) or a "
+                 "network with `level_names`. Name at least two modules of this network whose maps lead to its "
+                 "prediction: `FRSKDCallback(levels=[...])`.")
 
 _no_decoder = ("this `DynamicUnet` has no decoder blocks: fastai looks for changes of resolution among the children of "
                "the body, and this body has only one. Use another architecture, for example a ResNet, or unpack the "

@@ -17,12 +17,12 @@ class _PixelMetric(Metric):
     "Count the hits, predictions and labels of each class, in pixels"
     counts = None
     def __init__(self,
-        ignored:int|set|list=(), # Number or numbers of the labels to skip, as in the loss function's `ignore_index`
+        ignored:int|set|list=(), # Class number or numbers to skip, as in the loss function's `ignore_index`
     ):
         for o in L(ignored):
             if not isinstance(o, Integral):
-                raise ValueError(f"{type(self).__name__}: ignored takes numbers of labels, got {o!r}. "
-                                 "Use the label's place in the list of codes: `codes.index('void')`.")
+                raise ValueError(f"{type(self).__name__}: ignored takes class numbers, got {o!r}. "
+                                 "Use the class's index in the list of codes: `codes.index('void')`.")
         self.task = Segmentation(L(ignored))
 
     ignored = property(lambda self: self.task.ignored)

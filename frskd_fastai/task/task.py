@@ -22,7 +22,7 @@ Answers = namedtuple('Answers', 'right cls log_p keep asked')
 Answers.__doc__ = """How logits compare with targets: B×N tensors for N answers per image
 
 `right`: is the prediction right? `cls`: the class of the target. `log_p`: log-probability of the right answer.
-`keep`: does the answer count? `asked`: as `keep`, but of multiple labels only the positive ones."""
+`keep`: does the answer count? `asked`: as `keep`, but with several labels only the positive ones."""
 
 def mean_where(
     values:Tensor, # Any shape
@@ -121,7 +121,7 @@ class Task:
         return dict(weights, width=cls.width, finest=cls.finest)
 
     def self_teacher(self,
-        width:float|list, # Channels per channel of the student; for segmentation, per 64 channels
+        width:float|list, # Channels per channel of the student; for segmentation, channels divided by 64
         depth:int, # Depthwise-separable convolutions per node; not used for segmentation
     )->Callable: # Takes the levels' channels and the number of logits, returns a module
         "Return a function that makes the default self-teacher"
