@@ -43,7 +43,7 @@ from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
 from schedule_study import CropFlip, NoValid, cifar, small_resnet
-from worth_results import RECIPES, overview, plot, summary, table, times
+from worth_results import RECIPES, candidates, markdown, overview, plot, summary, table, times
 import camvid_study, finetune
 
 MIXING = dict(mixup=MixUp, cutmix=CutMix)
@@ -295,20 +295,22 @@ if __name__=='__main__':
     p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
     p.add_argument('--times', action='store_true', help='time a step of each method and stop')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
-    p.add_argument('--overview', action='store_true', help="print the README's table from --out and stop")
+    p.add_argument('--overview', action='store_true', help="print the README's tables from --out and stop")
+    p.add_argument('--candidates', action='store_true', help='print how the rule judges the methods and stop')
     p.add_argument('--figure', type=Path, help='plot the results to this file and stop')
     args = p.parse_args()
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
     unknown = set(args.settings)-set(SETTINGS)
     if unknown: p.error(f'no such setting: {", ".join(unknown)}')
-    if args.table or args.overview or args.figure:
+    if args.table or args.overview or args.candidates or args.figure:
         d = summary(args.out, args.times_out)
         if args.table: print(table(d))
-        if args.overview: print(overview(d))
+        if args.overview: print(*map(markdown, overview(d)), sep='\n\n')
+        if args.candidates: print(markdown(candidates(d)))
         if args.figure: plot(d).savefig(args.figure, dpi=110)
     elif args.times:
         one_thread()
         for o in args.settings: measure(args, o)
     elif args.settings: run(args)
-    else: p.error('SETTING is missing: name one or more, or use --table, --overview or --figure')
+    else: p.error('SETTING is missing: name one or more, or use --table, --overview, --candidates or --figure')

@@ -1,6 +1,6 @@
 """Summarize the rows of `worth.py`: differences from plain training, as a table or a figure
 
-`python benchmarks/worth.py --table`, `--overview` and `--figure FILE` call these functions."""
+`python benchmarks/worth.py` calls these functions with `--table`, `--overview`, `--candidates` and `--figure FILE`."""
 import itertools, math
 import matplotlib.pyplot as plt, pandas as pd
 
@@ -73,32 +73,64 @@ def table(d):
         lines.append('| '+' | '.join(map(str, cells))+' |')
     return '\n'.join(lines)
 
-OVERVIEW = { # rows of `overview`: (arm, network)
+def markdown(d):
+    "Return a DataFrame of strings as a Markdown table; its index becomes the first column"
+    lines = [[d.index.name,*d.columns], ['---']*(len(d.columns)+1), *([k,*o] for k,o in zip(d.index, d.values))]
+    return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
+
+OVERVIEW = { # columns of the first table of `overview`: (arm, network)
     'plain, as long as FRSKD': ('plain longer','student'),
-    'label smoothing':         ('smoothing','student'),
-    'MixUp':                   ('mixup','student'),
-    'CutMix':                  ('cutmix','student'),
     '**FRSKD**, student':      ('plain frskd','student'),
     '**FRSKD**, refined':      ('plain frskd','refined'),
-    '**FRSKD**, average':      ('plain frskd','average'),
+    '**FRSKD**, average':      ('plain frskd','average')}
+COMBINED = { # and of the second one
+    'label smoothing':         ('smoothing','student'),
     'label smoothing + FRSKD': ('smoothing frskd','student'),
+    'MixUp':                   ('mixup','student'),
     'MixUp + FRSKD':           ('mixup frskd','student'),
     'MixUp + FRSKD, average':  ('mixup frskd','average'),
+    'CutMix':                  ('cutmix','student'),
     'CutMix + FRSKD':          ('cutmix frskd','student')}
 
 def compared(d):
     "Keep the runs of a `summary` in which FRSKD is compared with plain training"
     return d[d.run.isin(d.run[(d.arm=='plain frskd') & (d.pairs>0)])]
 
+def gains(d, columns, n):
+    "Return the gains in a `summary` as text with `n` decimals, a row per run; `columns` maps a name to (arm, network)"
+    cells = {(o.run,o.arm,o.network):gain_text(o, n) for o in d.itertuples()}
+    runs = pd.Index(d.run.unique(), name='training run')
+    return pd.DataFrame({k:[cells.get((run,*o), '') for run in runs] for k,o in columns.items()}, runs)
+
 def overview(d):
-    "Return the Markdown table of the README from a `summary`: recipes against settings"
+    "Return the README's two tables from a `summary`: FRSKD, and other recipes without and with it"
     d = compared(d)
-    runs = d.run.unique()
-    cells = {(o.run,o.arm,o.network):gain_text(o, 1) for o in d.itertuples()}
-    plain = d[d.arm=='plain'].set_index('run').score
-    lines = [['training run',*runs], ['---']*(len(runs)+1), ['plain: accuracy',*(f'{plain[o]:.1f}' for o in runs)]]
-    lines += [[name,*(cells.get((o,*row), '') for o in runs)] for name,row in OVERVIEW.items()]
-    return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
+    out = gains(d, OVERVIEW, 1)
+    out.insert(0, 'plain', d[d.arm=='plain'].set_index('run').score[out.index].map('{:.1f}'.format))
+    both = gains(d, COMBINED, 1)
+    return out,both[(both!='').any(axis=1)]
+
+CANDIDATES = { # for the default, and their columns in `candidates`
+    'plain frskd':          'the default',
+    'plain no features':    'no feature loss (beta=0)',
+    'plain no soft labels': 'no soft labels (alpha=0)',
+    'plain label loss':     'neither',
+    'plain paper':          'FRSKDCallback.paper()'}
+
+def candidates(d):
+    """Apply the rule for choosing the default, in `worth.py`, to a `summary`
+
+    Returns the gains of the students, and below them in how many runs a candidate is worse than plain training, and its
+    mean gain divided by training time. These two are over the runs with three pairs or more of every candidate."""
+    d = d[(d.network=='student') & d.arm.isin(CANDIDATES) & (d.pairs>0)]
+    out = gains(d, {v:(k,'student') for k,v in CANDIDATES.items()}, 2)
+    full = d[d.pairs>2].groupby('run').filter(lambda o: len(o)==len(CANDIDATES))
+    judged = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time).groupby('arm')
+    runs = full.run.nunique()
+    worse,worth = judged.worse.sum()[list(CANDIDATES)],judged.worth.mean()[list(CANDIDATES)]
+    out.loc[f'worse than plain, of {runs} runs'] = worse.map(str).values
+    out.loc['gain / time, mean'] = [plus_minus(o, math.nan, sign='+') for o in worth]
+    return out
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
     '':               ('o','student','alone'),

@@ -35,11 +35,36 @@ def test_the_unused_images_count(worth, tmp_path):
     d = results(worth, pd.DataFrame([dict(row, part=p, accuracy=a) for p,a in (('valid',1.),('unused',2.))]), tmp_path)
     assert d.score.tolist()==[2]
 
-@pytest.mark.parametrize('page', ['index.ipynb','tutorials/worth.ipynb'])
-def test_the_table_in_the_docs(worth, page):
-    "README and tutorial have the table that `worth.py --overview` prints"
-    cells = json.loads((root/'nbs'/page).read_text(encoding='utf-8'))['cells']
-    assert worth.overview(results(worth)) in '\n'.join(''.join(o['source']) for o in cells)
+@pytest.mark.parametrize('page,tables', [
+    ('nbs/index.ipynb',['overview']), ('nbs/tutorials/worth.ipynb',['overview','candidates']),
+    ('benchmarks/results/README.md',['overview','candidates'])])
+def test_the_tables_in_the_docs(worth, page, tables):
+    "The docs have the tables that `worth.py --overview` and `--candidates` print"
+    text = (root/page).read_text(encoding='utf-8')
+    if page.endswith('ipynb'): text = '\n'.join(''.join(o['source']) for o in json.loads(text)['cells'])
+    for o in tables:
+        found = getattr(worth, o)(results(worth))
+        for d in found if o=='overview' else [found]: assert worth.markdown(d) in text, o
+
+def test_the_rule_for_the_default(worth, tmp_path):
+    "It counts the runs in which every candidate has three pairs; worse is by more than the standard error"
+    row = dict(trained_epochs=20, part='valid', network='student', device='CPU', loss=1., ece=5., miou=math.nan)
+    def rows(setting, epochs, **gains):
+        for arm,o in gains.items():
+            yield from (dict(row, setting=setting, epochs=epochs, arm=arm.replace('_', ' '), seed=i, accuracy=50+i+g)
+                        for i,g in enumerate(o))
+    same = {o.replace(' ', '_'):[1,1,1] for o in worth.CANDIDATES}
+    found = [*rows('few', 20, plain=[0,0,0], **same | dict(plain_frskd=[-1,-2,-3], plain_paper=[0,0,-3])),
+             *rows('digits', 2, plain=[0,0,0], **same | dict(plain_paper=[-1,-1,-1])),
+             *rows('digits', 5, plain=[0,0,0], plain_frskd=[-9,-9,-9])] # the others are missing: not judged
+    d = worth.candidates(results(worth, pd.DataFrame(found), tmp_path))
+    assert d.iloc[:3]['the default'].tolist()==['−2.00\xa0±\xa00.58','+1.00\xa0±\xa00.00','−9.00\xa0±\xa00.00']
+    assert d.iloc[2,1]=='' and d.index[3]=='worse than plain, of 2 runs'
+    assert d.loc[d.index[3]].tolist()==['1','0','0','0','1'] # −1.00 ± 1.00 isn't worse, −1.00 ± 0.00 is
+    times = worth.times
+    file = root/'benchmarks/results/worth_times.csv'
+    expect = (-2/times(file, 'few', 'frskd')+1/times(file, 'digits', 'frskd'))/2
+    assert d.loc[d.index[4],'the default']==worth.plus_minus(expect, math.nan, sign='+')
 
 def test_runs(worth, tmp_path):
     "Two runs at a time: each appends its rows once, with the same start; what is there is not repeated"
