@@ -128,7 +128,7 @@ def candidates(d):
     judged = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time).groupby('arm')
     runs = full.run.nunique()
     worse,worth = judged.worse.sum()[list(CANDIDATES)],judged.worth.mean()[list(CANDIDATES)]
-    out.loc[f'worse than plain, of {runs} runs'] = worse.map(str).values
+    out.loc[f'worse than plain (of {runs} runs)'] = worse.map(str).values
     out.loc['gain / time, mean'] = [plus_minus(o, math.nan, sign='+') for o in worth]
     return out
 

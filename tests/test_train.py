@@ -58,8 +58,8 @@ def test_results(folder, tmp_path, capsys):
     frskd = 'FRSKD: α 2, β 100, temperature 4, self-teacher of width 2, schedule trust.'
     assert f'{h.accuracy.iloc[1]:.2%}' in text and '\n\n\n' not in text and f'\n\n{frskd}\n\n| model |' in text
     cells = r'([\d.]+)% \| [\d.]+ \| (?:\d+ s|the same) \| ([\d.]+) M \| [\d.]+ ms'
-    rows = re.findall(rf'^\| (plain|frskd|frskd, refined) \| {cells} \|$', text, re.M)
-    assert [o[0] for o in rows]==['plain','frskd','frskd, refined'] and rows[0][2]==rows[1][2]
+    rows = re.findall(rf'^\| (plain|frskd|frskd, refined|frskd, average) \| {cells} \|$', text, re.M)
+    assert [o[0] for o in rows]==['plain','frskd','frskd, refined','frskd, average'] and rows[0][2]==rows[1][2]
     rows = rows[1:]
     assert f"{float(rows[0][1])/100:.4f}"==f"{h.accuracy.iloc[1]:.4f}" and float(rows[1][2])>float(rows[0][2])
     learn = load_learner(tmp_path/'r/student.pkl')
@@ -70,13 +70,16 @@ def test_results(folder, tmp_path, capsys):
 def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
     code,out,err = run(folder, *FAST, '--keep-refined', '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
-    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted((*results,'refined.pkl'))
-    assert 'refined.pkl' in out.splitlines()[-1]
+    assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted((*results,'refined.pkl','average.pkl'))
+    assert 'refined.pkl, average.pkl' in out.splitlines()[-1]
     text = (tmp_path/'r/summary.md').read_text()
-    learn = load_learner(tmp_path/'r/refined.pkl')
-    with learn.no_bar(): label,_,probs = learn.predict(get_image_files(folder)[0])
-    assert label in '0123' and probs.shape==(4,)
-    assert '--keep-refined`.' not in text and 'predictions may take longer. It is in `refined.pkl`.' in text
+    image,probs = get_image_files(folder)[0],{}
+    for k in 'refined','average','student':
+        learn = load_learner(tmp_path/f'r/{k}.pkl')
+        with learn.no_bar(): label,_,probs[k] = learn.predict(image)
+        assert label in '0123' and probs[k].shape==(4,)
+    torch.testing.assert_close(probs['average'], (probs['refined']+probs['student'])/2)
+    assert '--keep-refined`.' not in text and 'They are in `refined.pkl` and `average.pkl`.' in text
 
 def test_runs_repeat(folder, tmp_path, capsys):
     "The same command gives the same history, with or without a plain run first"
@@ -183,6 +186,11 @@ def test_bad_options(args, tmp_path, capsys, monkeypatch):
     assert e.value.code==2
     assert args.split()[0] in capsys.readouterr().err.strip().split('\n')[-1]
     assert not list(tmp_path.iterdir())
+
+def test_results_do_not_go_among_the_images(folder, capsys):
+    before = sorted(folder.rglob('*'))
+    code,_,err = run(folder, *FAST, '--out', f'{folder}/', capsys=capsys)
+    assert code==2 and err.count('\n')==1 and 'is the folder of the images' in err and sorted(folder.rglob('*'))==before
 
 # -- Help and usage errors come without delay -------------------------------------------------------
 PROBE = """

@@ -72,7 +72,7 @@ def parser()->argparse.ArgumentParser:
     add('--compare', action='store_true',
         help="also train the same model without FRSKD, with the same seed, and report both")
     add('--keep-refined', action='store_true',
-        help="also export the refined model, student and self-teacher as one network, to refined.pkl")
+        help="also export student and self-teacher as one network: refined.pkl, and average.pkl, their mean")
     add('--resume', type=folder, metavar='DIR',
         help="continue the interrupted training whose --out was DIR, after its last complete epoch")
     return results_options(p, Path('frskd-results'))
@@ -122,6 +122,8 @@ class TrainOptions:
         if opts.path is not None and not opts.recipe: # a recipe checks its folder itself
             if not opts.path.exists(): raise UsageError(f"no such folder: {opts.path}")
             if not opts.path.is_dir(): raise UsageError(f"{opts.path} is not a folder")
+            if opts.out.absolute()==opts.path.absolute():
+                raise UsageError(f"--out {opts.out} is the folder of the images. Name another folder for the results.")
         if not opts.resume: RunFolder(opts.out).check(opts.force)
         check_processes(opts.bs)
         return opts

@@ -26,22 +26,24 @@ from ..show.comparison import *
 
 # %% ../../nbs/cli/report.ipynb #ec4b021c
 class Refined:
-    "Make the refined model of a Learner, and compare it with the student"
+    "Make the refined models of a Learner, without and with averaging, and compare them with the student"
     def __init__(self,
         learn:Learner, # Trained with FRSKD
     ):
-        self.learn = self.row = None
+        self.learners,self.rows = {},{}
         try:
-            self.learn = learn.frskd.refined()
+            self.learners = {k:learn.frskd.refined(average=k=='average') for k in ('refined','average')}
             if n_processes()==1: self._measure(learn) # with several, metrics would wait for the others
         except Exception as e: warn(f"can't make a refined model of this network ({first_line(e)})")
 
     def _measure(self, student):
-        with self.learn.no_bar(): loss,*values = self.learn.validate()
-        self.row = values,loss
-        self.params = [sum(p.numel() for p in o.model.parameters()) for o in (student,self.learn)]
+        for k,o in self.learners.items():
+            with o.no_bar(): loss,*values = o.validate()
+            self.rows[k] = values,loss
+        both = student,self.learners['refined']
+        self.params = [sum(p.numel() for p in o.model.parameters()) for o in both]
         x = student.dls.valid.one_batch()[0][:1]
-        models = [o.model.eval() for o in (student,self.learn)] # a resumed training may have had nothing left to do
+        models = [o.model.eval() for o in both] # a resumed training may have had nothing left to do
         self.ms = 1000*np.median(prediction_times(models, x, rounds=6), axis=0)
 
     def costs(self):
@@ -70,9 +72,10 @@ class Report:
         written = [*results, *self._write_pictures()]
         self.learn.remove_cb(type(self.runs[-1].history))
         self.learn.export('student.pkl')
-        if self.opts.keep_refined and self.refined.learn:
-            self.refined.learn.export('refined.pkl')
-            written.append('refined.pkl')
+        if self.opts.keep_refined:
+            for k,o in self.refined.learners.items():
+                o.export(f'{k}.pkl')
+                written.append(f'{k}.pkl')
         text = self.summary()
         (out/'summary.md').write_text(text)
         print(f"\n{text}\nResults in {out}/: {', '.join(dict.fromkeys(written))}")
@@ -111,24 +114,27 @@ class Report:
                 f"{f.width:g}, schedule {f.schedule}.{self.job.settings}")
 
     def _table(self):
-        "Make a table with a row per training, and one for the refined model if it was measured"
+        "Make a table with a row per training run, and two for the refined models if they were measured"
         heads,rows = ['model',*self.job.metrics.values(),'validation loss','training time'],[]
         row = lambda name,values,loss,time: [name, *(f'{v:.2%}' for v in values), f'{loss:.4f}', time]
         for run in self.runs:
             last = run.history.rows[-1]
             values = [last[o] for o in self.job.metrics]
             rows.append(row(run.name, values, last['valid_loss'], f'{run.history.seconds:.0f} s'))
-        if self.refined.row:
+        if self.refined.rows:
             student,refined = self.refined.costs()
             heads += ['parameters','time per prediction']
-            rows = [o+student for o in rows] + [row('frskd, refined', *self.refined.row, 'the same')+refined]
+            rows = [o+student for o in rows]
+            rows += [row(f'frskd, {k}', *o, 'the same')+refined for k,o in self.refined.rows.items()]
         return markdown_table(heads, rows)
 
     def _refined_note(self):
-        if not self.refined.row: return
-        where = 'It is in `refined.pkl`.' if self.opts.keep_refined else 'Export it with `--keep-refined`.'
+        if not self.refined.rows: return
+        where = 'They are in `refined.pkl` and `average.pkl`.' if self.opts.keep_refined else \
+            'Export them with `--keep-refined`.'
         return [f"`frskd` is the student, an ordinary {self.job.kind} with {self.opts.arch}. `frskd, refined` is "
-                f"student and self-teacher as one network, for when predictions may take longer. {where}"]
+                "student and self-teacher as one network, for when predictions may take longer; `frskd, average` "
+                f"is the mean of both networks' probabilities. {where}"]
 
     def _compared(self):
         if not self.comparison: return

@@ -114,7 +114,7 @@ def find_lr(
     job:ImageJob,
 )->float:
     "Find a learning rate for plain training with fastai's `lr_find`, on the first process"
-    print('finding a learning rate ...')
+    print('finding a learning rate in 100 training steps (--lr RATE skips this) ...')
     search = lambda: Run('plain', job).learn.lr_find(show_plot=False).valley
     with contextlib.redirect_stdout(io.StringIO()): lr = broadcast_from_rank0(search)
     with contextlib.suppress(OSError): (job.opts.out/'models').rmdir() # lr_find's checkpoint was here

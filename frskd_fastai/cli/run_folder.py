@@ -14,7 +14,7 @@ from .command import *
 
 # %% ../../nbs/cli/run_folder.ipynb #3ffaf421
 results = ('student.pkl','history.csv','curves.png','attention.png','summary.md')
-more_results = ('predictions.png','differences.png','refined.pkl') # For segmentation, `--compare`, `--keep-refined`
+more_results = 'predictions.png','differences.png','refined.pkl','average.pkl' # Of some options only
 
 def check_out(
     out:Path, # Folder for the results
