@@ -15,8 +15,9 @@ The settings:
 - `camvid`: 160 half-size images, resized to 72×96, a small U-Net from scratch
 
 An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`.
-The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone)
-and the cheaper self-teachers of `cheap.py`. `plain longer` trains for so many more epochs that it takes as long as
+The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone),
+the cheaper self-teachers of `cheap.py`, and two schedules that give short training runs full weight, `constant` and
+`no gate`. `plain longer` trains for so many more epochs that it takes as long as
 `plain frskd` according to `--times`. Arms with the same seed share the initial student and the order of the data.
 Runs use one CPU thread, or the GPU if there is one; a difference is between runs on the same device. The times are
 those of one CPU thread, and of the GPU in `wide`.
@@ -61,7 +62,14 @@ CHEAP = { # cheaper self-teachers, see `cheap.py`
     'top-down':        partial(FRSKDCallback, teacher=TopDownSelfTeacher),
     'second steps':    EverySecondStep,
     'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to the size of the last one
-METHODS.update(CHEAP)
+def no_gate():
+    "Make a callback whose schedule is trust alone, without the rule for short training runs"
+    cb = FRSKDCallback()
+    cb.trust = Trust(full=1)
+    return cb
+
+SCHEDULES = {'no gate':no_gate, 'constant':partial(FRSKDCallback, schedule='constant')}
+METHODS.update(CHEAP | SCHEDULES)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
 
 def parse_arm(arm):
@@ -283,7 +291,7 @@ def measure(args, name, rounds=7, steps=6):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('settings', nargs='*', metavar='SETTING', help=', '.join(SETTINGS))
-    p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in CHEAP], choices=ARMS)
+    p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in CHEAP|SCHEDULES], choices=ARMS)
     p.add_argument('--epochs', nargs='+', type=int, help="budgets; default: all budgets of the setting")
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--cifar', default='../shared/data/cifar100-1.zip')
