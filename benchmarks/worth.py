@@ -37,6 +37,11 @@ The rule for choosing `FRSKDCallback`'s default, written before any method had a
   settings and budgets.
 - If all are out, the default is the one that is worse in the fewest of them; among equals, the one with the highest
   average.
+
+The rule for dropping the reduced weights of short training runs in fits that begin with a frozen body (2026-11-26, after
+three runs of `paper` and one of `no gate` in `groceries` with 5 epochs, before any with 15): `no gate` gains more than
+`frskd` in `groceries`, in both budgets, and neither there nor in the fine-tuning of `finetune.csv` is it worse than plain
+training by more than the standard error.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
