@@ -39,7 +39,7 @@ The rule for choosing `FRSKDCallback`'s default, written before any method had a
   average.
 
 The rule for dropping the reduced weights of short training runs in fits that begin with a frozen body (2026-11-26, after
-three runs of `paper` and one of `no gate` in `groceries` with 5 epochs, before any with 15): `no gate` gains more than
+three runs of `paper` and two of `no gate` in `groceries` with 5 epochs, before any with 15): `no gate` gains more than
 `frskd` in `groceries`, in both budgets, and neither there nor in the fine-tuning of `finetune.csv` is it worse than plain
 training by more than the standard error.
 """

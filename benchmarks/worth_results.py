@@ -17,6 +17,7 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     setting = {'many':'few'}.get(setting, setting) # their steps are the same
+    method = {'no gate':'frskd', 'constant':'frskd'}.get(method, method)
     d = pd.read_csv(file)
     return d[(d.setting==setting) & (d.method==method)].ratio.median()
 
@@ -120,16 +121,18 @@ CANDIDATES = { # for the default, and their columns in `candidates`
 def candidates(d):
     """Apply the rule for choosing the default, in `worth.py`, to a `summary`
 
-    Returns the gains of the students, and below them in how many runs a candidate is worse than plain training, and its
-    mean gain divided by training time. These two are over the runs with three pairs or more of every candidate."""
+    Returns the gains of the students. Below them: in how many runs a candidate is worse than plain training, and its mean
+    gain divided by training time, over all runs and in classification. They count the runs with three pairs or more of
+    every candidate."""
     d = d[(d.network=='student') & d.arm.isin(CANDIDATES) & (d.pairs>0)]
     out = gains(d, {v:(k,'student') for k,v in CANDIDATES.items()}, 2)
     full = d[d.pairs>2].groupby('run').filter(lambda o: len(o)==len(CANDIDATES))
-    judged = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time).groupby('arm')
-    runs = full.run.nunique()
-    worse,worth = judged.worse.sum()[list(CANDIDATES)],judged.worth.mean()[list(CANDIDATES)]
-    out.loc[f'worse than plain (of {runs} runs)'] = worse.map(str).values
-    out.loc['gain / time, mean'] = [plus_minus(o, math.nan, sign='+') for o in worth]
+    full = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time)
+    mean = lambda o: [plus_minus(v, math.nan, sign='+') for v in o.groupby('arm').worth.mean()[list(CANDIDATES)]]
+    worse = full.groupby('arm').worse.sum()[list(CANDIDATES)]
+    out.loc[f'worse than plain (of {full.run.nunique()} runs)'] = worse.map(str).values
+    out.loc['gain / time, mean'] = mean(full)
+    out.loc['the same, classification'] = mean(full[full.setting!='camvid'])
     return out
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
