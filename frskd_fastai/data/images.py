@@ -99,11 +99,11 @@ def check_split(
     "Raise a `DataError` if there is a single class, or a class without training images"
     known = set(L(train).itemgot(1))
     if len(known)<2: raise DataError(f"only one class, {first(known)!r}, to train on ({train[0][0]}). Add training "
-                                         "images of another class")
+                                         "images of another class.")
     unknown = first((f,c) for f,c in valid if c not in known)
     if not unknown: return
     raise DataError(f"class {unknown[1]!r} is in the validation set ({unknown[0]}), but has no training images. "
-                    "Add some, or remove the class")
+                    "Add some, or remove the class.")
 
 # %% ../../nbs/data/images.ipynb #cdef7977
 _layout = "Expected one folder per class, or train/ and valid/ (or test/) with one folder per class in each."
@@ -130,7 +130,7 @@ def find_images(
     try: check_split(*parts)
     except DataError as e:
         if not at_random: raise
-        raise DataError(f"{e}. The images were split at random. With so few of them, split them into train/ "
+        raise DataError(f"{e} The images were split at random. With so few of them, split them into train/ "
                         "and valid/ yourself.") from None
     return tuple(parts)
 
