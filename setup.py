@@ -1,4 +1,4 @@
-"The package's metadata, from settings.ini; pyproject.toml repeats a little of it for nbdev, and is checked against it here."
+"The package's metadata, from settings.ini; pyproject.toml repeats a little for nbdev, and is checked against it here."
 import re, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -19,7 +19,9 @@ urls = proj.get('urls', {})
 repeated = dict(lib_name=proj.get('name'), description=proj.get('description'),
                 git_url=urls.get('Repository'), doc_url=urls.get('Documentation'))
 differ = [f'  {k}: settings.ini has {cfg[k]!r}, pyproject.toml {v!r}' for k,v in repeated.items() if v != cfg[k]]
-if differ: sys.exit('\n'.join(['pyproject.toml differs from settings.ini; make [project] there the same as settings.ini:', *differ]))
+if differ:
+    sys.exit('\n'.join(['pyproject.toml differs from settings.ini; make [project] there the same as settings.ini:',
+                        *differ]))
 
 # name, description and urls are static in pyproject.toml, so setup() is not given them
 setup(

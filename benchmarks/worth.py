@@ -38,17 +38,17 @@ The rule for choosing `FRSKDCallback`'s default, written before any method had a
 - If all are out, the default is the one that is worse in the fewest of them; among equals, the one with the highest
   average.
 
-The rule for dropping the reduced weights of short training runs in fits that begin with a frozen body (2026-11-26, after
-three runs of `paper` and two of `no gate` in `groceries` with 5 epochs, before any with 15): `no gate` gains more than
-`frskd` in `groceries`, in both budgets, and neither there nor in the fine-tuning of `finetune.csv` is it worse than plain
-training by more than the standard error.
+The rule for dropping the reduced weights of short training runs in fits that begin with a frozen body (2026-11-26,
+after three runs of `paper` and two of `no gate` in `groceries` with 5 epochs, before any with 15): `no gate` gains more
+than `frskd` in `groceries`, in both budgets, and neither there nor in the fine-tuning of `finetune.csv` is it worse
+than plain training by more than the standard error.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
-from schedule_study import CropFlip, NoValid, cifar, small_resnet
+from schedule_study import CropFlip, NoValid, callback, cifar, small_resnet
 from worth_results import RECIPES, candidates, markdown, overview, plot, summary, table, times
 import camvid_study, finetune
 
@@ -67,14 +67,11 @@ CHEAP = { # cheaper self-teachers, see `cheap.py`
     'top-down':        partial(FRSKDCallback, teacher=TopDownSelfTeacher),
     'second steps':    EverySecondStep,
     'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to the size of the last one
-def no_gate():
-    "Make a callback whose schedule is trust alone, without the rule for short training runs"
-    cb = FRSKDCallback()
-    cb.trust = Trust(full=1)
-    return cb
-
-SCHEDULES = {'no gate':no_gate, 'constant':partial(FRSKDCallback, schedule='constant')}
-METHODS.update(CHEAP | SCHEDULES)
+SCHEDULES = { # with full weights in short training runs
+    'no gate':         partial(callback, 'no gate'), # trust alone
+    'constant':        partial(FRSKDCallback, schedule='constant')}
+EXTRA = CHEAP | SCHEDULES # trained only if asked for
+METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
 
 def parse_arm(arm):
@@ -296,7 +293,7 @@ def measure(args, name, rounds=7, steps=6):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('settings', nargs='*', metavar='SETTING', help=', '.join(SETTINGS))
-    p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in CHEAP|SCHEDULES], choices=ARMS)
+    p.add_argument('--arms', nargs='+', default=[o for o in ARMS if o.partition(' ')[2] not in EXTRA], choices=ARMS)
     p.add_argument('--epochs', nargs='+', type=int, help="budgets; default: all budgets of the setting")
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--cifar', default='../shared/data/cifar100-1.zip')

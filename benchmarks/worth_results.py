@@ -27,9 +27,9 @@ def summary(
 ): # DataFrame
     """Summarize the runs in a row per setting, budget, arm and network
 
-    `run` names the setting and budget. `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss` and `more_ece` are differences from
-    plain training with the same seed on the same device; `score_se`, `gain_se` and `more_loss_se` are standard errors,
-    `n` and `pairs` the numbers of runs and differences."""
+    `run` names the setting and budget. `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss`
+    and `more_ece` are differences from plain training with the same seed on the same device; `score_se`, `gain_se` and
+    `more_loss_se` are standard errors, `n` and `pairs` the numbers of runs and differences."""
     d = pd.read_csv(file)
     part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
     d = d[d.part==part].assign(score=d.miou.fillna(d.accuracy)) # the larger set if there are two
@@ -121,9 +121,9 @@ CANDIDATES = { # for the default, and their columns in `candidates`
 def candidates(d):
     """Apply the rule for choosing the default, in `worth.py`, to a `summary`
 
-    Returns the gains of the students. Below them: in how many runs a candidate is worse than plain training, and its mean
-    gain divided by training time, over all runs and in classification. They count the runs with three pairs or more of
-    every candidate."""
+    Returns the gains of the students. Below them: in how many runs a candidate is worse than plain training, and its
+    mean gain divided by training time, over all runs and in classification. They count the runs with three pairs or
+    more of every candidate."""
     d = d[(d.network=='student') & d.arm.isin(CANDIDATES) & (d.pairs>0)]
     out = gains(d, {v:(k,'student') for k,v in CANDIDATES.items()}, 2)
     full = d[d.pairs>2].groupby('run').filter(lambda o: len(o)==len(CANDIDATES))

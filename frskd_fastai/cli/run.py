@@ -8,7 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/cli/run.html.md"""
 __all__ = ['History', 'plain_log', 'Run', 'find_lr', 'train', 'failure']
 
 # %% ../../nbs/cli/run.ipynb #13801749
-import contextlib, io, re, sys, time
+import contextlib, io, sys, time
 import pandas as pd
 from fastai.vision.all import *
 from PIL import UnidentifiedImageError
@@ -154,7 +154,7 @@ def failure(
         why = first_line(e) if str(e).strip() else f'images of {opts.size} px'
         return f"out of memory ({why}). Use a smaller --size or --bs, or another --arch.",1
     if isinstance(e, FloatingPointError):
-        why = re.sub(r'\. (Restart|Check) .*', '', str(e)) # advice for those who write their own script
+        why = getattr(e, 'why', e) # without the advice for scripts
         return (f"{why}. Resuming would fail again: start over with --force and a lower --lr (the last good "
                 f"checkpoints are in {folder.checkpoints()})"),1
     if isinstance(e, NoCheckpoint): return e,1

@@ -91,10 +91,7 @@ class StudentComparison:
         names:tuple=('FRSKD','plain'), # Names of the two in tables and pictures
         dl:DataLoader|None=None, # Items with targets to compare on instead of the validation set
     ):
-        for o in learn,other:
-            if not isinstance(o, Learner):
-                raise ValueError(f"FRSKD: StudentComparison takes two Learners, got a {type(o).__name__}. "
-                                 "Make one with your data: `Learner(dls, model)`.")
+        for o in learn,other: check_learner(o, 'StudentComparison takes two Learners')
         self.learners,self.names = (learn,other),names
         a,b = (class_names(o.dls) for o in self.learners)
         if a!=b:

@@ -218,9 +218,7 @@ def list_levels(
     """Print the levels that FRSKD would use, with the shapes of their maps for one image
 
     A name in parentheses is the one that figures show"""
-    if not isinstance(learn, Learner):
-        raise ValueError(f"FRSKD: list_levels takes a Learner, got a {type(learn).__name__}. "
-                         "Make one with your data: `Learner(dls, model)`.")
+    check_learner(learn, 'list_levels takes a Learner')
     b = sample_batch(learn)
     if b is None: raise ValueError("FRSKD: the training data loader is empty, and finding levels needs a batch.")
     if levels is None: levels = getattr(getattr(learn, 'frskd', None), 'levels', 4)
