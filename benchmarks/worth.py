@@ -16,8 +16,8 @@ The settings:
 
 An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`.
 The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone),
-the cheaper self-teachers of `cheap.py`, and two schedules that give short training runs full weight, `constant` and
-`no gate`. `plain longer` trains for so many more epochs that it takes as long as
+the cheaper self-teachers of `cheap.py`, and three schedules that give short training runs full weight, `constant`,
+`ramp` and `no gate`. `plain longer` trains for so many more epochs that it takes as long as
 `plain frskd` according to `--times`. Arms with the same seed share the initial student and the order of the data.
 Runs use one CPU thread, or the GPU if there is one; a difference is between runs on the same device. The times are
 those of one CPU thread, and of the GPU in `wide`.
@@ -42,6 +42,12 @@ The rule for dropping the reduced weights of short training runs in fits that be
 after three runs of `paper` and two of `no gate` in `groceries` with 5 epochs, before any with 15): `no gate` gains more
 than `frskd` in `groceries`, in both budgets, and neither there nor in the fine-tuning of `finetune.csv` is it worse
 than plain training by more than the standard error.
+
+The rule for the default in segmentation (2026-11-26, after three runs of `frskd` and `paper` in `camvid` with 20
+epochs, before any of `ramp` and any with 60; `frskd` is out, since it is worse than plain training there): of `ramp`
+and `paper`, take the one with the higher gain divided by relative training time in 20 epochs. It becomes the default if
+it is better than plain training by more than the standard error in 20 epochs and not worse by more than that in 60. If
+it fails, the other one is tried in the same way.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -69,7 +75,8 @@ CHEAP = { # cheaper self-teachers, see `cheap.py`
     'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to the size of the last one
 SCHEDULES = { # with full weights in short training runs
     'no gate':         partial(callback, 'no gate'), # trust alone
-    'constant':        partial(FRSKDCallback, schedule='constant')}
+    'constant':        partial(FRSKDCallback, schedule='constant'),
+    'ramp':            partial(FRSKDCallback, schedule='ramp')}
 EXTRA = CHEAP | SCHEDULES # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
