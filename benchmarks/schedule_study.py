@@ -89,6 +89,10 @@ class Unfrozen(FRSKDCallback):
 
 no_gate = partial(Trust, full=1) # the default schedule until 2026-11-26
 
+class Length(Trust):
+    "Less in all short training runs, also in fine-tuning: the default schedule of 2026-11-26"
+    def will_train(self, n, frozen=False): super().will_train(n)
+
 class WarmUp(Trust):
     "Trust × min(1, step/`warm`); counts steps since the self-teacher was built"
     def __init__(self, warm):
@@ -160,7 +164,7 @@ VARIANTS = { # callback and schedule of the arms that don't use `FRSKDCallback` 
     'trust student': (TrustStudent,no_gate),
     'slow trust':    (FRSKDCallback,partial(Trust, beta=.995, full=1)),
     'unfrozen':      (Unfrozen,no_gate),
-    **{f'length {n}':(FRSKDCallback,partial(Trust, full=n)) for n in (500,1000)},
+    **{f'length {n}':(FRSKDCallback,partial(Length, full=n)) for n in (500,1000)},
     **{f'warm {n}':(FRSKDCallback,partial(WarmUp, n)) for n in (100,300,1000)},
     **{f'warm weights {n}':(WarmWeights,partial(WarmUpWeights, n)) for n in (300,1000)}}
 

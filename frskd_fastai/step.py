@@ -32,10 +32,11 @@ def plan_schedule(
     learn:Learner, # During a fit
     schedule:Schedule,
 ):
-    "Tell `schedule` how many steps are left in the fit"
+    "Tell `schedule` how many steps are left in the fit, and whether some layers are frozen"
     skipped = getattr(getattr(learn, 'skip_to_epoch', None), '_skip_to', 0) # of `fit(start_epoch=...)`
-    try: schedule.will_train((learn.n_epoch-max(learn.epoch, skipped))*len(learn.dls.train))
-    except TypeError: pass # no length: treated as a long fit
+    try: n = (learn.n_epoch-max(learn.epoch, skipped))*len(learn.dls.train)
+    except TypeError: n = math.inf # no length: treated as a long fit
+    schedule.will_train(n, frozen=learn.opt.frozen_idx>0)
 
 def say_if_short(
     learn:Learner, # In `before_fit`
@@ -43,8 +44,7 @@ def say_if_short(
 ):
     "Print a line if the training is too short for FRSKD to affect the student much"
     quiet = not learn.n_epoch or learn.logger is noop or hasattr(learn, 'lr_finder') or rank_distrib()
-    frozen = learn.opt.frozen_idx>0 # the first phase of `fine_tune`
-    if quiet or frozen or schedule.share>=.25: return
+    if quiet or schedule.share>=.25: return
     print(f"FRSKD: only {schedule.last} training steps in total, so distillation is scaled down to at most "
           f"{schedule.share:.1%} (100% from {schedule.full:,} steps). "
           "Consider the refined model, which keeps the self-teacher: `learn.frskd.refined()`, or "

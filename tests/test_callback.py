@@ -297,36 +297,67 @@ def test_trust_follows_the_self_teachers_loss(make):
 class Shares(Callback):
     "Records trust's `share` and step count at each step"
     order,run_valid = 100,False
+    def __init__(self): self.seen = [] # `Resumable` skips `before_fit`
     def before_fit(self): self.seen = []
     def after_loss(self): self.seen.append((self.frskd.trust.share, self.frskd.trust.steps-1))
 
 def test_a_short_training_gets_a_part_of_trust(make, capsys):
-    """A training of n steps gets n/1000 of trust, counted over all fits so far; the message says so once the body
-    trains"""
+    "A training of n steps gets n/1000 of trust, counted over all fits so far"
     learn,look = make(cbs=FRSKDCallback()),Shares()
     learn.logger = print
     learn.fit(2, 1e-3, cbs=look)
     assert look.seen==[(12/1000,i) for i in range(12)]
     assert capsys.readouterr().out.count('FRSKD: only 12 training steps')==1
-    learn.freeze()
-    learn.fit(1, 1e-3, cbs=look)
-    assert look.seen==[(18/1000,i) for i in range(12, 18)] and 'FRSKD' not in capsys.readouterr().out
-    learn.unfreeze()
     learn.frskd.trust.steps = 990
     learn.fit(1, 1e-3, cbs=look)
     assert look.seen==[(996/1000,i) for i in range(990, 996)] and 'FRSKD' not in capsys.readouterr().out
     learn.fit(2, 1e-3, cbs=look)
     assert [o for o,_ in look.seen]==[1.]*12
 
-def test_fine_tune_counts_the_steps_of_both_phases(make, capsys):
-    learn,shares = make(cbs=FRSKDCallback()),[]
+def shares_of(learn, *fits):
+    "Trust's shares in each of `fits`, which take a Learner; the Learner prints"
+    shares = []
     class Look(Shares):
-        def after_fit(self): shares.append(self.seen)
+        def after_fit(self): shares.append(sorted({o for o,_ in self.seen}))
     learn.logger = print
-    learn.fine_tune(3, 1e-3, cbs=Look())
-    assert [sorted({o for o,_ in s}) for s in shares]==[[6/1000],[24/1000]]
-    assert [n for s in shares for _,n in s]==list(range(24))
-    assert capsys.readouterr().out.count('FRSKD: only 24 training steps')==1
+    learn.add_cb(Look())
+    for o in fits: o(learn)
+    return shares
+
+def test_fine_tuning_gets_all_of_trust(make, capsys):
+    "A fit that begins with frozen layers, and those after it, aren't scaled down, however short, and print no line"
+    learn = make(cbs=FRSKDCallback())
+    assert shares_of(learn, lambda l: l.fine_tune(3, 1e-3))==[[1.],[1.]]
+    assert learn.frskd.trust.steps==24 and 'FRSKD' not in capsys.readouterr().out
+
+@pytest.mark.parametrize('fits', [
+    [Learner.freeze, lambda l: l.fit(1), Learner.unfreeze, lambda l: l.fit(1)], # by hand
+    [lambda l: l.freeze_to(-1), lambda l: l.fit(1)],                            # gradual unfreezing
+    [lambda l: l.fine_tune(1, freeze_epochs=0)],
+    [Learner.freeze, lambda l: l.lr_find(num_it=3, show_plot=False), lambda l: l.fit(1)]])
+def test_other_ways_to_fine_tune(make, fits):
+    assert shares_of(make(cbs=FRSKDCallback()), *fits)[-1]==[1.]
+
+def test_training_from_scratch_with_one_parameter_group_is_not_fine_tuning(make):
+    "`fine_tune` can't freeze the body of such a Learner"
+    learn = make(cbs=FRSKDCallback(), splitter=trainable_params)
+    assert shares_of(learn, lambda l: l.fine_tune(1))==[[6/1000],[12/1000]]
+
+def test_a_resumed_fine_tuning_gets_all_of_trust(make, tmp_path, capsys):
+    "The second phase, resumed in a new process or loaded from a checkpoint, continues as it was"
+    learn = make(cbs=FRSKDCallback(), path=tmp_path)
+    learn.fine_tune(1); learn.save('a')
+    other = make(cbs=FRSKDCallback(), path=tmp_path).load('a')
+    assert shares_of(other, lambda l: l.fit(1))==[[1.]]
+    class Stop(Callback):
+        def before_epoch(self):
+            if self.learn.opt.frozen_idx==0 and self.epoch==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        make(cbs=[FRSKDCallback(),Resumable(tmp_path/'run')]).fine_tune(2, cbs=Stop())
+    capsys.readouterr()
+    again = make(cbs=[FRSKDCallback(),Resumable(tmp_path/'run')])
+    assert shares_of(again, lambda l: l.fine_tune(2))[-1]==[1.]
+    assert again.frskd.trust.steps==18 and 'FRSKD: only' not in capsys.readouterr().out
 
 @pytest.mark.parametrize('schedule', ['constant','ramp',lambda pct: 1.])
 def test_other_schedules_are_as_they_are_in_short_trainings(make, capsys, schedule):

@@ -30,7 +30,8 @@ class Schedule:
         self.steps += 1
 
     def will_train(self,
-        n:int, # Steps left in this fit
+        n:int|float, # Steps left in this fit; infinite if unknown
+        frozen:bool=False, # Did the fit begin with frozen layers?
     ):
         "Note how many steps there will be by the end of this fit, earlier fits included"
         self.last = self.steps+n
@@ -68,18 +69,25 @@ class Ramp(Schedule):
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00b
 class Trust(Schedule):
-    "Use the self-teacher's probability of the right answer as factor; less in short training runs"
+    "Use the self-teacher's probability of the right answer as factor; less in short training runs from scratch"
     needs_answers = True
     def __init__(self,
         beta:float=0.95, # Weight of the old running mean at each step
-        full:int=1000, # Steps for the full factor; a shorter training run of n steps gets n/full of it
+        # Steps for the full factor; a shorter training run of n steps gets n/full of it, unless a fit began with
+        # frozen layers
+        full:int=1000,
     ):
         super().__init__()
         self.beta,self.full = beta,full
+        self.pretrained = False # has a fit begun with frozen layers?
         self.loss = torch.tensor(math.inf) # running mean of −log p; infinite until there is a finite value
 
     @property
-    def share(self): return min(1., self.last/self.full)
+    def share(self): return 1. if self.pretrained else min(1., self.last/self.full)
+
+    def will_train(self, n, frozen=False):
+        super().will_train(n)
+        self.pretrained |= frozen # for good: the fits after it continue with the same network
 
     def factor(self, pct=0.): return torch.exp(-self.loss.clamp(min=0))*self.share
 
@@ -91,10 +99,11 @@ class Trust(Schedule):
         new = torch.where(mean.isinf(), loss, torch.lerp(loss, mean, self.beta))
         self.loss = torch.where(new.isfinite(), new, mean)
 
-    def state_dict(self): return dict(super().state_dict(), loss=self.loss.item())
+    def state_dict(self): return dict(super().state_dict(), loss=self.loss.item(), pretrained=self.pretrained)
     def load_state_dict(self, state, device=None):
         super().load_state_dict(state)
-        loss = state.get('loss') # other schedules save none
+        self.pretrained = state.get('pretrained', False) # other schedules save neither this nor the loss
+        loss = state.get('loss')
         self.loss = torch.tensor(math.inf if loss is None else loss, device=device)
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00f
