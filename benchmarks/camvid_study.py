@@ -3,7 +3,7 @@
 The model is a small U-Net from scratch, the data some of the images at a reduced size. Each run appends a row to a CSV
 file.
 
-    python benchmarks/camvid_study.py PATH --arms plain default ramp --seeds 0 1 2 [--epochs 30] [--out FILE]
+    python benchmarks/camvid_study.py PATH --arms plain trust ramp --seeds 0 1 2 [--epochs 30] [--out FILE]
     python benchmarks/camvid_study.py --table [--out FILE]
 
 PATH contains `train/` and `val/`, each with `images/` and `labels/`, and `codes.txt`. The last class in `codes.txt` is
@@ -13,9 +13,9 @@ from pathlib import Path
 
 ARMS = {
     'plain':   None,
-    'default': {},
-    'ramp':    dict(schedule='ramp'),
-    'as in classification': dict(alpha=2., beta=100., temperature=4.),
+    'trust':   dict(schedule='trust'),
+    'ramp':    {}, # the default since 2026-11-27
+    'as in classification': dict(alpha=2., beta=100., temperature=4., schedule='trust'),
     'constant': dict(schedule='constant')}
 
 def small(pretrained=False):
@@ -84,7 +84,7 @@ if __name__=='__main__':
     warnings.filterwarnings('ignore')
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('path', nargs='?', type=Path, help='folder of CamVid')
-    p.add_argument('--arms', nargs='+', choices=ARMS, default=['plain','default'])
+    p.add_argument('--arms', nargs='+', choices=ARMS, default=['plain','ramp'])
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--arch', default='small', help="'small' or a torchvision network")
     p.add_argument('--size', type=int, nargs=2, default=[72,96], help='height and width in pixels')

@@ -117,7 +117,7 @@ class WarmWeights(FRSKDCallback):
 def callback(arm):
     "Build the callback of `arm`"
     kwargs,(cls,schedule) = ARMS.get(arm, {}),VARIANTS.get(arm, (FRSKDCallback,no_gate))
-    cb = cls(**kwargs)
+    cb = cls(**{'schedule':'trust', **kwargs})
     if 'schedule' not in kwargs: cb.trust = schedule()
     return cb
 

@@ -17,7 +17,7 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     setting = {'many':'few'}.get(setting, setting) # their steps are the same
-    method = 'frskd' if method in ('length 1000','constant','ramp') else method # they differ in their weights alone
+    method = 'frskd' if method in ('length 1000','constant') else method # they differ in their weights alone
     d = pd.read_csv(file)
     return d[(d.setting==setting) & (d.method==method)].ratio.median()
 

@@ -37,7 +37,7 @@ class FRSKDOptions:
     depth:int=1
     levels:int|list=4
     finest:int|None=None
-    schedule:str|Callable='trust'
+    schedule:str|Callable|None=None
     feature_loss:str|Callable='attention'
     teacher:nn.Module|Callable|None=None
     compile:bool=False
@@ -48,7 +48,7 @@ class FRSKDOptions:
         for name in 'alpha','beta': self._check_given(name, zero=True)
         for name in 'temperature','budget': self._check_given(name)
         SelfTeacher.check_size(ifnone(self.width, 1.), self.depth)
-        make_schedule(self.schedule)
+        if self.schedule is not None: make_schedule(self.schedule)
         finest,levels,loss,teacher = self.finest,self.levels,self.feature_loss,self.teacher
         is_index = finest is None or isinstance(finest, Integral) and finest>=0
         _check(is_index, "finest must be the index of a level, 0 or more", finest)
@@ -145,7 +145,7 @@ def build_frskd(
     seen:Seen, # What the first batch showed
     device, # The student's
     assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
-)->FRSKD: # With attributes `seen`, `width` and `refined_channels` (channels of the refined maps)
+)->FRSKD: # With attributes `seen`, `width`, `schedule` and `refined_channels` (channels of the refined maps)
     "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
     o,task = options.for_task(seen.task),seen.task
     finest = min(o.finest, len(seen.levels)-1)
@@ -156,7 +156,7 @@ def build_frskd(
         teacher,loss,refined = build_parts(levels, seen.n_out, device, make, o.feature_loss, task.ndim)
         args = teacher,task,loss,o.alpha,o.beta,o.temperature,finest,isinstance(o.feature_loss, str)
         module = (assemble(seen, refined, *args) if assemble else FRSKD(*args)).to(device)
-    module.seen,module.width,module.refined_channels = seen,width,refined
+    module.seen,module.width,module.schedule,module.refined_channels = seen,width,o.schedule,refined
     return module
 
 def _pooled_levels(levels, finest):

@@ -66,9 +66,9 @@ class FRSKDCallback(StudentReader):
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
-        # Factor on everything the student learns from the self-teacher: 'trust' (see `Trust`), 'constant' (the
-        # paper's), 'ramp' (see `late_ramp`), or a function from training progress to a factor, both from 0 to 1
-        schedule:str|Callable='trust',
+        # Factor on all the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (see
+        # `late_ramp`), or a function from training progress to a factor, 0 to 1. Default: 'trust'; segmentation: 'ramp'
+        schedule:str|Callable|None=None,
         # 'attention', 'hint' (see `HintLoss`), 'overhaul' (see `OverhaulLoss`), or your own loss: a function or module
         # that takes two lists, the student's maps and the refined maps, and returns a scalar. A module's parameters
         # are trained too
@@ -88,7 +88,7 @@ class FRSKDCallback(StudentReader):
         self.log = LossLog([*self.loss_names,'factor'], self._logged, shown, self._means)
         super().__init__(options, [self.skipping, self.log])
         self.losses,self.step_maps,self.step_out = {},[],None
-        self.trust = make_schedule(options.schedule) # computes the factor
+        self.trust = make_schedule(self.schedule) # computes the factor
         self.student_alone = False # was the student loaded without its self-teacher, and not trained since?
 
     @classmethod
@@ -112,13 +112,17 @@ class FRSKDCallback(StudentReader):
     skipped = property(lambda self: self.skipping.skipped) # Steps skipped in the last fit
     steps   = property(lambda self: self.log.steps) # Losses in each step of the last fit, see `LossLog`
     factor  = property(lambda self: self.trust.factor(getattr(self.learn, 'pct_train', 1.))) # Current factor
-    multi_label = property(lambda self: isinstance(self.task, MultiLabel))
 
     def attach(self):
         if any(isinstance(o, FRSKDCallback) for o in self.learn.cbs):
             raise ValueError("FRSKD: this Learner already has an FRSKDCallback. Remove it first: "
                              "`learn.remove_cb(FRSKDCallback)`.")
         super().attach()
+
+    def set_module(self, module):
+        before = self.schedule
+        super().set_module(module)
+        if self.schedule!=before: self.trust = make_schedule(self.schedule) # the default depends on the task
 
     def build_for(self, seen, inputs, targets):
         module = self.module_of(seen)
@@ -135,7 +139,6 @@ class FRSKDCallback(StudentReader):
         super().enter_fit()
         check_fit(self.learn)
         plan_schedule(self.learn, self.trust)
-        say_if_short(self.learn, self.trust)
 
     def refused(self): self.skipping.set_back() # undo the batch's effect on BatchNorm
     def enter_train(self):
@@ -171,6 +174,10 @@ class FRSKDCallback(StudentReader):
 
     def before_backward(self): self.step_maps,self.step_out = [],None # lets the backward pass free memory
 
+    def after_fit(self):
+        say_if_short(self.learn, self.trust)
+        super().after_fit()
+
     def _suspects(self):
         names = dict(teacher='self-teacher', soft_label='soft-label')
         maps = {f"level {i}'s map ({n})":m for i,(n,m) in enumerate(zip(self.level_names, self.step_maps))}
@@ -178,12 +185,7 @@ class FRSKDCallback(StudentReader):
 
     def _logged(self): return None if self.step_out is None else {**self.losses, 'factor':self.used_factor}
 
-    def _means(self):
-        means = {f'{k}_loss':(v,len(self.step_out.logits)) for k,v in self.losses.items()}
-        try: answers = self.task.answers(self.step_out.logits, self.learn.yb[0])
-        except (ValueError,AttributeError): return means # only the loss function can read these targets
-        right,n = mean_where(answers.right, answers.keep)
-        return {**means, 'teacher_accuracy':(right/n.clamp(min=1),n)}
+    def _means(self): return step_means(self.learn, self.task, self.step_out.logits, self.losses)
 
     def entry(self): return (entry := super().entry()) and dict(entry, trust=self.trust.state_dict())
 

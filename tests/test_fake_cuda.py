@@ -166,7 +166,7 @@ def test_the_callbacks_step(kind, dtype, monkeypatch):
     monkeypatch.setattr(nonfinite, 'count_not_finite', lambda tensors: {}) # reads values, once per fit
     monkeypatch.setattr(nn.Module, 'to', lambda self, device: self) # fake parameters can't be moved
     with fake_cuda(dtype):
-        cb = (FRSKDSLACallback if kind=='sla' else FRSKDCallback)(columns=True)
+        cb = (FRSKDSLACallback if kind=='sla' else FRSKDCallback)(columns=True, schedule='trust')
         step = Step(TASKS.get(kind, TASKS['one_label']), cb)
         for _ in range(2): step.run()
         check({**cb.losses, 'loss':step.learn.loss, 'loss_grad':step.learn.loss_grad})

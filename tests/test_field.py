@@ -104,7 +104,7 @@ def test_trust_of_pixels_is_that_of_those_that_count(make, digits):
     learn = make(model=small_unet(), splitter=trainable_params, metrics=None)
     learn.dls = DataLoaders(DataLoader(data[:32], bs=8), DataLoader(data[32:40], bs=8))
     learn.loss_func = spy
-    learn.add_cb(FRSKDCallback())
+    learn.add_cb(FRSKDCallback(schedule='trust'))
     learn.fit(1, 1e-3, cbs=look)
     logp = [-float(F.cross_entropy(p, t, ignore_index=VOID)) for p,t in spy.seen[1::2]]
     torch.testing.assert_close(look.seen, running(logp), rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from frskd_fastai.sla_callback import FRSKDSLACallback
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 from frskd_fastai.student.levels import find_levels, list_levels
 from frskd_fastai.method.losses import pixel_soft_label_loss
+from frskd_fastai.method.schedule import Ramp, Trust, late_ramp
 from frskd_fastai.task.task import Segmentation, ignored_labels
 from frskd_fastai.show.attention import * # adds the figures as methods
 from frskd_fastai.show.losses import *
@@ -65,7 +66,7 @@ def test_unet_learner_in_one_line(items, tmp_path, capsys):
     "`unet_learner(dls, resnet18, cbs=FRSKDCallback())` works; the levels are the decoder's maps, finest first"
     dls = DataLoaders(DataLoader(items[:8], bs=4), DataLoader(items[8:12], bs=4)); dls.c = 4
     learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=cross_entropy(),
-                         cbs=FRSKDCallback(columns=True), path=tmp_path)
+                         cbs=FRSKDCallback(schedule='trust', columns=True), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-3)
     cb = learn.frskd
     assert isinstance(cb.task, Segmentation) and cb.level_names==['layers.7','layers.6','layers.5','layers.4']
@@ -78,7 +79,7 @@ def test_unet_learner_in_one_line(items, tmp_path, capsys):
 def test_both_networks_learn_and_nothing_stays(seg):
     learn,look = seg(),Look()
     hooks = n_hooks(learn.model) # the U-Net has its own
-    learn.add_cbs([FRSKDCallback(columns=True),look])
+    learn.add_cbs([FRSKDCallback(schedule='trust', columns=True),look])
     cb = learn.frskd.build()
     assert isinstance(cb.teacher, DenseSelfTeacher) and cb.teacher.channels==[64]*3
     before,student = weights(cb.teacher),weights(learn.model)
@@ -100,7 +101,7 @@ def test_both_networks_learn_and_nothing_stays(seg):
 
 def test_validation_and_predictions_are_plain(seg):
     "Validation gives the same numbers with and without the callback, and `show_results` works"
-    learn = seg(cbs=FRSKDCallback())
+    learn = seg(cbs=FRSKDCallback(schedule='trust'))
     learn.fit(1, 1e-2)
     with_cb = learn.validate(),learn.get_preds()
     cb = learn.frskd
@@ -119,7 +120,7 @@ def test_no_weights_is_plain_training(seg):
 
 @pytest.mark.parametrize('event', ['fine_tune','freeze','lr_find','two fits','exception'])
 def test_ways_of_training(event, seg):
-    learn = seg(cbs=FRSKDCallback())
+    learn = seg(cbs=FRSKDCallback(schedule='trust'))
     hooks = n_hooks(learn.model)
     body = weights(learn.model[0])
     if event=='fine_tune': learn.fine_tune(1, 1e-2)
@@ -140,7 +141,7 @@ def test_ways_of_training(event, seg):
 
 def test_checkpoints_and_export(seg, items, tmp_path):
     "The checkpoint contains the dense self-teacher; exported file and model state are a plain U-Net's"
-    learn = seg(cbs=FRSKDCallback())
+    learn = seg(cbs=FRSKDCallback(schedule='trust'))
     learn.fit(1, 1e-2)
     learn.save('m'); learn.save('plain', with_opt=False)
     saved = weights(learn.frskd.trained)
@@ -178,7 +179,7 @@ def test_autocast(dtype, seg):
     dict(feature_loss='overhaul', levels=['layers.4','layers.5','layers.6']), dict(width=.25, levels=2),
     dict(alpha=0), dict(beta=0), dict(schedule='ramp'), dict(schedule='constant')], ids=str)
 def test_options(kw, seg):
-    learn,look = seg(cbs=FRSKDCallback(**kw)),Look()
+    learn,look = seg(cbs=FRSKDCallback(**{'schedule':'trust', **kw})),Look()
     learn.fit(2, 1e-2, cbs=look)
     assert all(v.isfinite() for o in look.steps for v in o['parts'].values())
     cb = learn.frskd
@@ -204,7 +205,7 @@ def test_ignored_pixels_are_not_distilled(name, seg):
     "Soft labels average over the labeled pixels; ignored ones give the student no gradient"
     loss = LOSSES[name]()
     assert ignored_labels(loss)-{-100}=={VOID}
-    learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2)),Look()
+    learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2, schedule='trust')),Look()
     logits = []
     learn.frskd.build().teacher.register_forward_hook(lambda m,i,o: logits.append(o[1].detach()))
     learn.fit(1, 1e-3, cbs=look)
@@ -220,7 +221,7 @@ def test_ignored_pixels_are_not_distilled(name, seg):
 
 def test_losses_without_ignored_pixels(seg):
     "Losses without ignored pixels count all of them"
-    learn,look = seg(loss_func=DiceAndFocal(), cbs=FRSKDCallback(columns=True)),Look()
+    learn,look = seg(loss_func=DiceAndFocal(), cbs=FRSKDCallback(schedule='trust', columns=True)),Look()
     learn.fit(1, 1e-3, cbs=look)
     assert ignored_labels(learn.loss_func)<={-100} and look.steps[-1]['parts']['soft_label']>0
 
@@ -243,7 +244,7 @@ def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_p
     dl = DataLoader(items, bs=4)
     learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), path=tmp_path)
     unnamed = r'found automatically only in a `DynamicUnet`.*levels=\[\.\.\.\]'
-    with pytest.raises(ValueError, match=unnamed): learn.fit(1, cbs=FRSKDCallback())
+    with pytest.raises(ValueError, match=unnamed): learn.fit(1, cbs=FRSKDCallback(schedule='trust'))
     cb = FRSKDCallback(levels=levels)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=cb)
     assert [tuple(o) for o in cb.found_levels.attrgot('size')]==sizes and n_hooks(model)==0
@@ -256,7 +257,8 @@ def test_odd_sizes(digits, tmp_path):
     items = [(TensorImage(a),TensorMask(b)) for a,b in zip(x, masks(x, y[:8]))]
     dl = DataLoader(items, bs=4)
     model = small_unet(size=(37,50))
-    learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), cbs=FRSKDCallback(), path=tmp_path)
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), cbs=FRSKDCallback(schedule='trust'),
+                    path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
     assert all(v.isfinite() for v in learn.frskd.losses.values())
 
@@ -276,10 +278,26 @@ def test_the_papers_settings_are_of_one_task(seg):
     cb = FRSKDCallback()
     assert (cb.alpha,cb.beta,cb.temperature)==(2,100,4)
     seg(cbs=cb).frskd.build()
-    assert (cb.alpha,cb.beta,cb.temperature,cb.schedule)==(1,50,1,'trust')
+    assert (cb.alpha,cb.beta,cb.temperature,cb.schedule)==(1,50,1,'ramp')
     cb = FRSKDCallback(alpha=2, feature_loss='hint')
     seg(cbs=cb).frskd.build()
     assert (cb.alpha,cb.beta,cb.temperature)==(2,.5,1)
+
+def test_the_default_schedule_is_the_papers_ramp(seg, tmp_path, capsys):
+    "Known as soon as the task is: in the first step, or from a checkpoint; short runs aren't scaled down"
+    learn = seg(cbs=FRSKDCallback())
+    assert learn.frskd.schedule=='trust' # until the task is known
+    learn.logger = print
+    learn.fit(2, 1e-3)
+    n = 2*len(learn.dls.train)
+    torch.testing.assert_close(learn.frskd.steps.factor.tolist(), [late_ramp(i/n) for i in range(n)])
+    assert 'FRSKD' not in capsys.readouterr().out
+    learn.save(tmp_path/'a')
+    other = seg(cbs=FRSKDCallback()).load(tmp_path/'a')
+    assert other.frskd.schedule=='ramp' and isinstance(other.frskd.trust, Ramp) and other.frskd.trust.steps==n
+    given = seg(cbs=FRSKDCallback(schedule='trust'))
+    given.fit(1, 1e-3)
+    assert given.frskd.schedule=='trust' and isinstance(given.frskd.trust, Trust)
 
 @pytest.mark.parametrize('what', ['one logit','binary loss','float masks','other size','label augmentation','classes'])
 def test_what_is_refused(what, seg, items):
@@ -314,7 +332,8 @@ def test_camvid(tmp_path):
         path, files, lambda f: path/'train/labels'/f'{f.stem}.png', codes=codes, item_tfms=Resize((45,60)), bs=4,
         seed=0, valid_pct=.3, num_workers=0)
     loss_func = CrossEntropyLossFlat(axis=1, ignore_index=len(codes)-1)
-    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss_func, cbs=FRSKDCallback(columns=True))
+    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss_func,
+                         cbs=FRSKDCallback(schedule='trust', columns=True))
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3)
         learn.show_results(max_n=2); plt.close('all')

@@ -92,9 +92,10 @@ def test_mean_logits(task):
 @pytest.mark.parametrize('task', TASKS, ids=names)
 def test_defaults_and_self_teacher(task):
     d = task.defaults()
-    assert list(d)==['alpha','beta','temperature','width','finest'] and task.defaults(lambda f,t: 0)['beta']==1
+    assert list(d)==['alpha','beta','temperature','width','finest','schedule']
+    assert task.defaults(lambda f,t: 0)['beta']==1
     pixels = task.per=='pixel'
-    assert list(d.values())==([1,50,1,1,0] if pixels else [2,100,4,2,1])
+    assert list(d.values())==([1,50,1,1,0,'ramp'] if pixels else [2,100,4,2,1,'trust'])
     teacher = task.self_teacher(.5, 1)([4,8], 3)
     assert type(teacher) is (DenseSelfTeacher if pixels else SelfTeacher)
     assert teacher.channels==([32,32] if pixels else [2,4])
