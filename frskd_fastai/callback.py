@@ -62,7 +62,7 @@ class FRSKDCallback(StudentReader):
         # `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
         budget:float=0.8, # Maximum FLOPs of the self-teacher if `width` isn't given, as a fraction of the student's
-        depth:int=1, # Depthwise-separable convolutions per node of the pyramid; the paper uses 2. Not for segmentation
+        depth:int=1, # Convolutions in each node of its pyramid (see `SelfTeacher`), 2 in the paper. Not for segmentation
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
@@ -70,8 +70,8 @@ class FRSKDCallback(StudentReader):
         # `late_ramp`), or a function from training progress to a factor, 0 to 1. Default: 'trust'; segmentation: 'ramp'
         schedule:str|Callable|None=None,
         # 'attention', 'hint' (see `HintLoss`), 'overhaul' (see `OverhaulLoss`), or your own loss: a function or module
-        # that takes two lists, the student's maps and the refined maps, and returns a scalar. A module's parameters
-        # are trained too
+        # that takes two lists, the student's feature maps and the self-teacher's refined versions of them, and returns
+        # a scalar. A module's parameters are trained too
         feature_loss:str|Callable='attention',
         # Your own self-teacher (see `check_teacher`), or a function that makes one from the levels' channels and the
         # number of logits, for example `partial(SelfTeacher, n_channels=256)`
