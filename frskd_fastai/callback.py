@@ -62,7 +62,7 @@ class FRSKDCallback(StudentReader):
         # `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
         budget:float=0.8, # Maximum FLOPs of the self-teacher if `width` isn't given, as a fraction of the student's
-        depth:int=1, # Convolutions in each node of its pyramid (see `SelfTeacher`), 2 in the paper. Not for segmentation
+        depth:int=1, # Convolutions in each node of its pyramid (see `SelfTeacher`); paper: 2. Not for segmentation
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
