@@ -259,7 +259,8 @@ def segments():
     "Train a U-Net; returns mean IoU over both ranks' images, and as one process measures it"
     loss,metrics = CrossEntropyLossFlat(axis=1, ignore_index=VOID),[MeanIoU(VOID),PixelAccuracy(VOID)]
     dls,model = data(n=32, dense=True),small_unet()
-    learn = learner(dls, model=model, splitter=trainable_params, loss_func=loss, metrics=metrics)
+    kw = dict(splitter=trainable_params, loss_func=loss, metrics=metrics, frskd=dict(schedule='trust'))
+    learn = learner(dls, model=model, **kw)
     hooks,together = n_hooks(learn.model),Together()
     with ctx(learn), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2, cbs=together)
     values = [float(o) for o in learn.recorder.values[-1][-2:]]
