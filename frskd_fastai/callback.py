@@ -62,12 +62,12 @@ class FRSKDCallback(StudentReader):
         # `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
         budget:float=0.8, # Maximum FLOPs of the self-teacher if `width` isn't given, as a fraction of the student's
-        depth:int=1, # Convolutions in each node of its pyramid (see `SelfTeacher`); paper: 2. Not for segmentation
+        depth:int=1, # Convolutions per node of the self-teacher (see `SelfTeacher`); paper: 2. Not for segmentation
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
-        # Factor on all the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (see
-        # `late_ramp`), or a function from training progress to a factor, 0 to 1. Default: 'trust'; segmentation: 'ramp'
+        # Factor on what the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (`late_ramp`),
+        # or a function that turns progress, 0 to 1, into a factor, 0 to 1. Default: 'trust'; segmentation: 'ramp'
         schedule:str|Callable|None=None,
         # 'attention', 'hint' (see `HintLoss`), 'overhaul' (see `OverhaulLoss`), or your own loss: a function or module
         # that takes two lists, the student's feature maps and the self-teacher's refined versions of them, and returns
@@ -221,6 +221,6 @@ def run_both(self:FRSKDCallback,
     hooks = FeatureHooks(self.student, self.found_levels, self.trained.seen.size)
     with Eagerly(self.student), hooks, probing(self.student, self.trained):
         pred = self.student(*xb)
-        maps = to_float(pool_to(hooks.pop(), self.finest)) # the self-teacher is always float32
+        maps = to_float(pool_to(hooks.pop(), self.finest)) # the self-teacher's weights are always float32
         refined,logits = self.teacher(maps)
     return maps,pred,refined,self.trained.task.fit_size(logits, pred)
