@@ -66,8 +66,8 @@ class FRSKDCallback(StudentReader):
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
         # Index of a level, 0 for the largest map; larger maps are pooled to its size. Default: 1; segmentation: 0
         finest:int|None=None,
-        # Factor on what the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (`late_ramp`),
-        # or a function that turns progress, 0 to 1, into a factor, 0 to 1. Default: 'trust'; segmentation: 'ramp'
+        # Factor on what the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (see
+        # `late_ramp`), or a function that turns progress into a factor. Default: 'trust'; segmentation: 'ramp'
         schedule:str|Callable|None=None,
         # 'attention', 'hint' (see `HintLoss`), 'overhaul' (see `OverhaulLoss`), or your own loss: a function or module
         # that takes two lists, the student's feature maps and the self-teacher's refined versions of them, and returns
