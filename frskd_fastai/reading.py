@@ -108,7 +108,7 @@ class StudentReader(SideModuleCallback):
         learn,hooks = self.learn,self.hooks
         if not is_compiled(self.student): check_origin(learn.pred, hooks.out)
         if not self.looked: self._look(hooks, learn.xb, self.targets, learn.pred, self.label_loss)
-        self.looked,self.has_pred = True,False
+        self.looked = True
         maps,pre = self._pop(hooks)
         if isinstance(hooks, Observer): self.hooks = self._hooks_type(self.student, self.found_levels, hooks.size)
         check_gradient(self.student, self.found_levels, maps)

@@ -399,6 +399,30 @@ def test_the_steps_are_in_the_checkpoint(make, tmp_path):
         other.fit(1, 1e-3, cbs=look)
         assert look.seen==[(12/1000,i) for i in range(6, 12)]
 
+class Boom(Callback):
+    "Raises `error` in `event` of a training step"
+    order,run_valid = 60,False
+    def __init__(self, event, error): store_attr()
+    def __call__(self, event):
+        if event==self.event and getattr(self, 'training', False): raise self.error('boom')
+
+@pytest.mark.parametrize('error', [RuntimeError,TypeError,torch.OutOfMemoryError])
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_backward','before_step','after_step'])
+def test_an_error_in_the_first_step_is_told(make, event, error):
+    "The first step may run twice, without images that require gradients; its own errors don't get lost in that"
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(error, match='boom'): learn.fit(1, 1e-3, cbs=Boom(event, error))
+    learn.fit(1, 1e-3)
+    assert learn.frskd.trust.steps>=6 and n_hooks(learn.model)==0
+
+def test_errors_of_the_users_functions_in_the_first_step(make):
+    def fails(student, refined):
+        if student[0].requires_grad: raise RuntimeError('my loss')
+        return sum(o.mean() for o in student)
+    for kw,why in ((dict(feature_loss=fails),'my loss'), (dict(schedule=lambda: 1.),'positional argument'),
+                   (dict(schedule=lambda p: tensor([.5,1.])),'a number from 0 to 1')):
+        with pytest.raises((RuntimeError,TypeError,ValueError), match=why): make(cbs=FRSKDCallback(**kw)).fit(1, 1e-3)
+
 def test_zero_weights_cost_nothing(make):
     learn = make(cbs=FRSKDCallback(alpha=0, beta=0)); learn.fit(1)
     assert set(learn.frskd.losses)=={'student','teacher'}

@@ -64,7 +64,8 @@ class Ramp(Schedule):
 
     def factor(self, pct=0.):
         factor = self.f(pct)
-        if isinstance(factor, (Real,Tensor)) and 0<=factor<=1: return float(factor)
+        single = isinstance(factor, Real) or isinstance(factor, Tensor) and factor.numel()==1
+        if single and 0<=factor<=1: return float(factor)
         raise ValueError(f"FRSKD: schedule must return a number from 0 to 1, got {factor!r}")
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00b
@@ -113,5 +114,5 @@ def make_schedule(
     "Make the `Schedule` that `FRSKDCallback(schedule=...)` asks for"
     named = dict(trust=Trust, constant=Constant, ramp=Ramp)
     if isinstance(schedule, str) and schedule in named: return named[schedule]()
-    if callable(schedule): return Ramp(schedule)
+    if callable(schedule) and not isinstance(schedule, type): return Ramp(schedule)
     raise ValueError(f"FRSKD: schedule must be 'trust', 'constant', 'ramp' or a function, got {schedule!r}")
