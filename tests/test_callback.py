@@ -407,7 +407,7 @@ class Boom(Callback):
         if event==self.event and getattr(self, 'training', False): raise self.error('boom')
 
 @pytest.mark.parametrize('error', [RuntimeError,TypeError,torch.OutOfMemoryError])
-@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_backward','before_step','after_step'])
+@pytest.mark.parametrize('event', 'before_batch after_pred after_loss before_backward before_step after_step'.split())
 def test_an_error_in_the_first_step_is_told(make, event, error):
     "The first step may run twice, without images that require gradients; its own errors don't get lost in that"
     learn = make(cbs=FRSKDCallback())
