@@ -62,11 +62,13 @@ def test_pickled_metrics_need_no_frskd():
         assert deepcopy(m).ignored==m.ignored and type(deepcopy(m)) is type(m)
 
 # -- Recognized, trained, left alone ----------------------------------------------------------------------
+Distilling = partial(FRSKDCallback, schedule='trust') # in every step; the default does so in a third of the fit
+
 def test_unet_learner_in_one_line(items, tmp_path, capsys):
     "`unet_learner(dls, resnet18, cbs=FRSKDCallback())` works; the levels are the decoder's maps, finest first"
     dls = DataLoaders(DataLoader(items[:8], bs=4), DataLoader(items[8:12], bs=4)); dls.c = 4
     learn = unet_learner(dls, resnet18, n_out=4, pretrained=False, normalize=False, loss_func=cross_entropy(),
-                         cbs=FRSKDCallback(schedule='trust', columns=True), path=tmp_path)
+                         cbs=Distilling(columns=True), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-3)
     cb = learn.frskd
     assert isinstance(cb.task, Segmentation) and cb.level_names==['layers.7','layers.6','layers.5','layers.4']
@@ -79,7 +81,7 @@ def test_unet_learner_in_one_line(items, tmp_path, capsys):
 def test_both_networks_learn_and_nothing_stays(seg):
     learn,look = seg(),Look()
     hooks = n_hooks(learn.model) # the U-Net has its own
-    learn.add_cbs([FRSKDCallback(schedule='trust', columns=True),look])
+    learn.add_cbs([Distilling(columns=True),look])
     cb = learn.frskd.build()
     assert isinstance(cb.teacher, DenseSelfTeacher) and cb.teacher.channels==[64]*3
     before,student = weights(cb.teacher),weights(learn.model)
@@ -101,7 +103,7 @@ def test_both_networks_learn_and_nothing_stays(seg):
 
 def test_validation_and_predictions_are_plain(seg):
     "Validation gives the same numbers with and without the callback, and `show_results` works"
-    learn = seg(cbs=FRSKDCallback(schedule='trust'))
+    learn = seg(cbs=Distilling())
     learn.fit(1, 1e-2)
     with_cb = learn.validate(),learn.get_preds()
     cb = learn.frskd
@@ -120,7 +122,7 @@ def test_no_weights_is_plain_training(seg):
 
 @pytest.mark.parametrize('event', ['fine_tune','freeze','lr_find','two fits','exception'])
 def test_ways_of_training(event, seg):
-    learn = seg(cbs=FRSKDCallback(schedule='trust'))
+    learn = seg(cbs=Distilling())
     hooks = n_hooks(learn.model)
     body = weights(learn.model[0])
     if event=='fine_tune': learn.fine_tune(1, 1e-2)
@@ -141,7 +143,7 @@ def test_ways_of_training(event, seg):
 
 def test_checkpoints_and_export(seg, items, tmp_path):
     "The checkpoint contains the dense self-teacher; exported file and model state are a plain U-Net's"
-    learn = seg(cbs=FRSKDCallback(schedule='trust'))
+    learn = seg(cbs=Distilling())
     learn.fit(1, 1e-2)
     learn.save('m'); learn.save('plain', with_opt=False)
     saved = weights(learn.frskd.trained)
@@ -179,7 +181,7 @@ def test_autocast(dtype, seg):
     dict(feature_loss='overhaul', levels=['layers.4','layers.5','layers.6']), dict(width=.25, levels=2),
     dict(alpha=0), dict(beta=0), dict(schedule='ramp'), dict(schedule='constant')], ids=str)
 def test_options(kw, seg):
-    learn,look = seg(cbs=FRSKDCallback(**{'schedule':'trust', **kw})),Look()
+    learn,look = seg(cbs=Distilling(**kw)),Look()
     learn.fit(2, 1e-2, cbs=look)
     assert all(v.isfinite() for o in look.steps for v in o['parts'].values())
     cb = learn.frskd
@@ -205,7 +207,7 @@ def test_ignored_pixels_are_not_distilled(name, seg):
     "Soft labels average over the labeled pixels; ignored ones give the student no gradient"
     loss = LOSSES[name]()
     assert ignored_labels(loss)-{-100}=={VOID}
-    learn,look = seg(loss_func=loss, cbs=FRSKDCallback(beta=0, temperature=2, schedule='trust')),Look()
+    learn,look = seg(loss_func=loss, cbs=Distilling(beta=0, temperature=2)),Look()
     logits = []
     learn.frskd.build().teacher.register_forward_hook(lambda m,i,o: logits.append(o[1].detach()))
     learn.fit(1, 1e-3, cbs=look)
@@ -221,7 +223,7 @@ def test_ignored_pixels_are_not_distilled(name, seg):
 
 def test_losses_without_ignored_pixels(seg):
     "Losses without ignored pixels count all of them"
-    learn,look = seg(loss_func=DiceAndFocal(), cbs=FRSKDCallback(schedule='trust', columns=True)),Look()
+    learn,look = seg(loss_func=DiceAndFocal(), cbs=Distilling(columns=True)),Look()
     learn.fit(1, 1e-3, cbs=look)
     assert ignored_labels(learn.loss_func)<={-100} and look.steps[-1]['parts']['soft_label']>0
 
@@ -244,7 +246,7 @@ def test_named_levels_of_torchvision_networks(name, levels, sizes, digits, tmp_p
     dl = DataLoader(items, bs=4)
     learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), path=tmp_path)
     unnamed = r'found automatically only in a `DynamicUnet`.*levels=\[\.\.\.\]'
-    with pytest.raises(ValueError, match=unnamed): learn.fit(1, cbs=FRSKDCallback(schedule='trust'))
+    with pytest.raises(ValueError, match=unnamed): learn.fit(1, cbs=FRSKDCallback())
     cb = FRSKDCallback(levels=levels)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=cb)
     assert [tuple(o) for o in cb.found_levels.attrgot('size')]==sizes and n_hooks(model)==0
@@ -257,8 +259,7 @@ def test_odd_sizes(digits, tmp_path):
     items = [(TensorImage(a),TensorMask(b)) for a,b in zip(x, masks(x, y[:8]))]
     dl = DataLoader(items, bs=4)
     model = small_unet(size=(37,50))
-    learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), cbs=FRSKDCallback(schedule='trust'),
-                    path=tmp_path)
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=cross_entropy(), cbs=Distilling(), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
     assert all(v.isfinite() for v in learn.frskd.losses.values())
 
@@ -332,8 +333,7 @@ def test_camvid(tmp_path):
         path, files, lambda f: path/'train/labels'/f'{f.stem}.png', codes=codes, item_tfms=Resize((45,60)), bs=4,
         seed=0, valid_pct=.3, num_workers=0)
     loss_func = CrossEntropyLossFlat(axis=1, ignore_index=len(codes)-1)
-    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss_func,
-                         cbs=FRSKDCallback(schedule='trust', columns=True))
+    learn = unet_learner(dls, resnet18, pretrained=False, loss_func=loss_func, cbs=Distilling(columns=True))
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3)
         learn.show_results(max_n=2); plt.close('all')
