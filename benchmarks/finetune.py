@@ -36,6 +36,13 @@ def weights_file():
     torch.save(dict(zip(ours, theirs.values())), file)
     return file
 
+def lite0_encoder(pretrained=True, weights=None):
+    "Build an EfficientNet-Lite0 without its head, for `unet_learner`; `weights` is a file"
+    import timm
+    net = timm.create_model('tf_efficientnet_lite0')
+    if pretrained: net.load_state_dict(torch.load(weights, weights_only=True))
+    return nn.Sequential(nn.Sequential(net.conv_stem, net.bn1), *net.blocks)
+
 def images_folder(path):
     "Return the folder with `train` and `valid`; unpacks a zip into the temporary folder once"
     path = Path(path)

@@ -13,6 +13,8 @@ The settings:
 - `groceries`: 81 classes, 10 photographs of each at 128 px, a pretrained EfficientNet-Lite0, `fine_tune`
 - `digits`: the digits that come with the package, 1,437 images, ResNet-18
 - `camvid`: 160 half-size images, resized to 72×96, a small U-Net from scratch
+- `unet`: the same images at 96×128, a U-Net on a pretrained EfficientNet-Lite0, `fine_tune`; the learning rate is the
+  best of six for plain training, by mean IoU (`worth.py unet --lrs`)
 
 An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`.
 The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone),
@@ -21,17 +23,17 @@ and `length 1000`, the default of 2026-11-26, which scales down short fine-tunin
 `plain longer` trains for so many more epochs that it takes as long as `plain frskd` according to `--times`. Arms with
 the same seed share the initial student and the order of the data. Runs use one CPU thread, or the GPU if there is one;
 a difference is between runs on the same device. The times are those of one CPU thread, and of the GPU in `wide`; in
-`camvid`, they are those of steps that distill.
+`camvid` and `unet`, they are those of steps that distill.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
-`accuracy` counts images, or pixels in `camvid`; `miou` is the mean IoU, `ece` the expected calibration error. All three
-are in percent.
+`accuracy` counts images, or pixels in segmentation; `miou` is the mean IoU, `ece` the expected calibration error. All
+three are in percent.
 
 The rule for choosing `FRSKDCallback`'s default, written before any method had a row (2026-11-26):
 
 - The candidates are the methods, with the recipe `plain` and at least three seeds. Their gain is the student's accuracy
-  (mean IoU in `camvid`; on the unused images in `few`) minus that of plain training.
+  (mean IoU in segmentation; on the unused images in `few`) minus that of plain training.
 - A candidate that is worse than plain training by more than the standard error of the paired difference, in any setting
   and budget (number of epochs), is out.
 - Of the others, the default is the one with the highest gain divided by relative training time, averaged over all
@@ -58,7 +60,7 @@ from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
 from schedule_study import CropFlip, NoValid, callback, cifar, small_resnet
-from worth_results import RECIPES, candidates, markdown, overview, plot, summary, table, times
+from worth_results import RECIPES, SEGMENTATION, candidates, markdown, overview, plot, summary, table, times
 import camvid_study, finetune
 
 MIXING = dict(mixup=MixUp, cutmix=CutMix)
@@ -154,24 +156,34 @@ class Groceries(Setting):
     def fit(self, learn, epochs): learn.fine_tune(epochs, self.lr)
 
 class CamVid(Setting):
-    segmentation,lr = True,1e-3
+    segmentation,lr,size = True,1e-3,(72,96)
     def __init__(self, args):
         super().__init__(args)
         path = finetune.images_folder(args.camvid)
         codes = (path/'codes.txt').read_text().split()
         self.void = len(codes)-1
         self.loss_kw = dict(axis=1, ignore_index=self.void)
-        self.block,self.files = camvid_study.find_data(path, codes, images=160, valid=101, size=(72,96))
+        self.block,self.files = camvid_study.find_data(path, codes, images=160, valid=101, size=self.size)
     def learner(self, seed, recipe, method):
         dls = self.block.dataloaders(self.files, bs=8, num_workers=0)
         dls.train.rng = random.Random(seed)
         set_seed(seed)
-        kw = dict(loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
-        return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
+        return self.unet(dls, loss_func=self.loss_func(recipe), cbs=self.callbacks(recipe, method))
+    def unet(self, dls, **kw): return unet_learner(dls, camvid_study.small, pretrained=False, normalize=True, **kw)
     def callbacks(self, recipe, method):
         if method==FRSKDCallback.paper: method = partial(method, segmentation=True)
         return super().callbacks(recipe, method)
     def keep(self, y): return y!=self.void
+
+class PretrainedUnet(CamVid):
+    lr,size = 2e-3,(96,128)
+    def __init__(self, args):
+        super().__init__(args)
+        self.encoder = partial(finetune.lite0_encoder, weights=finetune.weights_file())
+    def unet(self, dls, **kw):
+        dls.add_tfms([Normalize.from_stats([.5]*3, [.5]*3)], 'after_batch') # what the encoder was trained with
+        return unet_learner(dls, self.encoder, cut=noop, **kw)
+    def fit(self, learn, epochs): learn.fine_tune(epochs, self.lr)
 
 SETTINGS = { # name: (class, budgets in epochs)
     'few':       (partial(Cifar, per_class=50), [20,60]),
@@ -179,7 +191,8 @@ SETTINGS = { # name: (class, budgets in epochs)
     'wide':      (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [20,60]),
     'groceries': (Groceries, [5,15]),
     'digits':    (Digits, [2,5,20]),
-    'camvid':    (CamVid, [20,60])}
+    'camvid':    (CamVid, [20,60]),
+    'unet':      (PretrainedUnet, [10,30])}
 
 def make_learner(setting, seed, recipe, method):
     "Build a seeded Learner, ready to train"
@@ -246,7 +259,7 @@ def missing(args):
         done = set(zip(d.setting, d.epochs, d.seed, d.arm))
     asked = [(name,epochs,seed,arm) for name in args.settings
              for seed,epochs,arm in itertools.product(args.seeds, args.epochs or SETTINGS[name][1], args.arms)]
-    asked = [o for o in asked if o[0]!='camvid' or parse_arm(o[3])[0] not in MIXING] # they don't mix masks
+    asked = [o for o in asked if o[0] not in SEGMENTATION or parse_arm(o[3])[0] not in MIXING] # they don't mix masks
     unknown = {o[0] for o in asked if o[3]=='plain longer' and math.isnan(times(args.times_out, o[0], 'frskd'))}
     if unknown: raise SystemExit(f'worth.py: no times measured yet. Run `worth.py {" ".join(unknown)} --times` first.')
     return [o for o in asked if o not in done]
@@ -268,6 +281,15 @@ def run(args):
         for f in as_completed(runs):
             try: save(args, f.result())
             except Exception as e: print(f'{runs[f]}: {type(e).__name__}: {e}', flush=True)
+
+def try_rates(args, name):
+    "Print the score of plain training for six learning rates, with seed 99 and the smallest budget"
+    setting = setting_of(args, name)
+    for lr in (5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2):
+        learn = make_learner(setting, 99, 'plain', None)
+        setting.lr = lr
+        with learn.no_bar(), learn.no_logging(): setting.fit(learn, SETTINGS[name][1][0])
+        print(lr, judge(setting, learn, learn.dls.valid)['student'], flush=True)
 
 # -- Time per step ----------------------------------------------------------------------------------------------
 def measure(args, name, rounds=7, steps=6):
@@ -313,6 +335,7 @@ if __name__=='__main__':
     p.add_argument('--out', type=Path, default=here/'worth.csv')
     p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
     p.add_argument('--times', action='store_true', help='time a step of each method and stop')
+    p.add_argument('--lrs', action='store_true', help='try six learning rates with plain training and stop')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     p.add_argument('--overview', action='store_true', help="print the README's tables from --out and stop")
     p.add_argument('--candidates', action='store_true', help='print how the rule judges the methods and stop')
@@ -331,5 +354,8 @@ if __name__=='__main__':
     elif args.times:
         one_thread()
         for o in args.settings: measure(args, o)
+    elif args.lrs:
+        one_thread()
+        for o in args.settings: try_rates(args, o)
     elif args.settings: run(args)
     else: p.error('SETTING is missing: name one or more, or use --table, --overview, --candidates or --figure')

@@ -11,7 +11,9 @@ TITLES = {
     'wide':      '33 classes × 500, ResNet-18',
     'groceries': '81 classes × 10, fine-tuning',
     'digits':    'digits, ResNet-18',
-    'camvid':    'CamVid, small U-Net'}
+    'camvid':    'CamVid, small U-Net',
+    'unet':      'CamVid, fine-tuning a U-Net'}
+SEGMENTATION = 'camvid','unet'
 
 def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
@@ -132,7 +134,7 @@ def candidates(d):
     worse = full.groupby('arm').worse.sum()[list(CANDIDATES)]
     out.loc[f'worse than plain (of {full.run.nunique()} runs)'] = worse.map(str).values
     out.loc['gain / time, mean'] = mean(full)
-    out.loc['the same, classification'] = mean(full[full.setting!='camvid'])
+    out.loc['the same, classification'] = mean(full[~full.setting.isin(SEGMENTATION)])
     return out
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
