@@ -147,8 +147,11 @@ def build_frskd(
     assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
 )->FRSKD: # With attributes `seen`, `width`, `schedule` and `refined_channels` (channels of the refined maps)
     "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
-    o,task = options.for_task(seen.task),seen.task
-    finest = min(o.finest, len(seen.levels)-1)
+    o,task,n = options.for_task(seen.task),seen.task,len(seen.levels)
+    if (options.finest or 0)>=n:
+        raise ValueError(f"FRSKD: finest={options.finest} isn't the index of a level, since this model has {n} levels. "
+                         f"Use {n-1} or less.")
+    finest = min(o.finest, n-1) # the default may be larger
     levels = _pooled_levels(seen.levels, finest)
     with preserve_rng(), torch.autocast(torch.device(device).type, enabled=False): # inside a training step
         width = _width(o, task, levels, seen)

@@ -64,7 +64,7 @@ class FRSKDCallback(StudentReader):
         budget:float=0.8, # Maximum FLOPs of the self-teacher if `width` isn't given, as a fraction of the student's
         depth:int=1, # Convolutions per node of the self-teacher (see `SelfTeacher`); paper: 2. Not for segmentation
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or module names (see `list_levels`)
-        # Index of the first level that isn't pooled; larger maps are pooled to its size. Default: 1; segmentation: 0
+        # Index (from 0) of the first level that isn't pooled; larger maps get its size. Default: 1; segmentation: 0
         finest:int|None=None,
         # Factor on what the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (see
         # `late_ramp`), or a function that turns progress into a factor. Default: 'trust'; segmentation: 'ramp'
