@@ -184,7 +184,8 @@ def test_errors_leave_the_learner_as_it_was(make):
 
 def test_errors_of_a_first_step_leave_the_learner_as_it_was(make):
     "Errors that only a batch can reveal are raised before the first step trains anything"
-    for kw,msg in ((dict(levels=['stages.1','head']),'shape'), (dict(finest=3),'this model has 3 levels. Use 2 or less')):
+    bad = (dict(levels=['stages.1','head']),'shape'), (dict(finest=3),'this model has 3 levels. Use 2 or less')
+    for kw,msg in bad:
         learn = make(cbs=FRSKDCallback(**kw)); learn.create_opt()
         before,params = groups(learn.opt),weights(learn.model)
         with pytest.raises(ValueError, match=msg): learn.frskd.build()
