@@ -181,7 +181,7 @@ class CamVid(Setting):
     def keep(self, y): return y!=self.void
 
 class PretrainedUnet(CamVid):
-    lr,size = 2e-3,(96,128)
+    lr,size = 4e-3,(96,128)
     def __init__(self, args):
         super().__init__(args)
         self.encoder = partial(finetune.lite0_encoder, weights=finetune.weights_file())
