@@ -61,6 +61,17 @@ class TopDownSelfTeacher(nn.Module):
             maps[i] = F.relu(self.nodes[i](maps[i]+_up(self.up[i](maps[i+1]), maps[i].shape[-2:])))
         return maps,self.head(torch.cat([m.mean((2,3)) for m in maps], dim=1))
 
+class AllMapsSelfTeacher(SelfTeacher):
+    "The default self-teacher, with a head that reads the means of all refined maps instead of the last one's"
+    def __init__(self, channels, n_out, width=2., depth=1):
+        super().__init__(channels, n_out, width, depth)
+        self.head = nn.Linear(sum(self.channels), n_out)
+
+    def forward(self, feats, preact=False):
+        feats = [f.contiguous(memory_format=torch.channels_last) for f in feats]
+        maps,pre = self.layers[0](feats, preact)
+        return (pre if preact else maps),self.head(torch.cat([m.mean((2,3)) for m in maps], dim=1))
+
 class EverySecondStep(FRSKDCallback):
     """FRSKD in every second step only.
 
