@@ -58,7 +58,7 @@ The rule for a cheap self-teacher in fine-tuning (2026-11-27, before any candida
 `groceries`): `pooled`, `gated` and `top-down` train with 5 epochs; the one with the highest gain also trains with 15.
 It is the documented cheap choice for fine-tuning if, in both budgets, it keeps at least 90% of the gain of `frskd`, and
 a step takes at most 1.15 times as long as in plain training. Added after the runs with 5 epochs, but only one of
-`narrow` (width 1), and before any with 15: the same for `narrow`; if both pass, it is `narrow`, which needs no new code.
+`narrow` (width 1), and before any with 15: the same for `narrow`; if both pass, it is `narrow`, which needs no code.
 
 The rule for replacing the default self-teacher by one of `cheap.py` (2026-11-27, after one seed of `top-down` in
 `groceries` with 5 epochs, which gained more than `frskd`, and one in `few` with 60, which gained less; before any of
