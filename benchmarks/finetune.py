@@ -20,7 +20,7 @@ from fastai.vision.all import *
 from frskd_fastai.all import *
 from schedule_study import VARIANTS, NoValid, callback
 
-ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper,
+ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, 'narrow':partial(FRSKDCallback, width=1.),
     **{o:partial(callback, o) for o in ('no gate',*VARIANTS) if o!='default'}}
 
 def weights_file():

@@ -64,6 +64,12 @@ The rule for replacing the default self-teacher by one of `cheap.py` (2026-11-27
 `groceries` with 5 epochs, which gained more than `frskd`, and one in `few` with 60, which gained less; before any of
 `all maps` and `narrow`): in `few` and `groceries`, with both budgets and three seeds, the student's accuracy is nowhere
 lower than with `frskd` by more than the standard error of the paired difference, and somewhere higher by more than it.
+
+The rule for a narrower default self-teacher in fits that begin with a frozen body (2026-11-27, after the runs of
+`narrow` in `groceries` with 5 epochs, before any with 15): with 15 epochs the student's accuracy isn't lower than with
+`frskd` by more than the standard error of the paired difference; in both budgets, the gain divided by the relative
+training time is higher; and in the fine-tuning of `finetune.csv` (fruit, 5 and 15 epochs) it isn't worse than plain
+training by more than the standard error.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
