@@ -20,8 +20,8 @@ from fastai.vision.all import *
 from frskd_fastai.all import *
 from schedule_study import VARIANTS, NoValid, callback
 
-ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, 'narrow':partial(FRSKDCallback, width=1.),
-    **{o:partial(callback, o) for o in ('no gate',*VARIANTS) if o!='default'}}
+ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, # the others have the former default width
+    **{o:partial(callback, o, width=2.) for o in ('no gate',*VARIANTS) if o!='default'}}
 
 def weights_file():
     "Save the ImageNet weights under timm's parameter names; returns the file"

@@ -114,10 +114,10 @@ class WarmWeights(FRSKDCallback):
         method = self.trained
         method.weights = lambda factor=1.: type(method).weights(method, factor*self.trust.gate)
 
-def callback(arm):
-    "Build the callback of `arm`"
+def callback(arm, **more):
+    "Build the callback of `arm`; `more` are further options"
     kwargs,(cls,schedule) = ARMS.get(arm, {}),VARIANTS.get(arm, (FRSKDCallback,no_gate))
-    cb = cls(**{'schedule':'trust', **kwargs})
+    cb = cls(**{'schedule':'trust', **kwargs, **more})
     if 'schedule' not in kwargs: cb.trust = schedule()
     return cb
 

@@ -82,6 +82,7 @@ class Seen(NamedTuple):
     n_out:int # Number of logits
     task:Task # `SingleLabel`, `MultiLabel` or `Segmentation`, with the ignored labels
     operations:float=0. # FLOPs of the student's forward pass per image; 0 if unknown
+    pretrained:bool=False # Has a fit begun with frozen layers?
 
     level_names = property(lambda self: [lv.name for lv in self.levels])
 
@@ -130,6 +131,7 @@ def affordable_width(
     n_out:int, # Number of logits
     depth:int, # The self-teacher's, as for `FRSKDCallback`
     most:float, # FLOPs allowed per image; 0 if unknown
+    largest:float=widths[0], # Larger widths are not considered
 )->float: # One of `widths`: the smallest if none fits, 1 if `most` is 0
     "Return the largest width whose `SelfTeacher` takes at most `most` FLOPs per image"
     if not most: return 1.
@@ -137,7 +139,7 @@ def affordable_width(
         with preserve_rng(), torch.device('meta'):
             maps = [torch.empty(1, o.channels, *o.size) for o in levels]
             return operations(SelfTeacher([o.channels for o in levels], n_out, width, depth), maps)
-    return first(w for w in widths if _cost(w)<=most) or widths[-1]
+    return first(w for w in widths if w<=largest and _cost(w)<=most) or widths[-1]
 
 # %% ../nbs/build.ipynb #991719aa
 def build_frskd(
@@ -169,7 +171,8 @@ def _pooled_levels(levels, finest):
 def _width(o, task, levels, seen):
     if o.width is not None: return o.width
     if o.teacher or not task.budgeted: return task.width
-    return affordable_width(levels, seen.n_out, o.depth, o.budget*seen.operations)
+    largest = 1. if seen.pretrained else widths[0]
+    return affordable_width(levels, seen.n_out, o.depth, o.budget*seen.operations, largest)
 
 def build_parts(
     levels:list, # `Level`s of the student

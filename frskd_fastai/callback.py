@@ -125,7 +125,8 @@ class FRSKDCallback(StudentReader):
         if self.schedule!=before: self.trust = make_schedule(self.schedule) # the default depends on the task
 
     def build_for(self, seen, inputs, targets):
-        module = self.module_of(seen)
+        pretrained = is_frozen(self.learn) or self.trained is None and self.trust.pretrained
+        module = self.module_of(seen._replace(pretrained=pretrained))
         if self.trained is not None: self.trust = make_schedule(self.schedule)
         self.set_module(module)
         self.skipping.also_keep(module)
@@ -165,8 +166,7 @@ class FRSKDCallback(StudentReader):
 
     def _log_p(self): return mean_log_p(self.learn, self.task, self.step_out.logits, self.distributed)
     def _step(self, pre, factor):
-        learn = self.learn
-        return self.prepared(self.step_maps, learn.pred, learn.yb, kept_state(learn.loss_func), factor, pre)
+        return self.prepared(self.step_maps, self.pred, self.yb, kept_state(self.loss_func), factor, pre)
 
     def leave_train(self):
         super().leave_train()

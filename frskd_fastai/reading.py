@@ -54,8 +54,7 @@ class StudentReader(SideModuleCallback):
         if b is None: return self
         check_loss(self.learn.loss_func)
         observer = self._observer()
-        pred = observer.probe(*b[0])
-        self._look(observer, *b, pred, self.learn.loss_func)
+        self._look(observer, *b, observer.probe(*b[0]), self.learn.loss_func)
         self._pop(observer) # checks the maps
         return self
 
@@ -151,7 +150,8 @@ class StudentReader(SideModuleCallback):
         if not entry: return
         seen,module = Seen.from_state(entry['seen']),self.trained
         check_saved_levels(file, seen.level_names, self.options.levels, self.level_names)
-        if module is None or seen.differs(module.seen): module = self.module_of(seen)
+        fits = module is not None and not seen.differs(module.seen) and seen.pretrained==module.seen.pretrained
+        if not fits: module = self.module_of(seen) # the default width depends on `pretrained`
         check_saved(file, entry['trained'], module.state_dict())
         return module
 

@@ -339,6 +339,42 @@ def test_fine_tuning_gets_all_of_trust(make, capsys):
 def test_other_ways_to_fine_tune(make, fits):
     assert shares_of(make(cbs=FRSKDCallback()), *fits)[-1]==[1.]
 
+FINE_TUNED = [
+    lambda l: l.fine_tune(1),
+    lambda l: l.fine_tune(1, freeze_epochs=0),
+    lambda l: (l.freeze(), l.fit(1), l.unfreeze(), l.fit(1)),
+    lambda l: (l.freeze(), l.frskd.build(), l.unfreeze(), l.fit(1)),
+    lambda l: (l.freeze(), l.lr_find(num_it=3, show_plot=False), l.fit(1))]
+SCRATCH = [lambda l: l.fit(1), lambda l: l.frskd.build(), lambda l: (l.fit(1), l.freeze(), l.fit(1))]
+
+@pytest.mark.parametrize('schedule', ['trust','constant'])
+@pytest.mark.parametrize('fits,width', [*((o, 1.) for o in FINE_TUNED), *((o, 2.) for o in SCRATCH)])
+def test_the_default_width_is_1_in_fine_tuning(make, fits, width, schedule):
+    "It stays what it is when the self-teacher is built"
+    learn = make(cbs=FRSKDCallback(budget=100., schedule=schedule))
+    fits(learn)
+    channels = [round(width*o.channels) for o in learn.frskd.found_levels]
+    assert learn.frskd.width==width and learn.frskd.teacher.channels==channels
+
+def test_a_given_width_or_a_small_budget_counts_in_fine_tuning_too(make):
+    for kw,width in (dict(width=2.),2.), (dict(budget=1e-6),.25):
+        learn = make(cbs=FRSKDCallback(**kw))
+        learn.fine_tune(1)
+        assert learn.frskd.width==width
+
+@pytest.mark.parametrize('saved,other', [(FINE_TUNED[0],SCRATCH[0]), (SCRATCH[0],FINE_TUNED[0])])
+def test_checkpoints_of_fine_tuning_and_training_from_scratch(make, tmp_path, saved, other):
+    "A checkpoint brings its self-teacher's width along, into a new Learner or one that has trained in the other way"
+    learn = make(cbs=FRSKDCallback(budget=100.))
+    saved(learn); learn.save('a')
+    for before in noop,other:
+        again = make(cbs=FRSKDCallback(budget=100.), path=tmp_path)
+        before(again)
+        again.load('a')
+        assert again.frskd.width==learn.frskd.width and same(weights(again.frskd.trained), weights(learn.frskd.trained))
+        again.fit(1)
+        assert again.frskd.width==learn.frskd.width
+
 def test_training_from_scratch_with_one_parameter_group_is_not_fine_tuning(make):
     "`fine_tune` can't freeze the body of such a Learner"
     learn = make(cbs=FRSKDCallback(), splitter=trainable_params)

@@ -17,6 +17,7 @@ class Schedule:
     share = 1. # Largest factor in a training run of this length, 0 to 1
     def __init__(self):
         self.steps,self.last = 0,math.inf # steps so far, and by the end of the fit
+        self.pretrained = False # has a fit begun with frozen layers?
 
     def factor(self,
         pct:float=0., # Fraction of the fit that is done, 0 to 1
@@ -35,13 +36,15 @@ class Schedule:
     ):
         "Note how many steps there will be by the end of this fit, earlier fits included"
         self.last = self.steps+n
+        self.pretrained |= frozen # for good: the fits after it continue with the same network
 
-    def state_dict(self): return dict(steps=self.steps)
+    def state_dict(self): return dict(steps=self.steps, pretrained=self.pretrained)
     def load_state_dict(self,
         state:dict, # The `state_dict` of any schedule
         device=None, # Device that the training runs on
     ):
         self.steps = self.last = state['steps'] # until the next fit calls `will_train`
+        self.pretrained = state.get('pretrained', False) # older checkpoints don't have it
 
 class Constant(Schedule):
     "Give 1 at all times: the paper's setting"
@@ -80,15 +83,10 @@ class Trust(Schedule):
     ):
         super().__init__()
         self.beta,self.full = beta,full
-        self.pretrained = False # has a fit begun with frozen layers?
         self.loss = torch.tensor(math.inf) # running mean of −log p; infinite until there is a finite value
 
     @property
     def share(self): return 1. if self.pretrained else min(1., self.last/self.full)
-
-    def will_train(self, n, frozen=False):
-        super().will_train(n)
-        self.pretrained |= frozen # for good: the fits after it continue with the same network
 
     def factor(self, pct=0.): return torch.exp(-self.loss.clamp(min=0))*self.share
 
@@ -100,11 +98,10 @@ class Trust(Schedule):
         new = torch.where(mean.isinf(), loss, torch.lerp(loss, mean, self.beta))
         self.loss = torch.where(new.isfinite(), new, mean)
 
-    def state_dict(self): return dict(super().state_dict(), loss=self.loss.item(), pretrained=self.pretrained)
+    def state_dict(self): return dict(super().state_dict(), loss=self.loss.item())
     def load_state_dict(self, state, device=None):
         super().load_state_dict(state)
-        self.pretrained = state.get('pretrained', False) # other schedules save neither this nor the loss
-        loss = state.get('loss')
+        loss = state.get('loss') # other schedules don't save it
         self.loss = torch.tensor(math.inf if loss is None else loss, device=device)
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00f
