@@ -58,8 +58,8 @@ class FRSKDCallback(StudentReader):
         # 0.001 for 'overhaul'; segmentation: half of that. For your own loss: 1
         beta:float|None=None,
         temperature:float|None=None, # K, temperature of the soft labels. Default: 4; segmentation: 1
-        # Self-teacher channels per student channel: one number, or one per level. Default: 2 (the paper's), or less if
-        # `budget` requires it. For segmentation, in units of 64 channels; default: 1
+        # Self-teacher channels per student channel: one number, or one per level. Default: 2 (1 in fine-tuning), or
+        # less if `budget` requires it. For segmentation, in units of 64 channels; default: 1
         width:float|list|None=None,
         budget:float=0.8, # Maximum FLOPs of the self-teacher if `width` isn't given, as a fraction of the student's
         depth:int=1, # Convolutions per node of the self-teacher (see `SelfTeacher`); paper: 2. Not for segmentation

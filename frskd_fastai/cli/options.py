@@ -65,8 +65,8 @@ def parser()->argparse.ArgumentParser:
     add('--beta', type=number(float, 0), help=f"weight of the attention loss {both['beta']}")
     add('--temperature', type=number(float, 0, True), help=f"temperature of the soft labels {both['temperature']}")
     add('--width', type=number(float, 0, True, high=64),
-        help="channels of the self-teacher per channel of the student (default: 2, or less if 2 would "
-             "make it too slow); for segmentation, the self-teacher's channels divided by 64 (default: 1)")
+        help="channels of the self-teacher per channel of the student (default: 2, in fine-tuning 1, or less if "
+             "that would make it too slow); for segmentation, the self-teacher's channels divided by 64 (default: 1)")
     add('--seed', type=number(int, 0), default=0,
         help="seed for the split, the initial weights and the order of the images")
     add('--compare', action='store_true',
