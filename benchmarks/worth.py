@@ -71,6 +71,12 @@ The rule for a narrower default self-teacher in fits that begin with a frozen bo
 training time is higher; and in the fine-tuning of `finetune.csv` (fruit, 5 and 15 epochs) it isn't worse than plain
 training by more than the standard error. It passed, and its rows became those of `frskd`, whose former rows are those
 of `width 2`.
+
+The rule for the default schedule of segmentation that begins with a frozen body (2026-11-27, after three seeds of
+`frskd`, the ramp, in `unet` with 10 epochs, which is worse than plain training, and one of `constant` and `length
+1000`; not decided yet): of `constant` and trust, take the one with the higher gain in 10 epochs and three seeds. It
+becomes the default if it is better than plain training by more than the standard error in 10 epochs and not worse by
+more than that in 30.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
