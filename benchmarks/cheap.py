@@ -10,6 +10,10 @@ def pooled(feats):
     flat = [f.flatten(2) for f in feats]
     return torch.cat([o for f in flat for o in (f.mean(2),f.amax(2))], dim=1)
 
+def means(maps):
+    "Concatenate the maps' means over the positions: B×Σ c_i"
+    return torch.cat([m.mean((2,3)) for m in maps], dim=1)
+
 def mlp(ni, hidden, depth):
     "Build BatchNorm, then `depth` layers of `hidden` units"
     layers = [nn.BatchNorm1d(ni)]
@@ -59,7 +63,7 @@ class TopDownSelfTeacher(nn.Module):
         maps = [lateral(f) for lateral,f in zip(self.laterals, feats)]
         for i in reversed(range(len(self.up))):
             maps[i] = F.relu(self.nodes[i](maps[i]+_up(self.up[i](maps[i+1]), maps[i].shape[-2:])))
-        return maps,self.head(torch.cat([m.mean((2,3)) for m in maps], dim=1))
+        return maps,self.head(means(maps))
 
 class AllMapsSelfTeacher(SelfTeacher):
     "The default self-teacher, with a head that reads the means of all refined maps instead of the last one's"
@@ -70,7 +74,7 @@ class AllMapsSelfTeacher(SelfTeacher):
     def forward(self, feats, preact=False):
         feats = [f.contiguous(memory_format=torch.channels_last) for f in feats]
         maps,pre = self.layers[0](feats, preact)
-        return (pre if preact else maps),self.head(torch.cat([m.mean((2,3)) for m in maps], dim=1))
+        return (pre if preact else maps),self.head(means(maps))
 
 class EverySecondStep(FRSKDCallback):
     """FRSKD in every second step only.

@@ -20,6 +20,7 @@ from fastai.vision.all import *
 from frskd_fastai.all import *
 from schedule_study import VARIANTS, NoValid, callback
 
+RATES = 5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 # tried by `--lrs`
 ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, # the others have the former default width
     **{o:partial(callback, o, width=2.) for o in ('no gate',*VARIANTS) if o!='default'}}
 
@@ -124,7 +125,7 @@ def main(args):
     name = ' '.join(Path(o).stem for o in (args.data,args.only) if o)
     data = dict(data=f'{name} × {args.per_class}', size=args.size)
     todo = itertools.product(args.epochs, args.seeds, args.arms, [args.lr])
-    if args.lrs: todo = [(5,99,'plain',lr) for lr in (5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2)]
+    if args.lrs: todo = [(5,99,'plain',lr) for lr in RATES]
     for epochs,seed,arm,lr in todo:
         key = dict(**data, arm=arm, epochs=epochs, seed=seed, lr=lr)
         if out.exists() and (pd.read_csv(out)[list(key)]==pd.Series(key)).all(axis=1).any(): continue

@@ -129,14 +129,14 @@ class TensorLoader(DataLoader):
 
 class Setting:
     "Data, student and training of a setting; `more_dls` has further evaluation data by name"
-    segmentation,lr,loss_kw,more_dls = False,5e-3,{},{}
+    segmentation,fine_tuned,lr,loss_kw,more_dls = False,False,5e-3,{},{}
     def __init__(self, args): self.args = args
     def loss_func(self, recipe):
         return CrossEntropyLossFlat(label_smoothing=.1 if recipe=='smoothing' else 0., **self.loss_kw)
     def callbacks(self, recipe, method):
         cbs = [MIXING[recipe]()] if recipe in MIXING else []
         return cbs if method is None else [*cbs,method()]
-    def fit(self, learn, epochs): learn.fit_one_cycle(epochs, self.lr)
+    def fit(self, learn, epochs): (learn.fine_tune if self.fine_tuned else learn.fit_one_cycle)(epochs, self.lr)
     def keep(self, y): return y>=0 # which labels count
 
 class Cifar(Setting):
@@ -166,7 +166,7 @@ class Digits(Setting):
 
 class Groceries(Setting):
     # The best of six rates for plain training, and the largest: `finetune.py ... --per-class 10 --arms plain --lrs`
-    lr = 1.6e-2
+    fine_tuned,lr = True,1.6e-2
     def __init__(self, args):
         super().__init__(args)
         data = argparse.Namespace(data=args.groceries, only=None, per_class=10, size=128, bs=32)
@@ -183,7 +183,6 @@ class Groceries(Setting):
     def callbacks(self, recipe, method):
         if method in SCHEDULES.values(): method = partial(method, width=2.) # as the default was then
         return super().callbacks(recipe, method)
-    def fit(self, learn, epochs): learn.fine_tune(epochs, self.lr)
 
 class CamVid(Setting):
     segmentation,lr,size = True,1e-3,(72,96)
@@ -206,14 +205,13 @@ class CamVid(Setting):
     def keep(self, y): return y!=self.void
 
 class PretrainedUnet(CamVid):
-    lr,size = 4e-3,(96,128)
+    fine_tuned,lr,size = True,4e-3,(96,128)
     def __init__(self, args):
         super().__init__(args)
         self.encoder = partial(finetune.lite0_encoder, weights=finetune.weights_file())
     def unet(self, dls, **kw):
         dls.add_tfms([Normalize.from_stats([.5]*3, [.5]*3)], 'after_batch') # what the encoder was trained with
         return unet_learner(dls, self.encoder, cut=noop, **kw)
-    def fit(self, learn, epochs): learn.fine_tune(epochs, self.lr)
 
 SETTINGS = { # name: (class, budgets in epochs)
     'few':       (partial(Cifar, per_class=50), [20,60]),
@@ -315,7 +313,7 @@ def run(args):
 def try_rates(args, name):
     "Print the score of plain training for six learning rates, with seed 99 and the smallest budget"
     setting = setting_of(args, name)
-    for lr in (5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2):
+    for lr in finetune.RATES:
         learn = make_learner(setting, 99, 'plain', None)
         setting.lr = lr
         with learn.no_bar(), learn.no_logging(): setting.fit(learn, SETTINGS[name][1][0])
@@ -381,11 +379,8 @@ if __name__=='__main__':
         if args.overview: print(*map(markdown, overview(d)), sep='\n\n')
         if args.candidates: print(markdown(candidates(d)))
         if args.figure: plot(d).savefig(args.figure, dpi=110)
-    elif args.times:
+    elif args.times or args.lrs:
         one_thread()
-        for o in args.settings: measure(args, o)
-    elif args.lrs:
-        one_thread()
-        for o in args.settings: try_rates(args, o)
+        for o in args.settings: (measure if args.times else try_rates)(args, o)
     elif args.settings: run(args)
     else: p.error('SETTING is missing: name one or more, or use --table, --overview, --candidates or --figure')

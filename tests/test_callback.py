@@ -331,28 +331,29 @@ def test_fine_tuning_gets_all_of_trust(make, capsys):
     assert shares_of(learn, lambda l: l.fine_tune(3, 1e-3))==[[1.],[1.]]
     assert learn.frskd.trust.steps==24 and 'FRSKD' not in capsys.readouterr().out
 
-@pytest.mark.parametrize('fits', [
-    [Learner.freeze, lambda l: l.fit(1), Learner.unfreeze, lambda l: l.fit(1)], # by hand
-    [lambda l: l.freeze_to(-1), lambda l: l.fit(1)],                            # gradual unfreezing
+def fit(l): l.fit(1)
+def fine_tune(l): l.fine_tune(1)
+def build(l): l.frskd.build()
+
+FINE_TUNED = [
+    [Learner.freeze, fit, Learner.unfreeze, fit], # by hand
+    [lambda l: l.freeze_to(-1), fit],             # gradual unfreezing
     [lambda l: l.fine_tune(1, freeze_epochs=0)],
-    [Learner.freeze, lambda l: l.lr_find(num_it=3, show_plot=False), lambda l: l.fit(1)]])
+    [Learner.freeze, lambda l: l.lr_find(num_it=3, show_plot=False), fit]]
+
+@pytest.mark.parametrize('fits', FINE_TUNED)
 def test_other_ways_to_fine_tune(make, fits):
     assert shares_of(make(cbs=FRSKDCallback()), *fits)[-1]==[1.]
 
-FINE_TUNED = [
-    lambda l: l.fine_tune(1),
-    lambda l: l.fine_tune(1, freeze_epochs=0),
-    lambda l: (l.freeze(), l.fit(1), l.unfreeze(), l.fit(1)),
-    lambda l: (l.freeze(), l.frskd.build(), l.unfreeze(), l.fit(1)),
-    lambda l: (l.freeze(), l.lr_find(num_it=3, show_plot=False), l.fit(1))]
-SCRATCH = [lambda l: l.fit(1), lambda l: l.frskd.build(), lambda l: (l.fit(1), l.freeze(), l.fit(1))]
+NARROW = [*FINE_TUNED, [fine_tune], [Learner.freeze, build, Learner.unfreeze, fit]]
+WIDE = [[fit], [build], [fit, Learner.freeze, fit]]
 
 @pytest.mark.parametrize('schedule', ['trust','constant'])
-@pytest.mark.parametrize('fits,width', [*((o, 1.) for o in FINE_TUNED), *((o, 2.) for o in SCRATCH)])
+@pytest.mark.parametrize('fits,width', [*((o, 1.) for o in NARROW), *((o, 2.) for o in WIDE)])
 def test_the_default_width_is_1_in_fine_tuning(make, fits, width, schedule):
     "It stays what it is when the self-teacher is built"
     learn = make(cbs=FRSKDCallback(budget=100., schedule=schedule))
-    fits(learn)
+    for o in fits: o(learn)
     channels = [round(width*o.channels) for o in learn.frskd.found_levels]
     assert learn.frskd.width==width and learn.frskd.teacher.channels==channels
 
@@ -362,7 +363,7 @@ def test_a_given_width_or_a_small_budget_counts_in_fine_tuning_too(make):
         learn.fine_tune(1)
         assert learn.frskd.width==width
 
-@pytest.mark.parametrize('saved,other', [(FINE_TUNED[0],SCRATCH[0]), (SCRATCH[0],FINE_TUNED[0])])
+@pytest.mark.parametrize('saved,other', [(fine_tune,fit), (fit,fine_tune)])
 def test_checkpoints_of_fine_tuning_and_training_from_scratch(make, tmp_path, saved, other):
     "A checkpoint brings its self-teacher's width along, into a new Learner or one that has trained in the other way"
     learn = make(cbs=FRSKDCallback(budget=100.))
