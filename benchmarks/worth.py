@@ -19,7 +19,8 @@ The settings:
 An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed by a method, such as `mixup frskd`.
 The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone),
 the cheaper self-teachers of `cheap.py`, and other schedules: `constant`, which gives short training runs full weight,
-and `length 1000`, the default of 2026-11-26, which scales down short fine-tuning too and is trust in segmentation.
+`length 1000`, the default of 2026-11-26, which scales down short fine-tuning too and is trust in segmentation, and
+`trust`, the default in classification.
 `plain longer` trains for so many more epochs that it takes as long as `plain frskd` according to `--times`. Arms with
 the same seed share the initial student and the order of the data. Runs use one CPU thread, or the GPU if there is one;
 a difference is between runs on the same device. The times are those of one CPU thread, and of the GPU in `wide`; in
@@ -107,7 +108,8 @@ CHEAP = { # cheaper self-teachers, see `cheap.py`
     'deepest size':    partial(FRSKDCallback, finest=3)} # all maps pooled to the size of the last one
 SCHEDULES = {
     'length 1000':     partial(callback, 'length 1000'),
-    'constant':        partial(FRSKDCallback, schedule='constant')}
+    'constant':        partial(FRSKDCallback, schedule='constant'),
+    'trust':           partial(FRSKDCallback, schedule='trust')} # the default except in segmentation
 EXTRA = CHEAP | SCHEDULES # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
