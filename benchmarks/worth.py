@@ -20,11 +20,11 @@ An arm is a recipe (`plain`, `smoothing`, `mixup`, `cutmix`), alone or followed 
 The methods are `frskd`, `paper`, `no features`, `no soft labels`, `label loss` (the self-teacher's label loss alone),
 the cheaper self-teachers of `cheap.py`, and other schedules: `constant`, which gives short training runs full weight,
 `length 1000`, the default of 2026-11-26, which scales down short fine-tuning too and is trust in segmentation, and
-`trust`, the default in classification.
+`trust` and `ramp`, which are the default in classification and in `camvid`.
 `plain longer` trains for so many more epochs that it takes as long as `plain frskd` according to `--times`. Arms with
 the same seed share the initial student and the order of the data. Runs use one CPU thread, or the GPU if there is one;
 a difference is between runs on the same device. The times are those of one CPU thread, and of the GPU in `wide`; in
-`camvid` and `unet`, they are those of steps that distill.
+`camvid`, they are those of steps that distill.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
@@ -74,10 +74,11 @@ training by more than the standard error. It passed, and its rows became those o
 of `width 2`.
 
 The rule for the default schedule of segmentation that begins with a frozen body (2026-11-27, after three seeds of
-`frskd`, the ramp, in `unet` with 10 epochs, which is worse than plain training, and one of `constant` and `length
-1000`; not decided yet): of `constant` and trust, take the one with the higher gain in 10 epochs and three seeds. It
-becomes the default if it is better than plain training by more than the standard error in 10 epochs and not worse by
-more than that in 30.
+`frskd`, then the ramp, in `unet` with 10 epochs, which is worse than plain training, and one of `constant` and `length
+1000`): of `constant` and `trust`, take the one with the higher gain in 10 epochs and three seeds. It becomes the
+default if it is better than plain training by more than the standard error in 10 epochs and not worse by more than
+that in 30. `constant` gained more and passed, so its rows in `unet` became those of `frskd`, whose former rows are
+those of `ramp`.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -109,7 +110,8 @@ CHEAP = { # cheaper self-teachers, see `cheap.py`
 SCHEDULES = {
     'length 1000':     partial(callback, 'length 1000'),
     'constant':        partial(FRSKDCallback, schedule='constant'),
-    'trust':           partial(FRSKDCallback, schedule='trust')} # the default except in segmentation
+    'trust':           partial(FRSKDCallback, schedule='trust'),
+    'ramp':            partial(FRSKDCallback, schedule='ramp')}
 EXTRA = CHEAP | SCHEDULES # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]

@@ -19,7 +19,7 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     setting = {'many':'few'}.get(setting, setting) # their steps are the same
-    if method in ('length 1000','constant'): # they differ from another one in their weights alone
+    if method in ('length 1000','constant','trust','ramp'): # they differ from another one in their weights alone
         method = 'width 2' if setting=='groceries' else 'frskd'
     d = pd.read_csv(file)
     return d[(d.setting==setting) & (d.method==method)].ratio.median()

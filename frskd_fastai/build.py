@@ -65,13 +65,14 @@ class FRSKDOptions:
 
     def for_task(self,
         task:Task, # The Learner's task
+        pretrained:bool=False, # Has a fit begun with frozen layers?
     )->'FRSKDOptions':
         "Fill in the defaults of `task`; raise `ValueError` if the paper's settings are for another"
         if self.per not in (None,task.per):
             kind,args = ('segmentation','') if self.per=='pixel' else ('classification','segmentation=True')
             raise ValueError(f"FRSKD: these are the paper's settings for {kind}, but the model labels {task.per}s. "
                              f"Use `FRSKDCallback.paper({args})`.")
-        defaults = task.defaults(self.feature_loss)
+        defaults = task.defaults(self.feature_loss, pretrained)
         return replace(self, **{k:v for k,v in defaults.items() if getattr(self, k) is None and k!='width'})
 
 # %% ../nbs/build.ipynb #seen0002
@@ -149,7 +150,7 @@ def build_frskd(
     assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
 )->FRSKD: # With attributes `seen`, `width`, `schedule` and `refined_channels` (channels of the refined maps)
     "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
-    o,task,n = options.for_task(seen.task),seen.task,len(seen.levels)
+    o,task,n = options.for_task(seen.task, seen.pretrained),seen.task,len(seen.levels)
     if (options.finest or 0)>=n:
         raise ValueError(f"FRSKD: finest={options.finest} isn't the index of a level, since this model has {n} levels. "
                          f"Use {n-1} or less.")

@@ -10,7 +10,7 @@ from frskd_fastai.sla_callback import FRSKDSLACallback
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 from frskd_fastai.student.levels import find_levels, list_levels
 from frskd_fastai.method.losses import pixel_soft_label_loss
-from frskd_fastai.method.schedule import Ramp, Trust, late_ramp
+from frskd_fastai.method.schedule import Constant, Ramp, Trust, late_ramp
 from frskd_fastai.task.task import Segmentation, ignored_labels
 from frskd_fastai.show.attention import * # adds the figures as methods
 from frskd_fastai.show.losses import *
@@ -299,6 +299,24 @@ def test_the_default_schedule_is_the_papers_ramp(seg, tmp_path, capsys):
     given = seg(cbs=FRSKDCallback(schedule='trust'))
     given.fit(1, 1e-3)
     assert given.frskd.schedule=='trust' and isinstance(given.frskd.trust, Trust)
+
+def test_the_default_schedule_in_fine_tuning_is_constant(seg, tmp_path, capsys):
+    "Also in the fits after the frozen one, and when a checkpoint of either kind is loaded"
+    tuned,scratch = seg(cbs=FRSKDCallback()),seg(cbs=FRSKDCallback())
+    tuned.logger = print
+    tuned.fine_tune(1, 1e-3)
+    assert set(tuned.frskd.steps.factor)=={1.} and 'FRSKD' not in capsys.readouterr().out
+    n = tuned.frskd.trust.steps
+    scratch.fit(1, 1e-3)
+    for learn,name in (tuned,'constant'),(scratch,'ramp'): learn.save(tmp_path/name)
+    for learn,name in (scratch,'constant'),(tuned,'ramp'): learn.load(tmp_path/name) # each other's
+    assert scratch.frskd.schedule=='constant' and type(scratch.frskd.trust) is Constant and scratch.frskd.trust.steps==n
+    assert tuned.frskd.schedule=='ramp' and type(tuned.frskd.trust) is Ramp
+    scratch.fit(1, 1e-3)
+    assert set(scratch.frskd.steps.factor)=={1.} # goes on as fine-tuning
+    given = seg(cbs=FRSKDCallback(schedule='ramp'))
+    given.fine_tune(1, 1e-3)
+    assert given.frskd.schedule=='ramp' and set(given.frskd.steps.factor)!={1.}
 
 @pytest.mark.parametrize('what', ['one logit','binary loss','float masks','other size','label augmentation','classes'])
 def test_what_is_refused(what, seg, items):

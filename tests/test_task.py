@@ -96,6 +96,7 @@ def test_defaults_and_self_teacher(task):
     assert task.defaults(lambda f,t: 0)['beta']==1
     pixels = task.per=='pixel'
     assert list(d.values())==([1,50,1,1,0,'ramp'] if pixels else [2,100,4,2,1,'trust'])
+    assert task.defaults(pretrained=True)==dict(d, schedule='constant' if pixels else 'trust')
     teacher = task.self_teacher(.5, 1)([4,8], 3)
     assert type(teacher) is (DenseSelfTeacher if pixels else SelfTeacher)
     assert teacher.channels==([32,32] if pixels else [2,4])

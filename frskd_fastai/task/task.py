@@ -37,7 +37,7 @@ class Task:
     per,ndim = 'image',2 # What has a label; dimensions of the logits
     alpha,beta,temperature = 2.,1.,4. # Defaults of α, β (relative to the feature loss's own) and K
     width,finest,budgeted = 2.,1,True # Defaults of the self-teacher; may `budget` make it smaller?
-    schedule = 'trust' # Default, as for `make_schedule`
+    schedule = fine_tuning_schedule = 'trust' # Defaults, as for `make_schedule`: from scratch, and in fine-tuning
 
     def __init__(self,
         ignored:int|list=(), # Labels to skip, see `ignored_labels`
@@ -115,11 +115,13 @@ class Task:
     @classmethod
     def defaults(cls,
         feature_loss:str|Callable='attention', # As for `FRSKDCallback`
+        pretrained:bool=False, # Has a fit begun with frozen layers?
     )->dict: # `alpha`, `beta`, `temperature`, `width`, `finest` and `schedule`
         "Return the default settings: the paper's weights, and a cheaper self-teacher"
         beta = feature_losses[feature_loss].beta*cls.beta if isinstance(feature_loss, str) else 1.
         weights = dict(alpha=cls.alpha, beta=beta, temperature=cls.temperature)
-        return dict(weights, width=cls.width, finest=cls.finest, schedule=cls.schedule)
+        schedule = cls.fine_tuning_schedule if pretrained else cls.schedule
+        return dict(weights, width=cls.width, finest=cls.finest, schedule=schedule)
 
     def self_teacher(self,
         width:float|list, # Channels per channel of the student; for segmentation, channels divided by 64
@@ -168,7 +170,7 @@ class Segmentation(Task):
     per,ndim = 'pixel',4
     alpha,beta,temperature = 1.,.5,1.
     width,finest,budgeted = 1.,0,False
-    schedule = 'ramp'
+    schedule,fine_tuning_schedule = 'ramp','constant'
 
     @staticmethod
     def labels(
