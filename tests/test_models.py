@@ -173,7 +173,8 @@ def test_levels_against_feature_info():
         assert [o.name for o in found]==[o.name for o in info]
         agree = [o[1:3] for o in info]==[o[1:3] for o in search]
         same += agree
-        rows.append((arch,shown(info),'' if info[0].kind=='BNC' else shown(search),'yes' if agree else ''))
+        both = ('','') if info[0].kind=='BNC' else (shown(search),'yes' if agree else 'no')
+        rows.append((arch,shown(info),*both))
         reduction = {o['module']:(o['num_chs'],o['reduction']) for o in m.feature_info}
         for o in found:
             channels,by = reduction[o.name]
