@@ -116,7 +116,7 @@ def _(make, tmp_path):
     trains(make, train)
 @cell('lr_find')
 def _(make, tmp_path):
-    "Both networks, trust and the optimizer state are restored, and the next fit is unaffected"
+    "Both networks, the schedule and the optimizer state are restored, and the next fit is unaffected"
     a,b = make(cbs=FRSKDCallback()),None
     a.fit(1, 1e-3)
     state = deepcopy((a.model.state_dict(),a.frskd.trained.state_dict())),a.frskd.trust.loss.clone()
@@ -256,7 +256,7 @@ def _(make, tmp_path):
     learn.fit(1, 1e-2)
 @cell('EarlyStoppingCallback')
 def _(make, tmp_path):
-    "The fit stops by the student's validation loss and leaves nothing behind"
+    "The student's validation loss decides when the fit stops, and nothing is left behind"
     stop = EarlyStoppingCallback(monitor='valid_loss', min_delta=9., patience=1)
     learn = trains(make, lambda l: l.fit(9, 1e-3, cbs=stop), plain_too=False)
     assert learn.epoch==1
@@ -282,7 +282,7 @@ def _(make, tmp_path):
     assert same(learn.frskd.trained.state_dict(), best)
 @cell('CSVLogger')
 def _(make, tmp_path):
-    "The file has columns for the loss parts"
+    "With `columns=True`, the file has columns for the loss parts"
     learn = trains(make, lambda l: l.fit(2, 1e-2, cbs=CSVLogger()), plain_too=False, cbs=FRSKDCallback(columns=True))
     log = pd.read_csv(tmp_path/'history.csv')
     columns = ['student_loss','teacher_loss','soft_label_loss','feature_loss','teacher_accuracy']
@@ -344,8 +344,8 @@ def _(make, tmp_path):
     trains(lambda **kw: learn, lambda l: l.fit(1, 1e-2), plain_too=False)
 @cell('your own callback')
 def _(make, tmp_path):
-    """`learn.pred` is the student's prediction; `learn.loss` is the student's before FRSKD's event and the total after
-    it"""
+    """`learn.pred` is the student's prediction; `learn.loss` is the student's before FRSKD's `after_loss` and the total
+    after it"""
     seen = []
     class Mine(Callback):
         run_valid = False
