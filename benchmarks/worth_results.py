@@ -133,7 +133,7 @@ def candidates(d):
     full = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time)
     mean = lambda o: [plus_minus(v, math.nan, sign='+') for v in o.groupby('arm').worth.mean()[list(CANDIDATES)]]
     worse = full.groupby('arm').worse.sum()[list(CANDIDATES)]
-    out.loc[f'worse than plain (of {full.run.nunique()} runs)'] = worse.map(str).values
+    out.loc[f'worse than plain (of {full.run.nunique()} training runs)'] = worse.map(str).values
     out.loc['gain / time, mean'] = mean(full)
     out.loc['the same, classification'] = mean(full[~full.setting.isin(SEGMENTATION)])
     return out

@@ -67,7 +67,7 @@ class FRSKDCallback(StudentReader):
         # Index (from 0) of the first level that isn't pooled; larger maps get its size. Default: 1; segmentation: 0
         finest:int|None=None,
         # Factor on what the student gets from the self-teacher: 'trust' (see `Trust`), 'constant', 'ramp' (see
-        # `late_ramp`), or a function of progress. Default: 'trust'; segmentation: 'ramp', in fine-tuning 'constant'
+        # `late_ramp`), or a function of progress. Default: 'trust'; segmentation: 'ramp', or 'constant' in fine-tuning
         schedule:str|Callable|None=None,
         # 'attention', 'hint' (see `HintLoss`), 'overhaul' (see `OverhaulLoss`), or your own loss: a function or module
         # that takes two lists, the student's feature maps and the self-teacher's refined versions of them, and returns

@@ -59,7 +59,7 @@ def test_the_rule_for_the_default(worth, tmp_path):
              *rows('digits', 5, plain=[0,0,0], plain_frskd=[-9,-9,-9])] # the others are missing: not judged
     d = worth.candidates(results(worth, pd.DataFrame(found), tmp_path))
     assert d.iloc[:3]['the default'].tolist()==['−2.00\xa0±\xa00.58','+1.00\xa0±\xa00.00','−9.00\xa0±\xa00.00']
-    assert d.iloc[2,1]=='' and d.index[3]=='worse than plain (of 2 runs)'
+    assert d.iloc[2,1]=='' and d.index[3]=='worse than plain (of 2 training runs)'
     assert d.loc[d.index[3]].tolist()==['1','0','0','0','1'] # −1.00 ± 1.00 isn't worse, −1.00 ± 0.00 is
     times = worth.times
     file = root/'benchmarks/results/worth_times.csv'
