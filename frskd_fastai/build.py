@@ -148,7 +148,7 @@ def build_frskd(
     seen:Seen, # What the first batch showed
     device, # The student's
     assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
-)->FRSKD: # With attributes `seen`, `width`, `schedule` and `refined_channels` (channels of the refined maps)
+)->FRSKD: # With attributes `seen`, `width`, `schedule`, `refined_channels` (of the refined maps) and `built` (options)
     "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
     o,task,n = options.for_task(seen.task, seen.pretrained),seen.task,len(seen.levels)
     if (options.finest or 0)>=n:
@@ -163,7 +163,15 @@ def build_frskd(
         args = teacher,task,loss,o.alpha,o.beta,o.temperature,finest,isinstance(o.feature_loss, str)
         module = (assemble(seen, refined, *args) if assemble else FRSKD(*args)).to(device)
     module.seen,module.width,module.schedule,module.refined_channels = seen,width,o.schedule,refined
+    module.built = _built(o, task, width, finest)
     return module
+
+def _built(o, task, width, finest):
+    "Return the options on which the module's weights depend, as plain numbers and strings"
+    width = [*map(float, width)] if is_listy(width) else float(width)
+    size = dict(width=width) if task.ndim==4 else dict(width=width, depth=o.depth) # segmentation doesn't use the depth
+    loss = o.feature_loss if isinstance(o.feature_loss, str) else None
+    return dict({} if o.teacher else size, finest=finest, feature_loss=loss)
 
 def _pooled_levels(levels, finest):
     maps = pool_to([torch.empty(1, 1, *lv.size) for lv in levels], finest)

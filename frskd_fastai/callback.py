@@ -130,7 +130,7 @@ class FRSKDCallback(StudentReader):
         if self.trained is not None: self.trust = make_schedule(self.schedule)
         self.set_module(module)
         self.skipping.also_keep(module)
-        if self.in_fit: plan_schedule(self.learn, self.trust)
+        if self.in_fit: self.plan()
 
     assemble = None # See `build_frskd`
     def module_of(self, seen):
@@ -139,12 +139,12 @@ class FRSKDCallback(StudentReader):
     def enter_fit(self):
         super().enter_fit()
         check_fit(self.learn)
-        plan_schedule(self.learn, self.trust)
+        self.plan()
 
     def refused(self): self.skipping.set_back() # undo the batch's effect on BatchNorm
     def enter_train(self):
         super().enter_train()
-        plan_schedule(self.learn, self.trust) # again: `Resumable` has restored the progress by now
+        self.plan() # again: `Resumable` has restored the progress by now
         self.student_alone = False
 
     def before_batch(self):
@@ -184,7 +184,6 @@ class FRSKDCallback(StudentReader):
         return {**maps, **{f'the {names.get(k, k)} loss':v for k,v in self.losses.items()}}
 
     def _logged(self): return None if self.step_out is None else {**self.losses, 'factor':self.used_factor}
-
     def _means(self): return step_means(self.learn, self.task, self.step_out.logits, self.losses)
 
     def entry(self): return (entry := super().entry()) and dict(entry, trust=self.trust.state_dict())
@@ -194,9 +193,27 @@ class FRSKDCallback(StudentReader):
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before there was one
+        self.update_schedule()
 
 
 # %% ../nbs/callback.ipynb #call0002
+@patch
+def plan(self:FRSKDCallback):
+    "Tell the schedule how many steps are left in this fit"
+    self.trust.pretrained |= is_frozen(self.learn)
+    self.update_schedule()
+    plan_schedule(self.learn, self.trust)
+
+@patch
+def update_schedule(self:FRSKDCallback):
+    "Use the task's default for fine-tuning, without a loss of progress, once a fit has begun with frozen layers"
+    if self.trained is None or not self.trust.pretrained: return
+    schedule = self.options.for_task(self.task, True).schedule
+    if schedule==self.schedule: return
+    state,self.trained.schedule = self.trust.state_dict(),schedule
+    self.trust = make_schedule(schedule)
+    self.trust.load_state_dict(state, one_param(self.teacher).device)
+
 @patch
 def check_trained(self:FRSKDCallback,
     what:str, # What needs the self-teacher, for the message

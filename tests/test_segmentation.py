@@ -318,6 +318,40 @@ def test_the_default_schedule_in_fine_tuning_is_constant(seg, tmp_path, capsys):
     given.fine_tune(1, 1e-3)
     assert given.frskd.schedule=='ramp' and set(given.frskd.steps.factor)!={1.}
 
+@pytest.mark.parametrize('before', ['a fit','build','load'])
+def test_fine_tuning_may_begin_later(before, seg, tmp_path):
+    "The default schedule changes with the first fit that begins with frozen layers; the progress and the weights stay"
+    learn,other = seg(cbs=FRSKDCallback()),seg(cbs=FRSKDCallback())
+    other.fit(1, 1e-3)
+    other.save(tmp_path/'scratch')
+    if before=='a fit': learn.fit(1, 1e-3)
+    elif before=='build': learn.frskd.build()
+    else: learn.load(tmp_path/'scratch')
+    assert learn.frskd.schedule=='ramp'
+    teacher,n = learn.frskd.teacher,learn.frskd.trust.steps
+    learn.fine_tune(1, 1e-3)
+    n += 2*len(learn.dls.train)
+    def constant(learn): return learn.frskd.schedule=='constant' and set(learn.frskd.steps.factor)=={1.}
+    assert constant(learn) and learn.frskd.teacher is teacher and learn.frskd.trust.steps==n
+    learn.save(tmp_path/'tuned')
+    other.load(tmp_path/'tuned')
+    assert other.frskd.schedule=='constant' and other.frskd.trust.steps==n
+    other.fit(1, 1e-3)
+    assert constant(other)
+
+@pytest.mark.parametrize('label', [5,200,-3])
+def test_labels_without_a_class(label, seg, items):
+    "The message names the label and the classes, in any epoch, and in validation"
+    for i in 3,40: # a training and a validation image
+        items[i] = (items[i][0],items[i][1].clone())
+        items[i][1][0,0] = label
+        learn = seg(cbs=FRSKDCallback())
+        hooks,said = n_hooks(learn.model),f'the label {label}, but its model has 4 logits.*ignore_index'
+        with pytest.raises(ValueError, match=said): learn.fit(1)
+        assert n_hooks(learn.model)==hooks
+        items[i][1][0,0] = 0
+        learn.fit(1, 1e-3)
+
 @pytest.mark.parametrize('what', ['one logit','binary loss','float masks','other size','label augmentation','classes'])
 def test_what_is_refused(what, seg, items):
     "Unsupported input is refused before training, and the Learner stays unchanged"

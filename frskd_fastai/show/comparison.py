@@ -126,21 +126,23 @@ class StudentComparison:
     )->plt.Figure:
         """Draw the images on which the two differ most
 
-        First the images on which the first Learner does better, then those on which it does worse; `n`/2 of each, if
-        there are enough. Images where the answers differ come before those where only the probabilities do."""
+        First the images on which the first Learner does better, then those on which it does worse; `n`/2 of each, or
+        more of one kind if there are fewer of the other. Images where the answers differ come before those where only
+        the probabilities do."""
         check_n(n)
         right,probs = (o[:,0]-o[:,1] for o in (self.right,self.probs))
         gain = 2*right+probs # a right answer outweighs any probability
         order = gain.argsort(descending=True, stable=True).tolist()
-        better = [i for i in order if gain[i]>0][:(n+1)//2]
-        worse = [i for i in order[::-1] if gain[i]<0][:n//2]
+        better,worse = [i for i in order if gain[i]>0],[i for i in order[::-1] if gain[i]<0]
+        better = better[:max((n+1)//2, n-len(worse))]
+        worse = worse[:n-len(better)]
         if not better+worse: raise ValueError(f"FRSKD: {' and '.join(self.names)} don't differ on any image.")
         batches = [o.batch(better+worse) for o in self.judged]
         draw = self._draw_masks if batches[0][1].ndim==Segmentation.ndim else self._draw_labels
         fig = draw(batches, better+worse, size)
-        title = (f"{self.names[0]}: better on the first {len(better)}, worse on the last {len(worse)}, "
-                 "by answer, then by probability")
-        fig.suptitle(title, fontsize=9)
+        parts = {f'better on the first {len(better)}':better, f'worse on the last {len(worse)}':worse}
+        sides = ', '.join(k for k,v in parts.items() if v)
+        fig.suptitle(f'{self.names[0]}: {sides}, by answer, then by probability', fontsize=9)
         return fig
 
     def _draw_labels(self, batches, idxs, size):

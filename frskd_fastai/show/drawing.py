@@ -15,12 +15,13 @@ okabe_ito = ['#0072B2','#D55E00','#009E73','#CC79A7','#E69F00','#56B4E9']
 
 def class_names(
     dls:DataLoaders,
-    n:int=0, # Number of classes, used if `dls` has no vocabulary
+    n:int|None=None, # Number of logits, if it may differ from the number of names
 )->list: # Strings
-    "Return the names of the classes in the order of the logits, or their numbers"
+    "Return the names of the classes in the order of the logits, with a number for each class that has no name"
     places = dls,getattr(dls.train, 'after_item', None) # the second has a `MaskBlock`'s
     vocab = first(o for o in (getattr(p, 'vocab', None) for p in places) if o is not None)
-    return [str(o) for o in (range(n) if vocab is None else vocab)]
+    names = [] if vocab is None else [*map(str, vocab)][:n]
+    return names + [str(i) for i in range(len(names), n or 0)]
 
 def label_text(
     label, # A class, or a list of classes, as `dls.decode_batch` returns it
