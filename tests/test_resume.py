@@ -184,7 +184,8 @@ def test_other_options_after_one_epoch_do_not_begin_anew(make, tmp_path):
     with pytest.raises(KeyboardInterrupt): make(cbs=FRSKDCallback(width=1.)).fit(3, 1e-2, cbs=cut)
     before = {f.name:f.read_bytes() for f in folder.iterdir()}
     assert set(before)=={'0-0000.pth','0-0001.pth'}
-    with pytest.raises(NoCheckpoint, match='from another training run: the self-teacher was trained with width=1.0') as e:
+    said = 'from another training run: the self-teacher was trained with width=1.0'
+    with pytest.raises(NoCheckpoint, match=said) as e:
         make(cbs=FRSKDCallback(width=2.)).fit(3, 1e-2, cbs=Resumable(folder))
     assert '0-0001.pth is' in str(e.value) and 'learn.load' not in str(e.value)
     assert {f.name:f.read_bytes() for f in folder.iterdir()}==before
