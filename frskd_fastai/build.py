@@ -55,7 +55,7 @@ class FRSKDOptions:
         enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels) and len(levels)>=2
         _check(enough, "levels must be a number, 2 or more, or a list of at least two module names", levels)
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
-        _check(known, f"feature_loss must be one of {', '.join(map(repr, feature_losses))}, or a function", loss)
+        _check(known, f"feature_loss must be {', '.join(map(repr, feature_losses))}, a function or a module", loss)
         makes = teacher is None or callable(teacher)
         _check(makes, "teacher must be a module, or a function that returns one", teacher)
 
