@@ -169,9 +169,10 @@ def build_frskd(
 def _built(o, task, width, finest):
     "Return the options on which the module's weights depend, as plain numbers and strings"
     width = [*map(float, width)] if is_listy(width) else float(width)
-    size = dict(width=width) if task.ndim==4 else dict(width=width, depth=o.depth) # segmentation doesn't use the depth
+    depth = o.depth if task.ndim==2 else None # segmentation doesn't use it
     loss = o.feature_loss if isinstance(o.feature_loss, str) else None
-    return dict({} if o.teacher else size, finest=finest, feature_loss=loss)
+    built = dict(finest=finest, feature_loss=loss)
+    return built if o.teacher else dict(built, width=width, depth=depth)
 
 def _pooled_levels(levels, finest):
     maps = pool_to([torch.empty(1, 1, *lv.size) for lv in levels], finest)

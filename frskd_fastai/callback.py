@@ -199,10 +199,9 @@ class FRSKDCallback(StudentReader):
 # %% ../nbs/callback.ipynb #call0002
 @patch
 def plan(self:FRSKDCallback):
-    "Tell the schedule how many steps are left in this fit"
-    self.trust.pretrained |= is_frozen(self.learn)
-    self.update_schedule()
+    "Tell the schedule how many steps are left in this fit; use another one if fine-tuning begins"
     plan_schedule(self.learn, self.trust)
+    self.update_schedule()
 
 @patch
 def update_schedule(self:FRSKDCallback):
@@ -210,9 +209,9 @@ def update_schedule(self:FRSKDCallback):
     if self.trained is None or not self.trust.pretrained: return
     schedule = self.options.for_task(self.task, True).schedule
     if schedule==self.schedule: return
-    state,self.trained.schedule = self.trust.state_dict(),schedule
-    self.trust = make_schedule(schedule)
-    self.trust.load_state_dict(state, one_param(self.teacher).device)
+    old,self.trust,self.trained.schedule = self.trust,make_schedule(schedule),schedule
+    self.trust.load_state_dict(old.state_dict(), one_param(self.teacher).device)
+    self.trust.last = old.last
 
 @patch
 def check_trained(self:FRSKDCallback,

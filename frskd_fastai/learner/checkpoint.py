@@ -51,6 +51,8 @@ def saved_with(
     state = read_checkpoint(learn, file)
     return state['opt'].get(key) if set(state)=={'model','opt'} else None
 
+_instead = "Use the options it was trained with, or load the student alone: `learn.load(file, with_opt=False)`."
+
 def check_saved(
     file, # Where the state comes from, for the message
     theirs:dict, # State of the side module in the file
@@ -62,8 +64,7 @@ def check_saved(
     if differs is None: return
     there,here = (o.get(differs, 'missing') for o in (theirs,ours))
     raise ValueError(f"FRSKD: the self-teacher in {file} doesn't match: {differs} is {there} in the file, {here} "
-                     "here. Use the options it was trained with, or load the student alone: "
-                     "`learn.load(file, with_opt=False)`.")
+                     f"here. {_instead}")
 
 def check_built(
     file, # For the message
@@ -74,5 +75,4 @@ def check_built(
     differs = first(k for k in theirs if k in ours and theirs[k]!=ours[k])
     if differs is None: return
     raise ValueError(f"FRSKD: the self-teacher in {file} was trained with {differs}={theirs[differs]!r}, here it is "
-                     f"{ours[differs]!r}. Use the options it was trained with, or load the student alone: "
-                     "`learn.load(file, with_opt=False)`.")
+                     f"{ours[differs]!r}. {_instead}")

@@ -28,8 +28,8 @@ def show_masks(
     b,images = validation_samples(learn, n)
     with probing(learn.model): logits = learn.model(to_device(b[0], one_param(learn.model).device)).cpu()
     if logits.ndim!=4:
-        raise ValueError(f"FRSKD: show_masks needs a segmentation model, with logits B×C×H×W. This model's have shape "
-                         f"{tuple(logits.shape)}; use `learn.show_results()`.")
+        raise ValueError(f"FRSKD: show_masks needs a segmentation model, with logits B×C×H×W. This model's have "
+                         f"shape {tuple(logits.shape)}; use `learn.show_results()`.")
     grid = lambda o: o.view(len(logits), *logits.shape[-2:])
     right,mask,_,keep,_ = map(grid, task.answers(logits, b[1].cpu()))
     said,n_classes = grid(logits.argmax(1).as_subclass(Tensor)),logits.shape[1]

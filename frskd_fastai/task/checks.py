@@ -90,8 +90,9 @@ def check_labels(
     "Raise `ValueError` if a label isn't the number of a class, and isn't ignored"
     if len(yb)!=1 or not isinstance(yb[0], Tensor) or isinstance(task, MultiLabel): return
     y,c = yb[0].as_subclass(Tensor),pred.shape[1]
-    if y.is_floating_point() or y.numel()!=pred[:,:1].numel() or y.is_cuda: return # after the loss has failed on a GPU,
-    wrong = y[task.counts(y) & ((y<0) | (y>=c))] # nothing can be computed there
+    if y.is_cuda: return # after the loss has failed on a GPU, nothing can be computed there
+    if y.is_floating_point() or y.numel()!=pred[:,:1].numel(): return
+    wrong = y[task.counts(y) & ((y<0) | (y>=c))]
     if not len(wrong): return
     _refuse(f"its targets have the label {wrong[0].item()}, but its model has {c} logits, for the classes 0 to {c-1}",
             "Give the model a logit for each class, or let the loss function ignore the label (`ignore_index=...`).")
