@@ -9,7 +9,8 @@
 The settings:
 
 - `few`, `many`: 33 classes of CIFAR-100, 50 or 500 training images of each, a thin ResNet-10
-- `wide`: like `many`, with the paper's ResNet-18 and batches of 256; bfloat16 on a GPU
+- `wide`: like `many`, with twice the channels
+- `resnet18`: like `many`, with the paper's ResNet-18 and batches of 256; bfloat16 on a GPU
 - `groceries`: 81 classes, 10 photographs of each at 128 px, a pretrained EfficientNet-Lite0, `fine_tune`
 - `digits`: the digits that come with the package, 1,437 images, ResNet-18
 - `camvid`: 160 half-size images, resized to 72×96, a small U-Net from scratch
@@ -23,8 +24,8 @@ the cheaper self-teachers of `cheap.py`, and other schedules: `constant`, which 
 `trust` and `ramp`, which are the default in classification and in `camvid`.
 `plain longer` trains for so many more epochs that it takes as long as `plain frskd` according to `--times`. Arms with
 the same seed share the initial student and the order of the data. Runs use one CPU thread, or the GPU if there is one;
-a difference is between runs on the same device. The times are those of one CPU thread, and of the GPU in `wide`; in
-`camvid`, they are those of steps that distill.
+a difference is between runs on the same device. The times are those of one CPU thread, and of the GPU in `resnet18`;
+in `camvid`, they are those of steps that distill.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
@@ -220,7 +221,8 @@ class PretrainedUnet(CamVid):
 SETTINGS = { # name: (class, budgets in epochs)
     'few':       (partial(Cifar, per_class=50), [20,60]),
     'many':      (partial(Cifar, per_class=500), [20]),
-    'wide':      (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [20,60]),
+    'wide':      (partial(Cifar, per_class=500, student=partial(small_resnet, widths=(32,64,128,256))), [20]),
+    'resnet18':  (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [60]),
     'groceries': (Groceries, [5,15]),
     'digits':    (Digits, [2,5,20]),
     'camvid':    (CamVid, [20,60]),

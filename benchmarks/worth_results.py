@@ -8,7 +8,8 @@ RECIPES = dict(plain='plain', smoothing='label smoothing', mixup='MixUp', cutmix
 TITLES = {
     'few':       '33 classes × 50, small ResNet',
     'many':      '33 classes × 500, small ResNet',
-    'wide':      '33 classes × 500, ResNet-18',
+    'wide':      '33 classes × 500, wider ResNet',
+    'resnet18':  '33 classes × 500, ResNet-18',
     'groceries': '81 classes × 10, fine-tuning',
     'digits':    'digits, ResNet-18',
     'camvid':    'CamVid, small U-Net',
