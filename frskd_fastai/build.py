@@ -50,14 +50,16 @@ class FRSKDOptions:
         SelfTeacher.check_size(ifnone(self.width, 1.), self.depth)
         if self.schedule is not None: make_schedule(self.schedule)
         finest,levels,loss,teacher = self.finest,self.levels,self.feature_loss,self.teacher
-        is_index = finest is None or isinstance(finest, Integral) and finest>=0
-        _check(is_index, "finest must be the index of a level, 0 or more", finest)
+        is_index = isinstance(finest, Integral) and not isinstance(finest, bool) and finest>=0
+        _check(finest is None or is_index, "finest must be the index of a level, 0 or more", finest)
         enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels) and len(levels)>=2
         _check(enough, "levels must be a number, 2 or more, or a list of at least two module names", levels)
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
         _check(known, f"feature_loss must be {', '.join(map(repr, feature_losses))}, a function or a module", loss)
         makes = teacher is None or callable(teacher)
         _check(makes, "teacher must be a module, or a function that returns one", teacher)
+        for name in 'compile','columns':
+            _check(getattr(self, name) in (True,False), f"{name} must be True or False", getattr(self, name))
 
     def _check_given(self, name, **kwargs):
         value = getattr(self, name)

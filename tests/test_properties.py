@@ -424,6 +424,7 @@ def test_training_step(case, types, fmt, feature_loss, schedule, width, depth, f
     assume(types[1]!=torch.bfloat16 or fmt!=torch.channels_last or not any(1 in o for o in case['sizes']))
     levels = [f"stages.{i}" for i in range(len(case['args'][0]))][-n:] if case['task']=='pixels' else n
     if finest is not None: finest = min(finest, n-1, len(set(case['sizes']))-1)
+    if case['task']=='pixels': depth = 1
     kw = dict(feature_loss=feature_loss, schedule=schedule, width=width, depth=depth, finest=finest, levels=levels)
     learn,before = one_step(case, *types, fmt, **kw)
     step,cb = learn.one_step,learn.frskd

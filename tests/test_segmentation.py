@@ -273,6 +273,12 @@ def test_own_dense_self_teacher(seg):
     with pytest.raises(ValueError, match=shapes): learn.frskd.build()
     with pytest.raises(ValueError, match=shapes): learn.fit(1)
 
+def test_depth_is_refused(seg):
+    learn = seg(cbs=FRSKDCallback(depth=2))
+    before = [p.clone() for p in learn.model.parameters()]
+    with pytest.raises(ValueError, match="depth=2 isn't for segmentation"): learn.fit(1, 1e-3)
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
 def test_the_papers_settings_are_of_one_task(seg):
     other = r"classification, but the model labels pixels\. Use `FRSKDCallback.paper\(segmentation=True\)`"
     with pytest.raises(ValueError, match=other): seg(cbs=FRSKDCallback.paper()).fit(1)

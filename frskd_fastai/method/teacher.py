@@ -120,7 +120,8 @@ def check_number(
 ):
     "Raise `ValueError` unless `value` is a positive, finite number"
     if value is None and optional: return
-    if isinstance(value, Integral if whole else Real) and 0<=value<math.inf and (zero or value): return
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and 0<=value<math.inf and (zero or value): return
     kind = 'whole number' if whole else 'number'
     want = f'a {kind} ≥ 0' if zero else f'a positive {kind}'
     raise ValueError(f"FRSKD: {name} must be {want}, got {value!r}")

@@ -125,7 +125,7 @@ class Task:
 
     def self_teacher(self,
         width:float|list, # Channels per channel of the student; for segmentation, channels divided by 64
-        depth:int, # Depthwise-separable convolutions per node; not used for segmentation
+        depth:int, # Depthwise-separable convolutions per node; 1 for segmentation
     )->Callable: # Takes the levels' channels and the number of logits, returns a module
         "Return a function that makes the default self-teacher"
         return partial(SelfTeacher, width=width, depth=depth)
@@ -187,7 +187,10 @@ class Segmentation(Task):
 
     def fit_size(self, logits, like): return resize(logits, like.shape[-2:])
 
-    def self_teacher(self, width, depth): return partial(DenseSelfTeacher, n_channels=max(1, round(64*width)))
+    def self_teacher(self, width, depth):
+        if depth==1: return partial(DenseSelfTeacher, n_channels=max(1, round(64*width)))
+        raise ValueError(f"FRSKD: depth={depth} isn't for segmentation, whose self-teacher has no such option. Leave "
+                         "it out, or use `width` for a larger self-teacher.")
 
 tasks = SingleLabel,MultiLabel,Segmentation # those that a checkpoint can name
 
