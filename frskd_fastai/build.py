@@ -42,7 +42,7 @@ class FRSKDOptions:
     teacher:nn.Module|Callable|None=None
     compile:bool=False
     columns:bool=False
-    per:str|None=None # Task of the paper's settings: 'image' or 'pixel'; `None` for other settings
+    per:str|None=None # What has a label, 'image' or 'pixel', in the task of the paper's settings; `None` for others
 
     def __post_init__(self):
         for name in 'alpha','beta': self._check_given(name, zero=True)

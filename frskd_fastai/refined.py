@@ -24,7 +24,7 @@ class RefinedStudent(nn.Module):
         teacher:nn.Module, # The self-teacher: returns `(refined maps, logits)` for a list of maps
         levels:list, # The student's `Level`s, largest map first
         finest:int=0, # As for `FRSKDCallback`
-        size:tuple|None=None, # Height and width of the images on which the levels were found; for tokens
+        size:tuple|None=None, # Height and width of the images on which the levels were found; needed if some are tokens
         average:bool=False, # Average the probabilities of both networks?
         task:Task|None=None, # Default: `SingleLabel()`
         example:tuple=(), # Inputs to trace and check the student with; without them, the maps come from hooks

@@ -1,4 +1,6 @@
-"Reduce the notebooks' printed outputs to what a terminal shows, without overwritten progress bars"
+"""Reduce the notebooks' printed outputs to what a terminal shows, without overwritten progress bars
+
+Warnings of other packages, which name a path on the machine that ran the notebook, are removed."""
 import json
 from pathlib import Path
 
@@ -8,10 +10,15 @@ def screen(line):
     for s in line.split('\r'): shown = s + shown[len(s):]
     return shown.rstrip(' ')
 
+def is_foreign_warning(output):
+    return output.get('name')=='stderr' and 'site-packages' in ''.join(output['text'])
+
 def main():
     for f in sorted(Path(__file__).resolve().parent.parent.glob('nbs/**/*.ipynb')):
         text = f.read_text()
         nb = json.loads(text)
+        for c in nb['cells']:
+            if 'outputs' in c: c['outputs'] = [o for o in c['outputs'] if not is_foreign_warning(o)]
         for o in (o for c in nb['cells'] for o in c.get('outputs', []) if o['output_type']=='stream'):
             lines = ''.join(o['text']).split('\n')
             o['text'] = '\n'.join(map(screen, lines)).splitlines(True)

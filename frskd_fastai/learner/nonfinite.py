@@ -44,7 +44,7 @@ class NotFinite(FloatingPointError):
     "Raised when training can't go on; `why` is the message without the advice"
     def __init__(self,
         why:str, # What happened, without a full stop
-        advice:str='', # What to do, for those who write their own script
+        advice:str='', # What to do in Python; the commands print only `why`
     ):
         super().__init__(f'{why}. {advice}' if advice else why)
         self.why = why

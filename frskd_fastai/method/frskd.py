@@ -33,7 +33,7 @@ def weighted_sum(
 # %% ../../nbs/method/frskd.ipynb #9b54cd26
 def pool_to(
     maps:list, # Feature maps, B×c_i×H_i×W_i, largest first
-    finest:int, # Index of the map whose size larger ones are pooled to
+    finest:int, # Index of the map to whose size larger ones are pooled
 )->list: # The same number of maps
     "Average-pool the maps that are larger than `maps[finest]` to its height and width"
     h,w = map(int, maps[finest].shape[-2:])
@@ -53,9 +53,9 @@ class FRSKD(nn.Module):
     "Compute the losses that train a self-teacher and its student together"
     loss_names = 'teacher','soft_label','feature'
     def __init__(self,
-        teacher:nn.Module, # The self-teacher, from the list of student's maps to refined maps and logits
+        teacher:nn.Module, # The self-teacher, from the list of the student's maps to refined maps and logits
         task, # What the labels mean: `SingleLabel()`, `MultiLabel()` or `Segmentation()`
-        feature_loss:Callable=attention_loss, # Takes the lists of student's and refined maps, returns a scalar
+        feature_loss:Callable=attention_loss, # Takes the lists of the student's and the refined maps, returns a scalar
         alpha:float=2., # α, weight of the soft-label loss; 0 turns it off
         beta:float=100., # β, weight of the feature loss; 0 turns it off
         temperature:float=4., # K, divides both networks' logits in the soft-label loss
@@ -121,7 +121,7 @@ class FRSKD(nn.Module):
 
     @property
     def trains_features(self):
-        "Tell if the feature loss has parameters, which distributed training needs in every step"
+        "Tell if the feature loss is a module, whose parameters distributed training needs in every step"
         return isinstance(self.feature_loss, nn.Module)
 
     def fast(self, f): return self.compiled.get(f, f)

@@ -73,7 +73,7 @@ class BiFPNLayer(nn.Module):
         self.register_buffer('fusion_mask', mask, persistent=False)
 
     def forward(self,
-        feats:list, # Non-negative maps, B×c_i×H_i×W_i, largest first
+        feats:list, # Maps, B×c_i×H_i×W_i, largest first; non-negative unless `first`
         preact:bool=False, # Also return the refined maps before their ReLU?
     )->tuple: # Refined maps B×d_i×H_i×W_i, two lists: after the ReLU, and before it if `preact`
         n = len(feats)
@@ -163,9 +163,9 @@ class SelfTeacher(nn.Module):
         return [self.layers[-1].up_nodes[0][-1], *(o[-1] for o in self.layers[-1].down_nodes)]
 
     def forward(self,
-        feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first, non-negative
+        feats:list, # The student's feature maps F_i, B×c_i×H_i×W_i, largest first
         preact:bool=False, # Return the refined maps before their ReLU?
-    )->tuple: # Refined maps T_i, a list of B×d_i×H_i×W_i, and logits B×n_out
+    )->tuple: # Refined maps, a list of B×d_i×H_i×W_i, and logits B×n_out
         _check_levels(feats, self.channels)
         # On a CPU, 1×1 and depthwise convolutions are faster in this format
         feats = [f if f.is_cuda else f.contiguous(memory_format=torch.channels_last) for f in feats]
@@ -187,7 +187,7 @@ def _check_levels(
 def check_teacher(
     teacher:nn.Module, # The self-teacher
     levels:list, # `Level`s of the student, each with `name`, `channels` and `size`
-    n_out:int, # Number of logits, as the student's
+    n_out:int, # Number of logits, same as the student's
     device=None, # Device to run it on
     preact:bool=False, # Must it support `preact=True` and have `norms`?
     ndim:int=2, # Dimensions of the logits: 2, or 4 for segmentation

@@ -114,8 +114,8 @@ def decoder_names(
 def _blocks(model, calls, n):
     """Return `n` evenly spaced transformer blocks
 
-    They are the longest row of children with one class and output shape. If they don't return tokens themselves, the
-    last module inside each that does is taken"""
+    They are the longest row of children of the same class, with the same output shape. If they don't return tokens
+    themselves, the last module inside each that does is taken"""
     found = []
     tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # as they finish
     for name,m in model.named_modules():
@@ -155,7 +155,8 @@ def _falling(pieces):
 def _ordered(model, calls):
     """Return the calls of the pieces before the global pooling, in the order of finishing
 
-    For pieces on the trunk, `convs` doesn't count a side branch that ran before it, on maps that aren't larger"""
+    For pieces on the trunk, `convs` leaves out side branches that ran before the trunk, on maps no larger
+    than the piece's"""
     pieces = sorted(((calls[n],m) for n,m in _pieces('', model, calls)), key=lambda o: o[0]['order'])
     start = first(c['order'] for c,_ in pieces if c['trunk'])
     res,own,convs = [],[],0
@@ -169,7 +170,7 @@ def _ordered(model, calls):
     return res
 
 def _in_attention(c, tokens):
-    "Check whether a call beside the trunk returns heads×tokens×..., for a number in `tokens`"
+    "Check whether a module beside the trunk returns B×heads×N×..., where N is one of `tokens`"
     return c['trunk'] is False and c['out'].kind=='BCHW' and c['out'].size[0] in tokens
 
 def _search(model, calls, n):
@@ -198,7 +199,7 @@ def search(
     calls:dict, # What an `Observer` recorded of its modules, by name
     n:int, # How many levels
 )->tuple: # `Level`s, largest map first, and whether the choice is uncertain
-    "Find the deepest `n` levels: timm's own, of decreasing resolution, or transformer blocks"
+    "Find the deepest `n` levels: those that timm names, or maps of decreasing resolution, or transformer blocks"
     found = _feature_info(model, calls, n)
     if len(found)>=2: return found,False
     found = _search(model, calls, n)
