@@ -84,10 +84,10 @@ def markdown(d):
     return '\n'.join(f'| {" | ".join(o)} |' for o in lines)
 
 OVERVIEW = { # columns of the first table of `overview`: (arm, network)
-    'plain, as long as FRSKD': ('plain longer','student'),
-    '**FRSKD**, student':      ('plain frskd','student'),
-    '**FRSKD**, refined':      ('plain frskd','refined'),
-    '**FRSKD**, average':      ('plain frskd','average')}
+    'plain, about as long as FRSKD': ('plain longer','student'),
+    '**FRSKD**, student':            ('plain frskd','student'),
+    '**FRSKD**, refined':            ('plain frskd','refined'),
+    '**FRSKD**, average':            ('plain frskd','average')}
 COMBINED = { # and of the second one
     'label smoothing':         ('smoothing','student'),
     'label smoothing + FRSKD': ('smoothing frskd','student'),
@@ -143,7 +143,7 @@ MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
     '':               ('o','student','alone'),
     ' frskd':         ('s','student','with FRSKD: student'),
     ' frskd average': ('^','average','with FRSKD: average of both networks'),
-    ' longer':        ('X','student',"plain training for as long as FRSKD takes")}
+    ' longer':        ('X','student',"plain training for about as long as FRSKD takes")}
 COLORS = dict(zip((*RECIPES,'longer'), ('#000000','#0072B2','#D55E00','#009E73','#999999')))
 
 def plot(d):

@@ -228,7 +228,7 @@ def check_trained(self:FRSKDCallback,
 @patch
 def run_both(self:FRSKDCallback,
     *xb, # Inputs of the model
-)->tuple: # The student's feature maps and logits, the refined maps and self-teacher's logits
+)->tuple: # The student's feature maps and logits, the refined maps and the self-teacher's logits
     "Run student and self-teacher in eval mode, without gradients or changes to either"
     if self.learn is None or self.build().trained is None:
         raise ValueError("FRSKD: this Learner has no self-teacher yet. Train it first. An exported Learner has only "
