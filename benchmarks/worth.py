@@ -12,6 +12,7 @@ The settings:
 - `wide`: like `many`, with twice the channels
 - `resnet18`: like `many`, with the paper's ResNet-18 and batches of 256; bfloat16 on a GPU
 - `groceries`: 81 classes, 10 photographs of each at 128 px, a pretrained EfficientNet-Lite0, `fine_tune`
+- `tiny`: 28 classes of fruit of these, 4 photographs of each, batches of 16
 - `digits`: the digits that come with the package, 1,437 images, ResNet-18
 - `camvid`: 160 half-size images, resized to 72×96, a small U-Net from scratch
 - `unet`: the same images at 96×128, a U-Net on a pretrained EfficientNet-Lite0, `fine_tune`; the learning rate is the
@@ -80,13 +81,24 @@ The rule for the default schedule of segmentation that begins with a frozen body
 default if it is better than plain training by more than the standard error in 10 epochs and not worse by more than
 that in 30. `constant` gained more and passed, so its rows in `unet` became those of `frskd`, whose former rows are
 those of `ramp`.
+
+The rule for short fine-tuning of a classifier (2026-11-27, after a new user's six runs on 8 classes × 12 photographs, 24
+and 36 steps, in all of which the student was worse than after plain training; before any of the runs below): `tiny`
+(21, 35 and 63 steps, seeds 0 to 3) and `groceries` with 1, 2 and 5 epochs (50, 75 and 150 steps, seeds 0 to 2). The
+candidates are `frskd`, whose trust isn't scaled down in fine-tuning, and `short N`, whose trust is multiplied by n/N in
+training runs of n < N steps.
+
+- A candidate is out if the student is worse than after plain training by more than the standard error in any budget, or
+  keeps less than 90% of the gain of `frskd` in `groceries` with 5 epochs. (`short 100` is the same as `frskd` there.)
+- Of the others, the one with the highest mean gain over the six budgets becomes the default.
+- If all are out, it is the one that is worse in the fewest budgets; among equals, the one with the highest mean gain.
 """
 import argparse, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import AllMapsSelfTeacher, EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
-from schedule_study import CropFlip, NoValid, callback, cifar, small_resnet
+from schedule_study import CropFlip, Length, NoValid, callback, cifar, small_resnet
 from worth_results import RECIPES, SEGMENTATION, candidates, markdown, overview, plot, summary, table, times
 import camvid_study, finetune
 
@@ -113,7 +125,13 @@ SCHEDULES = {
     'constant':        partial(FRSKDCallback, schedule='constant'),
     'trust':           partial(FRSKDCallback, schedule='trust'),
     'ramp':            partial(FRSKDCallback, schedule='ramp')}
-EXTRA = CHEAP | SCHEDULES # trained only if asked for
+def short(full):
+    "Make a callback that scales trust down in training runs of fewer than `full` steps, also in fine-tuning"
+    cb = FRSKDCallback(schedule='trust')
+    cb.trust = Length(full=full)
+    return cb
+SHORT = {f'short {n}':partial(short, n) for n in (100,200,400)}
+EXTRA = CHEAP | SCHEDULES | SHORT # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
 
@@ -172,9 +190,9 @@ class Digits(Setting):
 class Groceries(Setting):
     # The best of six rates for plain training, and the largest: `finetune.py ... --per-class 10 --arms plain --lrs`
     fine_tuned,lr = True,1.6e-2
-    def __init__(self, args):
+    def __init__(self, args, only=None, per_class=10, bs=32):
         super().__init__(args)
-        data = argparse.Namespace(data=args.groceries, only=None, per_class=10, size=128, bs=32)
+        data = argparse.Namespace(data=args.groceries, only=only, per_class=per_class, size=128, bs=bs)
         self.data,self.items,self.weights = data,finetune.find_items(data),finetune.weights_file()
     def learner(self, seed, recipe, method):
         dls = finetune.loaders(self.data, self.items)
@@ -188,6 +206,10 @@ class Groceries(Setting):
     def callbacks(self, recipe, method):
         if method in SCHEDULES.values(): method = partial(method, width=2.) # as the default was then
         return super().callbacks(recipe, method)
+
+class Tiny(Groceries):
+    lr = 8e-3 # as in the study of fruit, see `finetune.py`
+    def __init__(self, args): super().__init__(args, 'fruit.txt', per_class=4, bs=16)
 
 class CamVid(Setting):
     segmentation,lr,size = True,1e-3,(72,96)
@@ -223,7 +245,8 @@ SETTINGS = { # name: (class, budgets in epochs)
     'many':      (partial(Cifar, per_class=500), [20]),
     'wide':      (partial(Cifar, per_class=500, student=partial(small_resnet, widths=(32,64,128,256))), [20]),
     'resnet18':  (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [60]),
-    'groceries': (Groceries, [5,15]),
+    'groceries': (Groceries, [1,2,5,15]),
+    'tiny':      (Tiny, [2,4,8]),
     'digits':    (Digits, [2,5,20]),
     'camvid':    (CamVid, [20,60]),
     'unet':      (PretrainedUnet, [10,30])}
