@@ -87,8 +87,9 @@ The rule for short fine-tuning of a classifier (2026-11-27, after a new user's s
 and 36 steps, in all of which the student was worse than after plain training; before any of the runs below): `tiny`
 (21, 35 and 63 steps, seeds 0 to 3), `eight` (24, 36 and 66 steps, seeds 0 to 5) and `groceries` with 1, 2 and 5 epochs
 (50, 75 and 150 steps, seeds 0 to 2). (`eight` was added after three seeds of `tiny` with 2 epochs, whose differences
-are small: the user's classes were few.) The candidates are `frskd`, whose trust isn't scaled down in fine-tuning, and `short N`, whose trust is multiplied by n/N in
-training runs of n < N steps.
+are small: the user's classes were few.) The candidates are `frskd`, whose trust isn't scaled down in fine-tuning, `short N`, whose trust is multiplied by n/N in
+training runs of n < N steps, and `short 50 to 150`, multiplied by (n−50)/100 in runs of 50 to 150 steps and by 0 in
+shorter ones (added after five seeds of `eight` with 3 epochs, in which all others are worse than plain training).
 
 - A candidate is out if the student is worse than after plain training by more than the standard error in any budget, or
   keeps less than 90% of the gain of `frskd` in `groceries` with 5 epochs. (`short 100` is the same as `frskd` there.)
@@ -127,12 +128,20 @@ SCHEDULES = {
     'constant':        partial(FRSKDCallback, schedule='constant'),
     'trust':           partial(FRSKDCallback, schedule='trust'),
     'ramp':            partial(FRSKDCallback, schedule='ramp')}
-def short(full):
-    "Make a callback that scales trust down in training runs of fewer than `full` steps, also in fine-tuning"
+class After(Length):
+    "Nothing in training runs of up to `none` steps, all from `full` steps"
+    none = 50
+    @property
+    def share(self): return min(1., max(0., (self.last-self.none)/(self.full-self.none)))
+
+def short(schedule):
+    "Make a callback that scales trust down in short fine-tuning"
     cb = FRSKDCallback(schedule='trust')
-    cb.trust = Length(full=full)
+    cb.trust = schedule()
     return cb
-SHORT = {f'short {n}':partial(short, n) for n in (100,200,400)}
+
+SHORT = {**{f'short {n}':partial(short, partial(Length, full=n)) for n in (100,200,400)},
+         'short 50 to 150':partial(short, partial(After, full=150))}
 EXTRA = CHEAP | SCHEDULES | SHORT # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
