@@ -15,7 +15,7 @@ mean of both networks' probabilities). Rows are appended to `--out`; runs that a
 
 `--lrs` tries six learning rates with plain training on seed 99. Use the one with the highest accuracy for all arms.
 """
-import argparse, tempfile, time, zipfile
+import argparse, os, tempfile, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from schedule_study import VARIANTS, NoValid, callback
@@ -34,7 +34,9 @@ def weights_file():
     ours = timm.create_model('tf_efficientnet_lite0').state_dict()
     assert [o.shape for o in theirs.values()]==[o.shape for o in ours.values()] # in the same order
     file = Path(tempfile.gettempdir())/'tf_efficientnet_lite0_imagenet.pth'
-    torch.save(dict(zip(ours, theirs.values())), file)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as new: # another run may read the file
+        torch.save(dict(zip(ours, theirs.values())), new)
+    os.replace(new.name, file)
     return file
 
 def lite0_encoder(pretrained=True, weights=None):

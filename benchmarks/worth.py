@@ -83,16 +83,18 @@ default if it is better than plain training by more than the standard error in 1
 that in 30. `constant` gained more and passed, so its rows in `unet` became those of `frskd`, whose former rows are
 those of `ramp`.
 
-The rule for short fine-tuning of a classifier (2026-11-27, after a new user's six runs on 8 classes × 12 photographs, 24
-and 36 steps, in all of which the student was worse than after plain training; before any of the runs below): `tiny`
+The rule for short fine-tuning of a classifier (2026-11-27, after a new user's six runs on 8 classes × 12 photographs,
+24 and 36 steps, in all of which the student was worse than after plain training; before any of the runs below): `tiny`
 (21, 35 and 63 steps, seeds 0 to 3), `eight` (24, 36 and 66 steps, seeds 0 to 5) and `groceries` with 1, 2 and 5 epochs
-(50, 75 and 150 steps, seeds 0 to 2). (`eight` was added after three seeds of `tiny` with 2 epochs, whose differences
-are small: the user's classes were few.) The candidates are `frskd`, whose trust isn't scaled down in fine-tuning, `short N`, whose trust is multiplied by n/N in
-training runs of n < N steps, and `short 50 to 150`, multiplied by (n−50)/100 in runs of 50 to 150 steps and by 0 in
-shorter ones (added after five seeds of `eight` with 3 epochs, in which all others are worse than plain training).
+(50, 75 and 150 steps, seeds 0 to 2). `eight` was added after three seeds of `tiny` with 2 epochs, whose differences are
+small: the user's classes were few. The candidates are `frskd`, whose trust isn't scaled down in fine-tuning; `short N`,
+whose trust is multiplied by n/N in training runs of n < N steps; and `short 50 to 150`, multiplied by (n−50)/100 in
+runs of 50 to 150 steps and by 0 in shorter ones. The last one was added after five seeds of `eight` with 3 epochs, in
+which all others are worse than plain training.
 
 - A candidate is out if the student is worse than after plain training by more than the standard error in any budget, or
-  keeps less than 90% of the gain of `frskd` in `groceries` with 5 epochs. (`short 100` is the same as `frskd` there.)
+  keeps less than 90% of the gain of `frskd` in `groceries` with 5 epochs or (added after `eight` with 5) with 15 epochs.
+  One that is out isn't run in the remaining settings.
 - Of the others, the one with the highest mean gain over the nine budgets becomes the default.
 - If all are out, it is the one that is worse in the fewest budgets; among equals, the one with the highest mean gain.
 """

@@ -59,7 +59,7 @@ class FRSKDOptions:
         makes = teacher is None or callable(teacher)
         _check(makes, "teacher must be a module, or a function that returns one", teacher)
         for name in 'compile','columns':
-            _check(getattr(self, name) in (True,False), f"{name} must be True or False", getattr(self, name))
+            _check(isinstance(getattr(self, name), bool), f"{name} must be True or False", getattr(self, name))
 
     def _check_given(self, name, **kwargs):
         value = getattr(self, name)

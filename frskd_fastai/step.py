@@ -15,6 +15,7 @@ from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from .method.schedule import *
 from .task.task import *
+from .learner.nonfinite import plural
 
 # %% ../nbs/step.ipynb #f14e3433
 def check_fit(
@@ -52,10 +53,9 @@ def say_if_short(
     "Print a line if the training was too short for FRSKD to affect the student much"
     trains = learn.n_epoch and not learn.lock.locked() and not hasattr(learn, 'lr_finder')
     if not trains or learn.logger is noop or rank_distrib() or schedule.share>=.25: return
-    print(f"FRSKD: only {schedule.last} training steps in total, so distillation was scaled down to at most "
-          f"{schedule.share:.1%} (100% from {schedule.full:,} steps). "
-          "Consider the refined model, which keeps the self-teacher: `learn.frskd.refined()`, or "
-          "`frskd-train --keep-refined`.")
+    print(f"FRSKD: only {plural(schedule.last, 'training step')} in total, so distillation was scaled down to at most "
+          f"{schedule.share:.1%} (100% from {schedule.full:,} steps). The self-teacher may be better than the student: "
+          "compare with `learn.frskd.refined().validate()`.")
 
 @contextmanager
 def single_position(

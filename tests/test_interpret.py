@@ -3,6 +3,7 @@ import math
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
+from frskd_fastai.models.cifar import cifar_resnet18
 from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.show.comparison import StudentComparison
 from conftest import SmallNet
@@ -75,7 +76,7 @@ def test_each_is_judged_through_its_own(kind, first, load, tmp_path):
 def test_what_is_shown_is_what_was_judged():
     "The predictions shown are those made with the Learner's own transforms"
     a,b = learner(data(), 1),learner(data(**pipelines['crop']), 2)
-    c = StudentComparison(a, b)
+    c = StudentComparison(a, b, names=('FRSKD','plain'))
     fig = c.show(n=6)
     gain = 2*(c.right[:,0]-c.right[:,1])+c.probs[:,0]-c.probs[:,1]
     best = gain.argmax().item()
@@ -87,6 +88,28 @@ def test_what_is_shown_is_what_was_judged():
     wrapped = c.show(n=6, size=1.8)
     assert max(len(l) for ax in wrapped.axes for l in ax.get_title().split('\n')) <= 28
     plt.close('all')
+
+def test_names():
+    "Each Learner is named after what it is; names must be two"
+    plain,dls = learner(data(), 1),data()
+    frskd = Learner(dls, cifar_resnet18(4), loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
+    frskd.fit(1, 1e-3)
+    refined,average = frskd.frskd.refined(),frskd.frskd.refined(average=True)
+    for pair,names in (((frskd,plain),('FRSKD','plain')), ((plain,frskd),('plain','FRSKD')),
+                       ((average,refined),('average','refined')), ((plain,learner(data(), 3)),('first','second'))):
+        c = StudentComparison(*pair)
+        assert c.names==names and [*c.counts()][1:3]==[f'{o} better' for o in names]
+    for names in 'ab',('a',):
+        with pytest.raises(ValueError, match='names must be two names'): StudentComparison(plain, frskd, names=names)
+
+def test_other_classes_are_named():
+    a,b = learner(data(), 1),learner(data(), 2)
+    vocab = list(a.dls.vocab)
+    b.dls.vocab = CategoryMap([*vocab[:-1],'other'], sort=False)
+    with pytest.raises(ValueError, match=f'only the first has {vocab[-1]}; only the second has other'):
+        StudentComparison(a, b)
+    b.dls.vocab = CategoryMap(vocab[::-1], sort=False)
+    with pytest.raises(ValueError, match='in a different order'): StudentComparison(a, b)
 
 def rows(): return pd.DataFrame(dict(file=[str(f) for f in images()], label=[f.parent.name for f in images()]))
 table = dict(get_x=ColReader('file'), get_y=ColReader('label'), items=rows)

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
-from fastai.vision.all import L, get_image_files
+from fastai.vision.all import SGD, Callback, L, get_image_files
 from frskd_fastai.data.embedded import digits_data
-from frskd_fastai.cli.run import Run
+from frskd_fastai.cli.run import Run, _mean_loss
 from frskd_fastai.cli.run_folder import results
 from frskd_fastai.cli.train import main
 from conftest import pickled_modules
@@ -35,13 +35,28 @@ def folder(tmp_path):
 
 FAST = '--size','32','--epochs','1','--bs','16','--lr','1e-3','--no-pretrained'
 
+def test_plain_training_reports_its_mean_loss(make):
+    "The mean over the epoch's images, as FRSKD reports it; fastai's `train_loss` is a running mean over epochs"
+    learn = make(cbs=_mean_loss())
+    learn.opt_func = SGD
+    losses = []
+    class Note(Callback):
+        order = 99
+        def after_loss(self):
+            if self.training: losses.append((self.loss.item(),len(self.xb[0])))
+    learn.fit(2, .1, cbs=Note())
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    last = losses[len(losses)//2:]
+    assert row['student_loss']==pytest.approx(sum(v*n for v,n in last)/sum(n for _,n in last), rel=1e-5)
+    assert row['student_loss']<row['train_loss'] # the loss falls
+
 def test_results(folder, tmp_path, capsys):
     code,out,err = run(folder, *FAST, '--compare', '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
     assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted((*results,'differences.png'))
     h = pd.read_csv(tmp_path/'r/history.csv')
     assert h.run.tolist()==['plain','frskd'] and h.epoch.tolist()==[0,0]
-    assert h.student_loss.isna().tolist()==[True,False]
+    assert h.student_loss.notna().all() and h.teacher_loss.isna().tolist()==[True,False]
     for f in 'curves.png','attention.png','differences.png':
         im = Image.open(tmp_path/'r'/f); im.load()
         assert min(im.size)>200 and len(set(im.convert('L').tobytes()))>10

@@ -21,6 +21,7 @@ from .report import Report
 from .run_folder import RunFolder
 from .signals import end_at_batch
 from ..data.images import DataError
+from ..learner.loss_log import LossLog
 from ..learner.nonfinite import not_finite
 from ..learner.resume import CheckpointError, NoCheckpoint, Resumable
 
@@ -53,6 +54,12 @@ def plain_log(
     learn.logger = line
 
 # %% ../../nbs/cli/run.ipynb #ed7a7914
+def _mean_loss():
+    "Make a callback that adds the epoch's mean training loss to the table, as FRSKD does; fastai's is a running mean"
+    log = LossLog(['student'], lambda: dict(student=log.loss), ['student_loss'],
+                  lambda: dict(student_loss=(log.loss.detach(), find_bs(log.yb))))
+    return log
+
 class Run:
     "Make the Learner of one training run, and train it"
     def __init__(self,
@@ -61,7 +68,7 @@ class Run:
     ):
         self.name,self.job,self.opts,self.history = name,job,job.opts,History(name)
         set_seed(self.opts.seed, reproducible=True)
-        cbs = [self.history] + [job.make_callback()]*(name=='frskd')
+        cbs = [self.history, job.make_callback() if name=='frskd' else _mean_loss()]
         dls = job.dls()
         try: self.learn = job.learner(dls, cbs=cbs, path=self.opts.out)
         except UsageError: raise

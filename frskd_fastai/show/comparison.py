@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from ..student.features import *
 from ..student.probe import *
 from ..task.task import *
+from ..refined import *
 from .drawing import *
 from .loaders import *
 
@@ -72,6 +73,25 @@ class _Judged:
         else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
         return images,*seen
 
+def _default_names(learners):
+    "Name two Learners after what they are"
+    def _name(learn):
+        model = get_model(learn.model)
+        if isinstance(model, RefinedStudent): return 'average' if model.average else 'refined'
+        return 'FRSKD' if hasattr(learn, 'frskd') else 'plain'
+    names = *map(_name, learners),
+    return names if len(set(names))==2 else ('first','second')
+
+def _check_classes(a, b):
+    "Raise `ValueError` if the names of the classes differ"
+    if a==b: return
+    def _only(o, p):
+        extra = [str(c) for c in o if c not in p]
+        return ', '.join(extra[:3]) + f' and {len(extra)-3} more'*(len(extra)>3) if extra else 'none'
+    how = f"only the first has {_only(a, b)}; only the second has {_only(b, a)}"
+    if sorted(map(str, a))==sorted(map(str, b)): how = "they are in a different order"
+    raise ValueError(f"FRSKD: the two Learners have different classes: {how}. Compare Learners with the same classes.")
+
 def _check_labels(one, two):
     "Raise `ValueError` if labels of the same items differ (segmentation: the first 8 masks)"
     if one.source is two.source: return
@@ -88,16 +108,15 @@ class StudentComparison:
     def __init__(self,
         learn:Learner, # First Learner, usually with FRSKD; both are compared on its validation set
         other:Learner, # Second Learner, for example without FRSKD, or an exported one
-        names:tuple=('FRSKD','plain'), # Names of the two in tables and pictures
+        names:tuple|None=None, # Names of the two in tables and pictures. Default: for example ('FRSKD','plain')
         dl:DataLoader|None=None, # Items with targets to compare on instead of the validation set
     ):
         for o in learn,other: check_learner(o, 'StudentComparison takes two Learners')
-        self.learners,self.names = (learn,other),names
-        a,b = (class_names(o.dls) for o in self.learners)
-        if a!=b:
-            known = ' and '.join(', '.join((o or ['none'])[:5]) for o in (a,b))
-            raise ValueError(f"FRSKD: the two Learners have different classes: {known}, …. "
-                             "Compare Learners with the same classes.")
+        self.learners = learn,other
+        self.names = _default_names(self.learners) if names is None else names
+        if isinstance(self.names, str) or len(self.names)!=2:
+            raise ValueError(f"FRSKD: names must be two names, got {names!r}.")
+        _check_classes(*(class_names(o.dls) or [] for o in self.learners))
         self.judged = [_Judged(*o) for o in zip(self.learners, same_items_for(self.learners, dl))]
         one,two = self.judged
         if len(one.n)!=len(two.n):

@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/show/drawing.html.md"""
 __all__ = ['okabe_ito', 'class_names', 'label_text', 'check_n', 'validation_samples', 'show_wrong']
 
 # %% ../../nbs/show/drawing.ipynb #d4a00001
+from numbers import Integral
 from fastai.vision.all import *
 
 # %% ../../nbs/show/drawing.ipynb #8fca4b12
@@ -35,7 +36,7 @@ def check_n(
     n:int, # Number of images or classes to show
 ):
     "Raise `ValueError` if there is nothing to show"
-    if n<1: raise ValueError(f"FRSKD: n must be 1 or more, got {n}")
+    if not isinstance(n, Integral) or n<1: raise ValueError(f"FRSKD: n must be a whole number, 1 or more, got {n!r}")
 
 def validation_samples(
     learn:Learner,

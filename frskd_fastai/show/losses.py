@@ -23,8 +23,8 @@ def plot_losses(self:FRSKDCallback,
     `fine_tune`, the last fit is the one that trains all layers."""
     d = self.steps.dropna(axis=1, how='all')
     if not len(d):
-        raise ValueError("FRSKD: no training epoch has ended yet, so there are no losses to plot. "
-                         "Train first, e.g. `learn.fit_one_cycle(5)`.")
+        raise ValueError("FRSKD: no training epoch has ended in this session, so there are no losses to plot. "
+                         "Train first, e.g. `learn.fit_one_cycle(5)`; checkpoints don't keep losses.")
     weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(okabe_ito), itertools.cycle(('-','--','-.',':'))):
@@ -42,16 +42,17 @@ def plot_losses(self:FRSKDCallback,
 
 # %% ../../nbs/show/losses.ipynb #686bfbe2
 def plot_curves(
-    history:pd.DataFrame, # One row per run and epoch; columns `run`, `train_loss`, `valid_loss` and metrics
+    history:pd.DataFrame, # A row per run and epoch: `run`, `valid_loss`, `student_loss` (or `train_loss`), metrics
     metric:str='accuracy', # Column to plot on the right
 )->plt.Figure:
     "Plot losses and a metric per epoch, one color per run"
+    # fastai's `train_loss` is a running mean over epochs, and with FRSKD it has all terms: not comparable with this one
+    train = 'student_loss' if 'student_loss' in history and history.student_loss.notna().any() else 'train_loss'
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), okabe_ito):
         d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]
-        train = d['student_loss' if 'student_loss' in known else 'train_loss'] # `train_loss` has all of FRSKD's terms
         left.plot(d.valid_loss, color=c, marker='.', label=f'{run}, validation')
-        left.plot(train, color=c, ls='--', lw=1, label=f'{run}, training')
+        if train in known: left.plot(d[train], color=c, ls='--', lw=1, label=f'{run}, training')
         right.plot(d[metric], color=c, marker='.', label=run)
         if metric=='accuracy' and 'teacher_accuracy' in known:
             right.plot(d.teacher_accuracy, color=c, ls=':', lw=1, label=f'{run}, self-teacher in training')

@@ -175,8 +175,8 @@ class Observer:
         h,w = self.size
         raise ValueError("FRSKD needs at least two feature levels (B×C×H×W maps of decreasing resolution), but the "
                          f"model has {_listed(found) or 'none'} for {self.bs} images of {h}×{w}. "
-                         "Modules that run more than once don't count. Use larger images, or name the modules: "
-                         "`FRSKDCallback(levels=[...])`.")
+                         "Modules that run more than once don't count. Use larger images, name the modules "
+                         "(`FRSKDCallback(levels=[...])`), or train without FRSKD: `learn.remove_cb(FRSKDCallback)`.")
 
 def refuse_inputs(
     inputs, # Inputs of a model

@@ -19,7 +19,8 @@ _log_probabilities = 'log-probabilities','CrossEntropyLossFlat'
 _no_logits = dict(BCELoss=_probabilities, binary_cross_entropy=_probabilities,
                   NLLLoss=_log_probabilities, nll_loss=_log_probabilities)
 
-_supported = "FRSKD supports single-label and multi-label classification, and semantic segmentation."
+_supported = ("FRSKD supports single-label and multi-label classification, and semantic segmentation; "
+              "`learn.remove_cb(FRSKDCallback)` trains without it.")
 
 def _refuse(what, hint=_supported): raise ValueError(f"FRSKD can't train this Learner: {what}. {hint}")
 
