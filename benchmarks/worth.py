@@ -93,8 +93,8 @@ runs of 50 to 150 steps and by 0 in shorter ones. The last one was added after f
 which all others are worse than plain training.
 
 - A candidate is out if the student is worse than after plain training by more than the standard error in any budget, or
-  keeps less than 90% of the gain of `frskd` in `groceries` with 5 epochs or (added after `eight` with 5) with 15 epochs.
-  One that is out isn't run in the remaining settings.
+  keeps less than 90% of the gain of `frskd` in `groceries` with 5 or (added after `eight` with 5) with 15 epochs. One
+  that is out isn't run in the remaining settings.
 - Of the others, the one with the highest mean gain over the nine budgets becomes the default.
 - If all are out, it is the one that is worse in the fewest budgets; among equals, the one with the highest mean gain.
 """

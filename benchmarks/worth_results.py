@@ -21,7 +21,8 @@ SEGMENTATION = 'camvid','unet'
 def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
-    setting = {'many':'few', 'tiny':'groceries', 'eight':'groceries'}.get(setting, setting) # their steps are the same, or nearly so
+    # Their steps are the same, or nearly so
+    setting = {'many':'few', 'tiny':'groceries', 'eight':'groceries'}.get(setting, setting)
     # These differ from another one in their weights alone
     if method.startswith('short '): method = 'frskd'
     if method in ('length 1000','constant','trust','ramp'): method = 'width 2' if setting=='groceries' else 'frskd'
