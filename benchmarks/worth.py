@@ -92,14 +92,15 @@ whose trust is multiplied by n/N in training runs of n < N steps; and `short 50 
 runs of 50 to 150 steps and by 0 in shorter ones. The last one was added after five seeds of `eight` with 3 epochs, in
 which all others are worse than plain training. `short unfrozen` was added after `eight` with 5 epochs, in which they
 are, too: like `short 50 to 150`, but a fit in which layers are frozen isn't scaled down, so that training runs of 150
-steps or more are those of `frskd`.
+steps or more are those of `frskd`. `short 100 unfrozen` was added after five seeds of `eight` with 10 epochs, in which
+`short 50 to 150` is worse than plain training: the same with (n−100)/50, so 0 in up to 100 steps.
 
 - A candidate is out if the student is worse than after plain training by more than the standard error in any budget, or
   keeps less than 90% of the gain of `frskd` in `groceries` with 5 or (added after `eight` with 5) with 15 epochs. One
   that is out isn't run in the remaining settings.
 - Of the others, the one with the highest mean gain over the nine budgets becomes the default.
-- `short unfrozen` is preferred to `short 50 to 150`, since it changes less, unless its mean gain is lower by more than
-  the standard error of the paired differences.
+- Those called `unfrozen` are preferred to `short 50 to 150`, since they change less, unless their mean gain is lower by
+  more than the standard error of the paired differences.
 - If all are out, it is the one that is worse in the fewest budgets; among equals, the one with the highest mean gain.
 """
 import argparse, multiprocessing, time
@@ -142,6 +143,9 @@ class After(Length):
 
 class AfterUnfrozen(After):
     "The same, but a fit in which layers are frozen is not scaled down"
+    def __init__(self, none=50, **kw):
+        super().__init__(**kw)
+        self.none = none
     def will_train(self, n, frozen=False):
         super().will_train(n)
         self.frozen = frozen
@@ -156,7 +160,8 @@ def short(schedule):
 
 SHORT = {**{f'short {n}':partial(short, partial(Length, full=n)) for n in (100,200,400)},
          'short 50 to 150':partial(short, partial(After, full=150)),
-         'short unfrozen':partial(short, partial(AfterUnfrozen, full=150))}
+         'short unfrozen':partial(short, partial(AfterUnfrozen, full=150)),
+         'short 100 unfrozen':partial(short, partial(AfterUnfrozen, none=100, full=150))}
 EXTRA = CHEAP | SCHEDULES | SHORT # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]
