@@ -93,7 +93,9 @@ runs of 50 to 150 steps and by 0 in shorter ones. The last one was added after f
 which all others are worse than plain training. `short unfrozen` was added after `eight` with 5 epochs, in which they
 are, too: like `short 50 to 150`, but a fit in which layers are frozen isn't scaled down, so that training runs of 150
 steps or more are those of `frskd`. `short 100 unfrozen` was added after five seeds of `eight` with 10 epochs, in which
-`short 50 to 150` is worse than plain training: the same with (n−100)/50, so 0 in up to 100 steps.
+`short 50 to 150` is worse than plain training: the same with (n−100)/50, so 0 in up to 100 steps. So was `short 50`,
+since `frskd` isn't worse there: 0 in up to 50 steps and 1 in longer runs. It needs no runs of its own: it is `short
+unfrozen` in up to 50 steps, and `frskd` in longer runs.
 
 - A candidate is out if the student is worse than after plain training by more than the standard error in any budget, or
   keeps less than 90% of the gain of `frskd` in `groceries` with 5 or (added after `eight` with 5) with 15 epochs. One
