@@ -53,9 +53,10 @@ def say_if_short(
     "Print a line if the training was too short for FRSKD to affect the student much"
     trains = learn.n_epoch and not learn.lock.locked() and not hasattr(learn, 'lr_finder')
     if not trains or learn.logger is noop or rank_distrib() or schedule.share>=.25: return
-    print(f"FRSKD: only {plural(schedule.last, 'training step')} in total, so distillation was scaled down to at most "
-          f"{schedule.share:.1%} (100% from {schedule.full:,} steps). The self-teacher may be better than the student: "
-          "compare with `learn.frskd.refined().validate()`.")
+    how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
+    if not schedule.share: how = f"nothing was distilled after unfreezing ({schedule.too_few} steps are too few)"
+    print(f"FRSKD: only {plural(schedule.last, 'training step')} in total, so {how}. The self-teacher may be better "
+          "than the student: compare with `learn.frskd.refined().validate()`.")
 
 @contextmanager
 def single_position(

@@ -326,11 +326,14 @@ def shares_of(learn, *fits):
     for o in fits: o(learn)
     return shares
 
-def test_fine_tuning_gets_all_of_trust(make, capsys):
-    "A fit that begins with frozen layers, and those after it, aren't scaled down, however short, and print no line"
+@pytest.mark.parametrize('epochs,share', [(1,0.), (7,0.), (8,1.)]) # of 6 steps, after 6 with frozen layers
+def test_short_fine_tuning(make, capsys, epochs, share):
+    "Trust isn't scaled down while layers are frozen; after that, its share is 0 if there are 50 steps or fewer in all"
     learn = make(cbs=FRSKDCallback())
-    assert shares_of(learn, lambda l: l.fine_tune(3, 1e-3))==[[1.],[1.]]
-    assert learn.frskd.trust.steps==24 and 'FRSKD' not in capsys.readouterr().out
+    assert shares_of(learn, lambda l: l.fine_tune(epochs, 1e-3))==[[1.],[share]]
+    n,said = 6*(epochs+1),capsys.readouterr().out
+    assert learn.frskd.trust.steps==n and said.count('FRSKD')==(share==0)
+    if not share: assert f'FRSKD: only {n} training steps in total, so nothing was distilled after unfreezing' in said
 
 def fit(l): l.fit(1)
 def fine_tune(l): l.fine_tune(1)
@@ -343,7 +346,9 @@ FINE_TUNED = [
     [Learner.freeze, lambda l: l.lr_find(num_it=3, show_plot=False), fit]]
 
 @pytest.mark.parametrize('fits', FINE_TUNED)
-def test_other_ways_to_fine_tune(make, fits):
+def test_other_ways_to_fine_tune(make, monkeypatch, fits):
+    "From scratch, these few steps have a small share"
+    monkeypatch.setattr(Trust, 'too_few', 5)
     assert shares_of(make(cbs=FRSKDCallback()), *fits)[-1]==[1.]
 
 NARROW = [*FINE_TUNED, [fine_tune], [Learner.freeze, build, Learner.unfreeze, fit]]
@@ -382,8 +387,9 @@ def test_training_from_scratch_with_one_parameter_group_is_not_fine_tuning(make)
     learn = make(cbs=FRSKDCallback(), splitter=trainable_params)
     assert shares_of(learn, lambda l: l.fine_tune(1))==[[6/1000],[12/1000]]
 
-def test_a_resumed_fine_tuning_gets_all_of_trust(make, tmp_path, capsys):
+def test_a_resumed_fine_tuning_gets_all_of_trust(make, monkeypatch, tmp_path, capsys):
     "The second phase, resumed in a new process or loaded from a checkpoint, continues as it was"
+    monkeypatch.setattr(Trust, 'too_few', 5)
     learn = make(cbs=FRSKDCallback(), path=tmp_path)
     learn.fine_tune(1); learn.save('a')
     other = make(cbs=FRSKDCallback(), path=tmp_path).load('a')

@@ -17,7 +17,7 @@ class Schedule:
     share = 1. # Largest factor in a training run of this length, 0 to 1
     def __init__(self):
         self.steps,self.last = 0,math.inf # steps so far, and by the end of the fit
-        self.pretrained = False # has a fit begun with frozen layers?
+        self.pretrained = self.frozen = False # has a fit begun with frozen layers, and has this one?
 
     def factor(self,
         pct:float=0., # Fraction of the fit that is done, 0 to 1
@@ -36,6 +36,7 @@ class Schedule:
     ):
         "Note how many steps there will be by the end of this fit, earlier fits included"
         self.last = self.steps+n
+        self.frozen = frozen
         self.pretrained |= frozen # for good: the fits after it continue with the same network
 
     def state_dict(self): return dict(steps=self.steps, pretrained=self.pretrained)
@@ -73,20 +74,21 @@ class Ramp(Schedule):
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00b
 class Trust(Schedule):
-    "Use the self-teacher's probability of the right answer as factor; less in short training runs from scratch"
+    "Use the self-teacher's probability of the right answer as factor; less in short training runs"
     needs_answers = True
+    too_few = 50 # Steps of fine-tuning up to which the share is 0
     def __init__(self,
         beta:float=0.95, # Weight of the old running mean at each step
-        # Steps for the full factor; a shorter training run of n steps gets n/full of it, unless a fit began with
-        # frozen layers
-        full:int=1000,
+        full:int=1000, # Steps for the full factor from scratch; a shorter training run of n steps gets n/full of it
     ):
         super().__init__()
         self.beta,self.full = beta,full
         self.loss = torch.tensor(math.inf) # running mean of −log p; infinite until there is a finite value
 
     @property
-    def share(self): return 1. if self.pretrained else min(1., self.last/self.full)
+    def share(self):
+        if self.pretrained: return float(self.frozen or self.last>self.too_few)
+        return min(1., self.last/self.full)
 
     def factor(self, pct=0.): return torch.exp(-self.loss.clamp(min=0))*self.share
 
