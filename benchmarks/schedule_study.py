@@ -87,13 +87,13 @@ class Unfrozen(FRSKDCallback):
     @property
     def factor(self): return 0. if self.learn.opt.frozen_idx>0 else super().factor
 
-no_gate = partial(Trust, full=1) # the default schedule until 2026-11-26
-
 class Length(Trust):
     "Less in all short training runs, also in fine-tuning: the default schedule of 2026-11-26"
     def will_train(self, n, frozen=False): super().will_train(n)
 
-class WarmUp(Trust):
+no_gate = partial(Length, full=1) # the default schedule until 2026-11-26
+
+class WarmUp(Length):
     "Trust × min(1, step/`warm`); counts steps since the self-teacher was built"
     def __init__(self, warm):
         super().__init__(full=1)
@@ -162,7 +162,7 @@ VARIANTS = { # callback and schedule of the arms that don't use `FRSKDCallback` 
     'default':       (FRSKDCallback,Trust),
     'trust both':    (TrustBoth,no_gate),
     'trust student': (TrustStudent,no_gate),
-    'slow trust':    (FRSKDCallback,partial(Trust, beta=.995, full=1)),
+    'slow trust':    (FRSKDCallback,partial(Length, beta=.995, full=1)),
     'unfrozen':      (Unfrozen,no_gate),
     **{f'length {n}':(FRSKDCallback,partial(Length, full=n)) for n in (500,1000)},
     **{f'warm {n}':(FRSKDCallback,partial(WarmUp, n)) for n in (100,300,1000)},

@@ -4,6 +4,7 @@
     python benchmarks/worth.py few many camvid --workers 16 # sixteen runs at a time, for instance on a GPU
     python benchmarks/worth.py few --times         # times a step of each method in --arms; needs an idle machine
     python benchmarks/worth.py --table
+    python benchmarks/worth.py --schedules --out benchmarks/results/short.csv
     python benchmarks/worth.py --figure benchmarks/results/worth.png
 
 The settings:
@@ -110,8 +111,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import AllMapsSelfTeacher, EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
-from schedule_study import CropFlip, Length, NoValid, callback, cifar, small_resnet
-from worth_results import RECIPES, SEGMENTATION, candidates, markdown, overview, plot, summary, table, times
+from schedule_study import CropFlip, Length, NoValid, callback, cifar, no_gate, small_resnet
+from worth_results import (
+    RECIPES, SEGMENTATION, candidates, markdown, overview, plot, schedules, summary, table, times)
 import camvid_study, finetune
 
 MIXING = dict(mixup=MixUp, cutmix=CutMix)
@@ -160,7 +162,8 @@ def short(schedule):
     cb.trust = schedule()
     return cb
 
-SHORT = {**{f'short {n}':partial(short, partial(Length, full=n)) for n in (100,200,400)},
+SHORT = {'unscaled':partial(short, no_gate), # the default of most of 2026-11-27
+         **{f'short {n}':partial(short, partial(Length, full=n)) for n in (100,200,400)},
          'short 50 to 150':partial(short, partial(After, full=150)),
          'short unfrozen':partial(short, partial(AfterUnfrozen, full=150)),
          'short 100 unfrozen':partial(short, partial(AfterUnfrozen, none=100, full=150))}
@@ -285,7 +288,7 @@ SETTINGS = { # name: (class, budgets in epochs)
     'many':      (partial(Cifar, per_class=500), [20]),
     'wide':      (partial(Cifar, per_class=500, student=partial(small_resnet, widths=(32,64,128,256))), [20]),
     'resnet18':  (partial(Cifar, per_class=500, student=cifar_resnet18, bs=256, amp=True), [60]),
-    'groceries': (Groceries, [1,2,5,15]),
+    'groceries': (Groceries, [5,15]),
     'tiny':      (Tiny, [2,4,8]),
     'eight':     (Eight, [3,5,10]),
     'digits':    (Digits, [2,5,20]),
@@ -437,20 +440,22 @@ if __name__=='__main__':
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     p.add_argument('--overview', action='store_true', help="print the README's tables from --out and stop")
     p.add_argument('--candidates', action='store_true', help='print how the rule judges the methods and stop')
+    p.add_argument('--schedules', action='store_true', help='print the table of short fine-tuning from --out and stop')
     p.add_argument('--figure', type=Path, help='plot the results to this file and stop')
     args = p.parse_args()
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
     unknown = set(args.settings)-set(SETTINGS)
     if unknown: p.error(f'no such setting: {", ".join(unknown)}')
-    if args.table or args.overview or args.candidates or args.figure:
+    if args.table or args.overview or args.candidates or args.schedules or args.figure:
         d = summary(args.out, args.times_out)
         if args.table: print(table(d))
         if args.overview: print(*map(markdown, overview(d)), sep='\n\n')
         if args.candidates: print(markdown(candidates(d)))
+        if args.schedules: print(markdown(schedules(d)))
         if args.figure: plot(d).savefig(args.figure, dpi=110)
     elif args.times or args.lrs:
         one_thread()
         for o in args.settings: (measure if args.times else try_rates)(args, o)
     elif args.settings: run(args)
-    else: p.error('SETTING is missing: name one or more, or use --table, --overview, --candidates or --figure')
+    else: p.error('SETTING is missing: name one or more, or use --table, --overview, --candidates, --schedules or --figure')

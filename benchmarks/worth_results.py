@@ -1,6 +1,7 @@
 """Summarize the rows of `worth.py`: differences from plain training, as a table or a figure
 
-`python benchmarks/worth.py` calls these functions with `--table`, `--overview`, `--candidates` and `--figure FILE`."""
+`python benchmarks/worth.py` calls these functions with `--table`, `--overview`, `--candidates`, `--schedules` and
+`--figure FILE`."""
 import itertools, math
 import matplotlib.pyplot as plt, pandas as pd
 
@@ -141,6 +142,23 @@ def candidates(d):
     out.loc[f'worse than plain (of {full.run.nunique()} training runs)'] = worse.map(str).values
     out.loc['gain / time, mean'] = mean(full)
     out.loc['the same, classification'] = mean(full[~full.setting.isin(SEGMENTATION)])
+    return out
+
+SCHEDULES = { # in short fine-tuning, and their columns in `schedules`; n is the number of steps
+    'plain frskd':              'the default',
+    'plain unscaled':           'not scaled',
+    'plain short 100':          'n/100',
+    'plain short 200':          'n/200',
+    'plain short 400':          'n/400',
+    'plain short 50 to 150':    '(n−50)/100',
+    'plain short unfrozen':     '(n−50)/100, not while frozen',
+    'plain short 100 unfrozen': '(n−100)/50, not while frozen'}
+
+def schedules(d):
+    "Return the student's gain in a `summary` for each schedule, in short fine-tuning"
+    d = d[d.network=='student']
+    out = gains(d, {v:(k,'student') for k,v in SCHEDULES.items()}, 2)
+    out.insert(0, 'plain', d[d.arm=='plain'].set_index('run').score[out.index].map('{:.1f}'.format))
     return out
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
