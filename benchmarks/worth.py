@@ -458,4 +458,4 @@ if __name__=='__main__':
         one_thread()
         for o in args.settings: (measure if args.times else try_rates)(args, o)
     elif args.settings: run(args)
-    else: p.error('SETTING is missing: name one or more, or use --table, --overview, --candidates, --schedules or --figure')
+    else: p.error('SETTING is missing: name one or more, or use an option that prints or plots, such as --table')
