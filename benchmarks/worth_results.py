@@ -54,7 +54,7 @@ def summary(
     out = out.sort_values(['setting','epochs'], key=order, kind='stable', ignore_index=True)
     about = zip(out.setting, out.epochs, out.arm, out.trained_epochs)
     return out.assign(time=[relative_time(times_file, *o) for o in about],
-                      run=[f'{TITLES[s]}, {e} epochs' for s,e in zip(out.setting, out.epochs)])
+                      run=[f"{TITLES[s]}, {e} epoch{'s'*(e>1)}" for s,e in zip(out.setting, out.epochs)])
 
 def relative_time(times_file, setting, epochs, arm, trained_epochs):
     "Return the training time relative to plain training"
@@ -151,8 +151,8 @@ SCHEDULES = { # in short fine-tuning, and their columns in `schedules`; n is the
     'plain short 200':          'n/200',
     'plain short 400':          'n/400',
     'plain short 50 to 150':    '(n−50)/100',
-    'plain short unfrozen':     '(n−50)/100, not while frozen',
-    'plain short 100 unfrozen': '(n−100)/50, not while frozen'}
+    'plain short unfrozen':     'the same, but 1 while frozen',
+    'plain short 100 unfrozen': '(n−100)/50, 1 while frozen'}
 
 def schedules(d):
     "Return the student's gain in a `summary` for each schedule, in short fine-tuning"

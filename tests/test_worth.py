@@ -46,6 +46,11 @@ def test_the_tables_in_the_docs(worth, page, tables):
         found = getattr(worth, o)(results(worth))
         for d in found if o=='overview' else [found]: assert worth.markdown(d) in text, o
 
+def test_the_table_of_short_fine_tuning(worth):
+    folder = root/'benchmarks/results'
+    d = worth.summary(folder/'short.csv', folder/'worth_times.csv')
+    assert worth.markdown(worth.schedules(d)) in (folder/'README.md').read_text(encoding='utf-8')
+
 def test_the_rule_for_the_default(worth, tmp_path):
     "It counts the runs in which every candidate has three pairs; worse is by more than the standard error"
     row = dict(trained_epochs=20, part='valid', network='student', device='CPU', loss=1., ece=5., miou=math.nan)
