@@ -114,12 +114,16 @@ class WarmWeights(FRSKDCallback):
         method = self.trained
         method.weights = lambda factor=1.: type(method).weights(method, factor*self.trust.gate)
 
+def with_trust(make, cls=FRSKDCallback, **options):
+    "Build a callback whose factor comes from the `Trust` that `make` returns"
+    cb = cls(schedule='trust', **options)
+    cb.trust = make()
+    return cb
+
 def callback(arm, **more):
     "Build the callback of `arm`; `more` are further options"
-    kwargs,(cls,schedule) = ARMS.get(arm, {}),VARIANTS.get(arm, (FRSKDCallback,no_gate))
-    cb = cls(**{'schedule':'trust', **kwargs, **more})
-    if 'schedule' not in kwargs: cb.trust = schedule()
-    return cb
+    kwargs,(cls,make) = ARMS.get(arm, {}),VARIANTS.get(arm, (FRSKDCallback,no_gate))
+    return cls(**kwargs, **more) if 'schedule' in kwargs else with_trust(make, cls, **kwargs, **more)
 
 def ramp(p): return math.exp(-5*(1-min(2*p, 1))**2)
 

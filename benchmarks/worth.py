@@ -115,7 +115,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from cheap import AllMapsSelfTeacher, EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
-from schedule_study import CropFlip, Length, NoValid, callback, cifar, no_gate, small_resnet
+from schedule_study import CropFlip, Length, NoValid, callback, cifar, no_gate, small_resnet, with_trust
 from worth_results import (
     RECIPES, SEGMENTATION, candidates, markdown, overview, plot, schedules, summary, table, times)
 import camvid_study, finetune
@@ -143,34 +143,29 @@ SCHEDULES = {
     'constant':        partial(FRSKDCallback, schedule='constant'),
     'trust':           partial(FRSKDCallback, schedule='trust'),
     'ramp':            partial(FRSKDCallback, schedule='ramp')}
+
 class After(Length):
     "Nothing in training runs of up to `none` steps, all from `full` steps"
-    none = 50
+    def __init__(self, none=50, full=150):
+        super().__init__(full=full)
+        self.none = none
     @property
     def share(self): return min(1., max(0., (self.last-self.none)/(self.full-self.none)))
 
 class AfterUnfrozen(After):
     "The same, but a fit in which layers are frozen is not scaled down"
-    def __init__(self, none=50, **kw):
-        super().__init__(**kw)
-        self.none = none
     def will_train(self, n, frozen=False):
         super().will_train(n)
         self.frozen = frozen
     @property
     def share(self): return 1. if self.frozen else super().share
 
-def short(schedule):
-    "Make a callback that scales trust down in short fine-tuning"
-    cb = FRSKDCallback(schedule='trust')
-    cb.trust = schedule()
-    return cb
-
-SHORT = {'unscaled':partial(short, no_gate), # the default of most of 2026-11-27
-         **{f'short {n}':partial(short, partial(Length, full=n)) for n in (100,200,400)},
-         'short 50 to 150':partial(short, partial(After, full=150)),
-         'short unfrozen':partial(short, partial(AfterUnfrozen, full=150)),
-         'short 100 unfrozen':partial(short, partial(AfterUnfrozen, none=100, full=150))}
+SHORT = { # schedules that scale trust down in short fine-tuning
+    'unscaled':           partial(with_trust, no_gate), # the default of most of 2026-11-27
+    **{f'short {n}':partial(with_trust, partial(Length, full=n)) for n in (100,200,400)},
+    'short 50 to 150':    partial(with_trust, After),
+    'short unfrozen':     partial(with_trust, AfterUnfrozen),
+    'short 100 unfrozen': partial(with_trust, partial(AfterUnfrozen, none=100))}
 EXTRA = CHEAP | SCHEDULES | SHORT # trained only if asked for
 METHODS.update(EXTRA)
 ARMS = [*RECIPES, 'plain longer', *(f'{r} frskd' for r in RECIPES), *(f'plain {m}' for m in METHODS if m!='frskd')]

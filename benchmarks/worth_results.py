@@ -112,13 +112,17 @@ def gains(d, columns, n):
     runs = pd.Index(d.run.unique(), name='training run')
     return pd.DataFrame({k:[cells.get((run,*o), '') for run in runs] for k,o in columns.items()}, runs)
 
+def scores_and_gains(d, columns, n):
+    "Return `gains` after a column with the score of plain training"
+    out = gains(d, columns, n)
+    out.insert(0, 'plain', d[d.arm=='plain'].set_index('run').score[out.index].map('{:.1f}'.format))
+    return out
+
 def overview(d):
     "Return the README's two tables from a `summary`: FRSKD, and other recipes without and with it"
     d = compared(d)
-    out = gains(d, OVERVIEW, 1)
-    out.insert(0, 'plain', d[d.arm=='plain'].set_index('run').score[out.index].map('{:.1f}'.format))
     both = gains(d, COMBINED, 1)
-    return out,both[(both!='').any(axis=1)]
+    return scores_and_gains(d, OVERVIEW, 1),both[(both!='').any(axis=1)]
 
 CANDIDATES = { # for the default, and their columns in `candidates`
     'plain frskd':          'the default',
@@ -144,7 +148,7 @@ def candidates(d):
     out.loc['the same, classification'] = mean(full[~full.setting.isin(SEGMENTATION)])
     return out
 
-SCHEDULES = { # in short fine-tuning, and their columns in `schedules`; n is the number of steps
+SHORT = { # schedules in short fine-tuning, and their columns in `schedules`; n is the number of steps
     'plain frskd':              'the default',
     'plain unscaled':           'not scaled',
     'plain short 100':          'n/100',
@@ -156,10 +160,7 @@ SCHEDULES = { # in short fine-tuning, and their columns in `schedules`; n is the
 
 def schedules(d):
     "Return the student's gain in a `summary` for each schedule, in short fine-tuning"
-    d = d[d.network=='student']
-    out = gains(d, {v:(k,'student') for k,v in SCHEDULES.items()}, 2)
-    out.insert(0, 'plain', d[d.arm=='plain'].set_index('run').score[out.index].map('{:.1f}'.format))
-    return out
+    return scores_and_gains(d, {v:(k,'student') for k,v in SHORT.items()}, 2)
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
     '':               ('o','student','alone'),

@@ -45,13 +45,12 @@ class FRSKDOptions:
     per:str|None=None # What has a label, 'image' or 'pixel', in the task of the paper's settings; `None` for others
 
     def __post_init__(self):
-        for name in 'alpha','beta': self._check_given(name, zero=True)
-        for name in 'temperature','budget': self._check_given(name)
+        for name in 'alpha','beta': check_number(name, getattr(self, name), zero=True, optional=True)
+        for name in 'temperature','budget': check_number(name, getattr(self, name), optional=True)
+        check_number('finest', self.finest, zero=True, whole=True, optional=True)
         SelfTeacher.check_size(ifnone(self.width, 1.), self.depth)
         if self.schedule is not None: make_schedule(self.schedule)
-        finest,levels,loss,teacher = self.finest,self.levels,self.feature_loss,self.teacher
-        is_index = isinstance(finest, Integral) and not isinstance(finest, bool) and finest>=0
-        _check(finest is None or is_index, "finest must be the index of a level, 0 or more", finest)
+        levels,loss,teacher = self.levels,self.feature_loss,self.teacher
         enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels) and len(levels)>=2
         _check(enough, "levels must be a number, 2 or more, or a list of at least two module names", levels)
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
@@ -60,10 +59,6 @@ class FRSKDOptions:
         _check(makes, "teacher must be a module, or a function that returns one", teacher)
         for name in 'compile','columns':
             _check(isinstance(getattr(self, name), bool), f"{name} must be True or False", getattr(self, name))
-
-    def _check_given(self, name, **kwargs):
-        value = getattr(self, name)
-        if value is not None: check_number(name, value, **kwargs)
 
     def for_task(self,
         task:Task, # The Learner's task

@@ -211,7 +211,7 @@ def update_schedule(self:FRSKDCallback):
     if schedule==self.schedule: return
     old,self.trust,self.trained.schedule = self.trust,make_schedule(schedule),schedule
     self.trust.load_state_dict(old.state_dict(), one_param(self.teacher).device)
-    self.trust.last = old.last
+    self.trust.will_train(old.last-old.steps, old.frozen)
 
 @patch
 def check_trained(self:FRSKDCallback,

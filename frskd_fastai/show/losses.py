@@ -47,7 +47,7 @@ def plot_curves(
 )->plt.Figure:
     "Plot losses and a metric per epoch, one color per run"
     # fastai's `train_loss` is a running mean over epochs, and with FRSKD it has all terms: not comparable with this one
-    train = 'student_loss' if 'student_loss' in history and history.student_loss.notna().any() else 'train_loss'
+    train = 'student_loss' if 'student_loss' in history.dropna(axis=1, how='all') else 'train_loss'
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), okabe_ito):
         d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]
