@@ -5,10 +5,10 @@
     python benchmarks/finetune.py ../shared/data/groceries.zip --only fruit.txt --per-class 15 --epochs 5 15
     python benchmarks/finetune.py --table
 
-The data is a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg`. `--only` names a file
-in that folder that lists the classes to use. The network is timm's `tf_efficientnet_lite0`, created by `vision_learner`
-and trained by `fine_tune`, so freezing, parameter groups, head and normalization are fastai's. It runs on one CPU
-thread. Arms with the same seed share the initial head and the order of the data.
+The data is a folder, or a zip of one folder, with `train/CLASS/*.jpg` and `valid/CLASS/*.jpg` (or `test/CLASS/*.jpg`).
+`--only` names a file in that folder that lists the classes to use. The network is timm's `tf_efficientnet_lite0`,
+created by `vision_learner` and trained by `fine_tune`, so freezing, parameter groups, head and normalization are
+fastai's. It runs on one CPU thread. Arms with the same seed share the initial head and the order of the data.
 
 A training with FRSKD gives three rows: the student, `... refined` (the self-teacher's logits) and `... average` (the
 mean of both networks' probabilities). Rows are appended to `--out`; runs that are already there are skipped.
@@ -60,7 +60,7 @@ def find_items(args):
     path = images_folder(args.data)
     only = (path/args.only).read_text().split() if args.only else [o.name for o in (path/'train').ls()]
     of = lambda part, n: [f for c in sorted(only) for f in sorted((path/part/c).iterdir())[:n]]
-    return of('train', args.per_class),of('valid', None)
+    return of('train', args.per_class),of('valid' if (path/'valid').exists() else 'test', None)
 
 def loaders(args, items):
     "Build DataLoaders with fastai's usual augmentation"

@@ -12,6 +12,7 @@ TITLES = {
     'wide':      '33 classes × 500, wider ResNet',
     'resnet18':  '33 classes × 500, ResNet-18',
     'groceries': '81 classes × 10, fine-tuning',
+    'upscaled':  '33 other classes × 25, fine-tuning',
     'tiny':      '28 classes × 4, fine-tuning',
     'eight':     '8 classes × 12, fine-tuning',
     'digits':    'digits, ResNet-18',
@@ -23,7 +24,7 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     # Their steps are the same, or nearly so
-    setting = {'many':'few', 'tiny':'groceries', 'eight':'groceries'}.get(setting, setting)
+    setting = {'many':'few', **dict.fromkeys(('upscaled','tiny','eight'), 'groceries')}.get(setting, setting)
     # These differ from another one in their weights alone
     if method.startswith('short '): method = 'frskd'
     if method in ('length 1000','constant','trust','ramp'): method = 'width 2' if setting=='groceries' else 'frskd'
