@@ -147,8 +147,8 @@ class FRSKDCallback(StudentReader):
         self.plan() # again: `Resumable` has restored the progress by now
         self.student_alone = False
 
-    def before_batch(self):
-        super().before_batch()
+    def forget(self):
+        super().forget()
         self.step_maps,self.step_out = [],None
 
     def after_loss(self):
@@ -158,21 +158,15 @@ class FRSKDCallback(StudentReader):
         self.prepare()
         with model_autocast(self.learn), single_position(self.trained, self.step_maps, self.distributed):
             self.step_out = self._step(pre, factor)
-        losses = dict(student=self.learn.loss_grad, **self.step_out.losses)
+        losses = dict(student=self.learn.loss_grad.reshape(()), **self.step_out.losses)
         self.learn.loss_grad = weighted_sum(losses, self.trained.weights(factor))
         self.learn.loss = self.learn.loss_grad.clone()
         self.losses,self.used_factor = {k:v.detach() for k,v in losses.items()},factor
-        self.trust.update(self._log_p() if self.trust.needs_answers else None)
+        answers = self.learn,self.task,self.step_out.logits,self.distributed
+        self.trust.update(mean_log_p(*answers) if self.trust.needs_answers else None)
 
-    def _log_p(self): return mean_log_p(self.learn, self.task, self.step_out.logits, self.distributed)
     def _step(self, pre, factor):
         return self.prepared(self.step_maps, self.pred, self.yb, kept_state(self.loss_func), factor, pre)
-
-    def leave_train(self):
-        super().leave_train()
-        self.step_maps,self.step_out = [],None
-
-    def before_backward(self): self.step_maps,self.step_out = [],None # lets the backward pass free memory
 
     def after_fit(self):
         say_if_short(self.learn, self.trust)
@@ -193,7 +187,7 @@ class FRSKDCallback(StudentReader):
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before there was one
-        self.update_schedule()
+        (self.plan if self.in_fit else self.update_schedule)()
 
 
 # %% ../nbs/callback.ipynb #call0002
@@ -221,6 +215,9 @@ def check_trained(self:FRSKDCallback,
     if self.learn is None:
         raise ValueError(f"FRSKD: this callback isn't attached to a Learner, so there is no {what}. Pass it to the "
                          "Learner, not to a single fit: `vision_learner(..., cbs=FRSKDCallback())`.")
+    if self.teacher is not None and not self._same_model:
+        raise ValueError(f"FRSKD: the self-teacher was trained with another model than `learn.model`, so there is no "
+                         f"{what}. Train it again, or put the earlier model back.")
     if self.teacher is None or not self.trust.steps:
         raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "
                          "e.g. `learn.fit_one_cycle(5)`, or load a checkpoint saved with the optimizer.")

@@ -71,6 +71,11 @@ def traced_student(
     return graph if all(torch.allclose(out[n], o, rtol=1e-4, atol=1e-5) for n,o in wanted) else None
 
 # %% ../nbs/refined.ipynb #a1c00009
+def _check_n_out(student, xb, expected):
+    with probing(student): n = student(*xb).shape[1]
+    if n!=expected: raise ValueError(f"FRSKD: the model has {n} logits, but its self-teacher {expected}. Train again, "
+                                     "which builds a new self-teacher.")
+
 @patch
 def refined(self:FRSKDCallback,
     average:bool=False, # Average the probabilities of both networks?
@@ -81,8 +86,9 @@ def refined(self:FRSKDCallback,
     if self.student_alone:
         warn("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
              "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
-    student,teacher = deepcopy(self.student).eval(),deepcopy(self.build().teacher).eval()
+    student,teacher = deepcopy(uncompiled(self.student)).eval(),deepcopy(self.build().teacher).eval()
     levels,b = self.found_levels,sample_batch(learn)
+    if b: _check_n_out(student, b[0], self.trained.seen.n_out)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
     return Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=list(learn.metrics),

@@ -17,6 +17,11 @@ from .callback import *
 from .step import *
 
 # %% ../nbs/sla_callback.ipynb #125fa1d6
+def _check_square(inputs):
+    if len(inputs)==1 and inputs[0].ndim==4 and inputs[0].shape[2]==inputs[0].shape[3]: return
+    raise ValueError("FRSKD: label augmentation needs square images, B×C×S×S, got inputs of shape "
+                     f"{', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))}. Crop or pad them.")
+
 class FRSKDSLACallback(FRSKDCallback):
     "Train with FRSKD and SLA; for single-label classification of square images"
     name = 'frskd' # so that it is `learn.frskd`, too
@@ -39,10 +44,7 @@ class FRSKDSLACallback(FRSKDCallback):
         if self.trained is not None: self.trained.sla_weight = value
 
     def build_for(self, seen, inputs, targets):
-        x = inputs[0]
-        if len(inputs)!=1 or x.ndim!=4 or x.shape[2]!=x.shape[3]:
-            raise ValueError("FRSKD: label augmentation needs square images, B×C×S×S, got inputs of shape "
-                             f"{', '.join(str(tuple(o.shape)) for o in flatten_tensors(inputs))}. Crop or pad them.")
+        _check_square(inputs)
         single = isinstance(seen.task, SingleLabel) and len(targets)==1 and not targets[0].is_floating_point()
         if not single or targets[0].numel()!=len(targets[0]):
             raise ValueError("FRSKD: label augmentation needs single-label classification, with one class number per "
@@ -55,6 +57,7 @@ class FRSKDSLACallback(FRSKDCallback):
 
     def _step(self, pre, factor):
         learn = self.learn
+        _check_square(learn.xb)
         with self.hooks:
             self.student(rotations(learn.xb[0])) # bypasses the DDP wrapper, which expects one forward pass per step
             rotated = self._pop(self.hooks)

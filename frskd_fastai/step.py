@@ -10,11 +10,13 @@ __all__ = ['check_fit', 'is_frozen', 'plan_schedule', 'say_if_short', 'single_po
 
 # %% ../nbs/step.ipynb #d4a02205
 from contextlib import contextmanager
+from types import ModuleType
 from fastai.basics import *
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from .method.schedule import *
 from .task.task import *
+from .learner.fit_scopes import own_attr
 from .learner.nonfinite import plural
 
 # %% ../nbs/step.ipynb #f14e3433
@@ -34,14 +36,18 @@ def is_frozen(
     learn:Learner,
 )->bool:
     "Return whether some layers are frozen, which indicates a pretrained body"
-    return learn.opt is not None and learn.opt.frozen_idx>0
+    if learn.opt is None: return False
+    norms = {id(p) for p in norm_bias_params(learn.model, with_bias=False)} # `freeze` leaves them trainable
+    groups = [[p for p in o if id(p) not in norms] for o in learn.opt.param_lists]
+    # A new optimizer doesn't know what is frozen
+    return learn.opt.frozen_idx>0 or any(o and not any(p.requires_grad for p in o) for o in groups)
 
 def plan_schedule(
     learn:Learner, # During a fit
     schedule:Schedule,
 ):
     "Tell `schedule` how many steps are left in the fit, and whether some layers are frozen"
-    skipped = getattr(getattr(learn, 'skip_to_epoch', None), '_skip_to', 0) # of `fit(start_epoch=...)`
+    skipped = getattr(own_attr(learn, 'skip_to_epoch'), '_skip_to', 0) # of `fit(start_epoch=...)`
     try: n = (learn.n_epoch-max(learn.epoch, skipped))*len(learn.dls.train)
     except TypeError: n = math.inf # no length: treated as a long fit
     schedule.will_train(n, is_frozen(learn))
@@ -51,12 +57,13 @@ def say_if_short(
     schedule:Schedule,
 ):
     "Print a line if the training was too short for FRSKD to affect the student much"
-    trains = learn.n_epoch and not learn.lock.locked() and not hasattr(learn, 'lr_finder')
-    if not trains or learn.logger is noop or rank_distrib() or schedule.share>=.25: return
+    trained = not learn.lock.locked() and not own_attr(learn, 'lr_finder') and own_attr(learn, 'train_iter')
+    if not trained or learn.logger is noop or rank_distrib() or schedule.share>=.25: return
     how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
     if not schedule.share: how = f"nothing was distilled after unfreezing ({schedule.too_few} steps are too few)"
-    print(f"FRSKD: only {plural(schedule.last, 'training step')} in total, so {how}. The self-teacher may be better "
-          "than the student: compare with `learn.frskd.refined().validate()`.")
+    steps = plural(schedule.last, 'training step') + (' planned' if schedule.steps<schedule.last else '')
+    print(f"FRSKD: only {steps} in total, so {how}. The self-teacher may be better than the student: compare with "
+          "`learn.frskd.refined().validate()`.")
 
 @contextmanager
 def single_position(
@@ -110,19 +117,31 @@ def step_means(
     right,n = mean_where(answers.right, answers.keep)
     return {**means, 'teacher_accuracy':(right/n.clamp(min=1),n)}
 
+def _stateful(f):
+    "List the objects that hold the state of the loss function `f`"
+    func,owner = getattr(f, 'func', None),getattr(f, '__self__', None)
+    if isinstance(owner, MixHandler): return _stateful(owner.old_lf)
+    holders = f,func,owner,getattr(func, '__self__', None)
+    holders = [o for o in holders if hasattr(o, '__dict__') and not isinstance(o, (Learner,ModuleType,type))]
+    return [m for o in holders for m in (o.modules() if isinstance(o, nn.Module) else [o])]
+
+def _copied(v):
+    "Copy tensors, also inside lists and dicts, but not parameters"
+    if isinstance(v, Tensor): return v if isinstance(v, nn.Parameter) else v.clone()
+    if not isinstance(v, (dict,list,set)): return v
+    new = copy(v)
+    if isinstance(v, dict): new.update({k:_copied(o) for k,o in v.items()})
+    if isinstance(v, list): new[:] = map(_copied, v)
+    return new
+
 def kept_state(
     loss_func:Callable, # The Learner's
 )->Callable:
-    "Wrap `loss_func` so that its attributes and buffers are restored after each call"
-    owner = getattr(loss_func, '__self__', None)
-    inner = owner.old_lf if isinstance(owner, MixHandler) else loss_func
-    parts = [o for o in (inner, getattr(inner, 'func', None)) if hasattr(o, '__dict__')]
-    parts = [m for o in parts for m in (o.modules() if isinstance(o, nn.Module) else [o])]
+    "Wrap `loss_func` so that a call changes neither its attributes and buffers nor those of a method's object"
+    parts = _stateful(loss_func)
     def _call(*args):
         kept = [(o,dict(vars(o))) for o in parts]
-        for o in parts:
-            if not isinstance(o, nn.Module): continue
-            vars(o)['_buffers'] = {k:v if v is None else v.clone() for k,v in o._buffers.items()}
+        for o,state in kept: vars(o).update({k:_copied(v) for k,v in state.items()})
         try: return loss_func(*args)
         finally:
             for o,state in kept: vars(o).clear(); vars(o).update(state)

@@ -97,7 +97,7 @@ def test_both_networks_learn_and_nothing_stays(seg):
     assert (last<.7*first).all(), (first,last)
     accuracy = learn.recorder.values[-1][-1]
     assert .7<accuracy<=1
-    assert n_hooks(learn.model)==hooks and '_do_epoch' not in learn.__dict__
+    assert n_hooks(learn.model)==hooks and '_with_events' not in learn.__dict__
     learn.remove_cb(FRSKDCallback)
     assert not {'save','load','create_opt','parameters'}&set(learn.__dict__)
 
@@ -138,7 +138,7 @@ def test_ways_of_training(event, seg):
         class Fail(Callback):
             def before_backward(self): raise ArithmeticError("on purpose")
         with pytest.raises(ArithmeticError): learn.fit(1, cbs=Fail())
-    assert n_hooks(learn.model)==hooks and '_do_epoch' not in learn.__dict__
+    assert n_hooks(learn.model)==hooks and '_with_events' not in learn.__dict__
     if event!='lr_find': assert all(p.isfinite().all() for p in learn.frskd.trained.parameters())
 
 def test_checkpoints_and_export(seg, items, tmp_path):

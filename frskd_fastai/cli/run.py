@@ -21,6 +21,7 @@ from .report import Report
 from .run_folder import RunFolder
 from .signals import end_at_batch
 from ..data.images import DataError
+from ..learner.fit_scopes import own_attr
 from ..learner.loss_log import LossLog
 from ..learner.nonfinite import not_finite
 from ..learner.resume import CheckpointError, NoCheckpoint, Resumable
@@ -35,7 +36,7 @@ class History(Callback):
     def before_epoch(self): self.started = time.time()
     def after_epoch(self):
         r = self.recorder
-        if hasattr(self.learn, 'lr_finder') or len(r.log)!=len(r.metric_names): return
+        if own_attr(self.learn, 'lr_finder') or len(r.log)!=len(r.metric_names): return
         self.rows.append({'run':self.run_name, **dict(zip(r.metric_names, r.log))})
         self.seconds += time.time()-self.started
     def state_dict(self): return dict(rows=list(self.rows), seconds=self.seconds)

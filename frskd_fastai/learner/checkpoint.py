@@ -32,13 +32,14 @@ def save_with(
 def read_checkpoint(
     learn:Learner,
     file, # As for `learn.load`: a name or an open file
+    weights_only:bool=True, # As for `torch.load`
 )->dict: # Its content, on the CPU
     "Read a file from `learn.save`, as safely as `learn.load` does"
     file = join_path_file(file, learn.path/learn.model_dir, ext='.pth')
     start = file.tell() if hasattr(file, 'seek') else None
     dtypes = [getattr(np.dtypes, o) for o in np.dtypes.__all__]
     with torch.serialization.safe_globals([L, np.core.multiarray.scalar, np.dtype, *dtypes]):
-        state = torch.load(file, map_location='cpu', weights_only=True)
+        state = torch.load(file, map_location='cpu', weights_only=weights_only)
     if start is not None: file.seek(start) # `learn.load` reads it next
     return state
 
@@ -46,9 +47,10 @@ def saved_with(
     learn:Learner,
     key:str, # Name of the entry
     file, # As for `learn.load`: a name or an open file
+    weights_only:bool=True, # As for `torch.load`
 )->dict|None: # The entry, on the CPU; None if the file has none
     "Return the entry that `save_with` put into `file`"
-    state = read_checkpoint(learn, file)
+    state = read_checkpoint(learn, file, weights_only)
     return state['opt'].get(key) if set(state)=={'model','opt'} else None
 
 _instead = "Use the options it was trained with, or load the student alone: `learn.load(file, with_opt=False)`."

@@ -25,13 +25,17 @@ class LossLog(FitScopes):
         super().__init__()
         self.names,self.read,self.columns,self.means = names,read,columns,means
         self.recorded,self._steps,self.sums,self.counts = [],[],{},defaultdict(int)
+        self.began = False # has this fit trained yet?
 
     def enter_fit(self):
-        self.recorded = []
-        if not self.columns or hasattr(self.learn, 'lr_finder'): return
+        self.began = False
+        if not self.columns or own_attr(self.learn, 'lr_finder'): return
         self.fit_ctx.enter_context(_Columns(self.learn, [ValueMetric(partial(self.mean, n), n) for n in self.columns]))
 
-    def enter_train(self): self._steps,self.sums,self.counts = [],{},defaultdict(int)
+    def enter_train(self):
+        if not self.began: self.recorded = [] # only now: `learn.summary()` begins a fit without training
+        self.began = True
+        self._steps,self.sums,self.counts = [],{},defaultdict(int)
 
     def after_loss(self):
         values = self.read()
@@ -59,7 +63,7 @@ class LossLog(FitScopes):
         return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=self.names)
 
     def state_dict(self): return dict(recorded=list(self.recorded)) # for `Resumable`
-    def load_state_dict(self, state): self.recorded = list(state['recorded'])
+    def load_state_dict(self, state): self.recorded,self.began = list(state['recorded']),True
 
 def _scalar(v, device):
     "Return `v` as a float32 scalar on `device`; `full` makes one there without a copy"

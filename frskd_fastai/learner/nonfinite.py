@@ -49,6 +49,10 @@ class NotFinite(FloatingPointError):
         super().__init__(f'{why}. {advice}' if advice else why)
         self.why = why
 
+def _put_buffer(model, name, b):
+    owner,_,name = name.rpartition('.')
+    model.get_submodule(owner)._buffers[name] = b
+
 class SkipNonFinite(TrainingOnly):
     "Skip steps with a non-finite loss; stop the fit after too many or with non-finite weights"
     order,run_valid = GradientAccumulation.order-.5,False # After callbacks that change the loss, before it is divided
@@ -67,7 +71,7 @@ class SkipNonFinite(TrainingOnly):
 
     def before_train(self):
         self.steps = 0 # of this epoch
-        if self.watching or hasattr(self.learn, 'lr_finder'): return
+        if self.watching or own_attr(self.learn, 'lr_finder'): return
         self.before = count_not_finite(self.params) # masks of -inf, unused layers
         device = one_param(self.model).device
         self.total,self.row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2)) # skipped; in a row
@@ -92,13 +96,16 @@ class SkipNonFinite(TrainingOnly):
         module:nn.Module, # Side module that was added in the middle of an epoch
     ):
         "Keep the buffers of `module` too"
-        if self.watching: self.kept[module] = [b.clone() for b in module.buffers()]
+        if self.watching: self.kept[module] = {n:b.clone() for n,b in module.named_buffers()}
 
     def set_back(self):
         "Restore the buffers to what was last kept"
         if not self.watching: return
         for net,kept in self.kept.items():
-            for b,k in zip(net.buffers(), kept): b.copy_(k) # the current buffers: a model may have replaced some
+            now = dict(net.named_buffers()) # the model may have replaced, resized or added some
+            for name,b in kept.items():
+                if name in now and now[name].shape==b.shape: now[name].copy_(b)
+                else: _put_buffer(net, name, b.clone())
 
     def before_batch(self):
         if not self.watching: return
@@ -108,7 +115,7 @@ class SkipNonFinite(TrainingOnly):
     def after_loss(self):
         if not self.watching or not len(self.yb): return
         self.steps += 1
-        self.bad = ~maybe_gather(self.loss.detach()).isfinite() # of all processes: they share the gradients
+        self.bad = ~maybe_gather(self.loss.detach().mean()).isfinite() # of all processes: they share the gradients
         self.total += self.bad
         self.row = (self.row+1)*self.bad
         if self.in_a_row>=self.limit: self._stop()
@@ -116,7 +123,7 @@ class SkipNonFinite(TrainingOnly):
     def after_backward(self):
         "Set the gradients to zero if the loss isn't finite, before anything else uses them"
         if not self.watching: return
-        scaler = getattr(self.learn, 'scaler', None)
+        scaler = own_attr(self.learn, 'scaler')
         if scaler is not None and scaler.is_enabled(): return # the scaler skips the step
         if self.bad.is_cpu and not self.bad: return # on the CPU, reading the flag costs nothing
         for net in self.nets.values():
@@ -145,7 +152,7 @@ class SkipNonFinite(TrainingOnly):
 
     def _smooth_loss(self):
         "Take a non-finite loss out of the Recorder's smoothed loss, which is on the CPU"
-        if not hasattr(self.learn, 'recorder'): return # a Learner may have none
+        if not own_attr(self.learn, 'recorder'): return # a Learner may have none
         s = self.learn.recorder.smooth_loss
         if s.val.isfinite() or self.smooth is None: self.smooth = s.count,s.val
         else: s.count,s.val = self.smooth

@@ -11,6 +11,7 @@ __all__ = ['prepare_like_model', 'model_autocast', 'unwrap_model', 'broadcast_bu
 from contextlib import nullcontext
 from fastai.basics import *
 from torch.nn.parallel import DistributedDataParallel
+from .fit_scopes import own_attr
 
 # %% ../../nbs/learner/processes.ipynb #81564c5f
 def prepare_like_model(
@@ -23,7 +24,7 @@ def prepare_like_model(
     device = one_param(learn.model).device
     module.to(device)
     if not isinstance(learn.model, DistributedDataParallel) or not trainable_params(module): return module
-    trainer = getattr(learn, 'distributed_trainer', None) # None if the user wrapped the model
+    trainer = own_attr(learn, 'distributed_trainer') # None if the user wrapped the model
     synced = any(isinstance(o, nn.SyncBatchNorm) for o in learn.model.modules())
     sync_bn = trainer.sync_bn if trainer else synced
     if sync_bn and device.type!='cpu': nn.SyncBatchNorm.convert_sync_batchnorm(module) # it works only on GPUs
@@ -34,14 +35,14 @@ def model_autocast(
     learn:Learner, # Learner in a fit
 ): # Context manager
     "Return the autocast set by `accelerate launch --mixed_precision`, if any"
-    trainer = getattr(learn, 'distributed_trainer', None)
+    trainer = own_attr(learn, 'distributed_trainer')
     return trainer.accelerator.autocast() if trainer else nullcontext()
 
 def unwrap_model(
     learn:Learner, # Learner whose fit ended with an exception
 ):
     "Unwrap model and data loaders, as fastai's `DistributedTrainer` does after a normal fit"
-    trainer = getattr(learn, 'distributed_trainer', None)
+    trainer = own_attr(learn, 'distributed_trainer')
     if trainer and isinstance(learn.model, DistributedDataParallel): trainer.after_fit()
 
 def broadcast_buffers(
@@ -67,9 +68,9 @@ def check_parallel(
 ):
     "Raise `ValueError` for unsupported ways to train on several devices"
     if isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids)>1:
-        if hasattr(learn, 'parallel_trainer'): learn.model = learn.model.module # after an exception, fastai doesn't
+        if own_attr(learn, 'parallel_trainer'): learn.model = learn.model.module # after an exception, fastai doesn't
         raise ValueError("FRSKD does not support `DataParallel`: its replicas share the hooks that read the feature "
                          "maps. Use one process per GPU: `with learn.distrib_ctx(): learn.fit(...)`.")
-    if hasattr(learn, 'lr_finder') and num_distrib()>1:
+    if own_attr(learn, 'lr_finder') and num_distrib()>1:
         raise ValueError("FRSKD: fastai's `lr_find` hangs on several processes, since only rank 0 saves the model. "
                          "Find the learning rate in a single process, and pass it to `fit`.")

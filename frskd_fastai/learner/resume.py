@@ -14,7 +14,7 @@ from contextlib import suppress
 from fastai.basics import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from .checkpoint import *
-from .fit_scopes import TrainingOnly
+from .fit_scopes import TrainingOnly, own_attr
 from .nonfinite import count_not_finite, not_finite
 from .training_state import *
 
@@ -93,7 +93,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
 
     @property
     def _idle(self): # validation, prediction, or `lr_find`, which is undone
-        return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
+        return self.learn.lock.locked() or own_attr(self.learn, 'lr_finder') is not None
 
     @property
     def _weights(self): return get_model(self.learn.model).state_dict()
@@ -143,7 +143,8 @@ class Resumable(TrainingOnly, SkipToEpoch):
         "Switch the other callbacks off for the epochs that are done"
         self._paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
         for cb in self._paused: cb.run = False
-        bar = vars(self.learn.progress).get('mbar') if hasattr(self.learn, 'progress') else None
+        progress = own_attr(self.learn, 'progress')
+        bar = progress and vars(progress).get('mbar')
         if bar: bar.update(0) # the progress bar must start at 0
 
     def _restore(self):

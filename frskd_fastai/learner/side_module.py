@@ -34,7 +34,8 @@ class SideModuleCallback(FitScopes):
     def attach(self):
         for name in 'create_opt','save','load':
             self.attach_ctx.enter_context(PatchedMethod(self.learn, name, getattr(self, f'_{name}')))
-        for cb in self.siblings: self.learn.add_cb(cb)
+        for cb in self.siblings:
+            if cb.learn is not self.learn: self.learn.add_cb(cb) # else all callbacks are being added again
         self.join()
 
     def detach(self):
@@ -113,9 +114,12 @@ class SideModuleCallback(FitScopes):
 
     def _save(self, save, *args, **kwargs): return save_with(save, self.learn, self.key, self.entry(), *args, **kwargs)
 
+    def _saved(self, file, weights_only=True, **kwargs):
+        return saved_with(self.learn, self.key, file, weights_only)
+
     def _load(self, load, file, *args, with_opt=True, **kwargs):
         distrib_barrier() # rank 0 may still be writing it
-        before,entry = self.trained,saved_with(self.learn, self.key, file) if with_opt else None
+        before,entry = self.trained,self._saved(file, **kwargs) if with_opt else None
         if entry is not None:
             if self.learn.opt is None: self.learn.create_opt()
             self.set_module(self.module_for(entry, file))

@@ -11,6 +11,7 @@ __all__ = ['random_states', 'restore_random', 'of_all_processes', 'callback_stat
 from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
+from .fit_scopes import own_attr
 
 # %% ../../nbs/learner/training_state.ipynb #69d2921c
 def _own_dl(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps one
@@ -81,7 +82,7 @@ def callback_states(
     s['own'] = {cb.name:cb.state_dict() for cb in learn.cbs if _has_state(cb)}
     trackers = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
     s['trackers'] = {cb.name:[_number(getattr(cb, o, None)) for o in ('best','wait')] for cb in trackers}
-    if getattr(learn, 'scaler', None) is not None: s['scaler'] = learn.scaler.state_dict()
+    if own_attr(learn, 'scaler') is not None: s['scaler'] = learn.scaler.state_dict()
     acc = first(o for o in learn.cbs if isinstance(o, GradientAccumulation))
     if acc and acc.count: s['accumulated'] = acc.count,[p.grad for p,*_ in learn.opt.all_params()]
     return s
@@ -101,4 +102,4 @@ def restore_callbacks(
         if isinstance(cb, GradientAccumulation) and 'accumulated' in s:
             cb.count,grads = s['accumulated']
             for (p,*_),g in zip(learn.opt.all_params(), grads): p.grad = None if g is None else g.to(p.device)
-    if getattr(learn, 'scaler', None) is not None and 'scaler' in s: learn.scaler.load_state_dict(s['scaler'])
+    if own_attr(learn, 'scaler') is not None and 'scaler' in s: learn.scaler.load_state_dict(s['scaler'])

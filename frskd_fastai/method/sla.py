@@ -64,7 +64,7 @@ class FRSKDSLA(FRSKD):
         aggregated,own = [aggregate_rotations(o) for o in joint],(logits,soft)
         aggregation = sum(self.task.soft_labels(o, a, self.temperature) for o,a in zip(own, aggregated))
         joint = sum(_joint_loss(o, labels or [(targets[0],1.)]) for o in joint)
-        losses = dict(teacher=label_loss(soft, *targets), joint=joint, aggregation=aggregation)
+        losses = dict(teacher=as_scalar(label_loss(soft, *targets)), joint=joint, aggregation=aggregation)
         student,teacher = [torch.cat([o.float(), a]) for o,a in zip(own, aggregated)]
         read = _cat(read, read_rotated)
         refined = [o.detach() for o in _cat(refined, refined_rotated)]

@@ -45,6 +45,9 @@ def validation_samples(
     "Take evenly spaced samples of the validation set"
     check_n(n)
     dl = learn.dls.valid
+    if not hasattr(dl, 'decode_batch'):
+        raise ValueError(f"FRSKD: showing images needs a fastai `TfmdDL`, which can decode them, got a "
+                         f"{type(dl).__name__}. Set `learn.dls` to data from a `DataBlock` or `ImageDataLoaders`.")
     size = len(dl.dataset)
     if not size: raise ValueError("FRSKD: this Learner has no validation images, as after `load_learner`. "
                                "Set `learn.dls` to data with a validation set.")

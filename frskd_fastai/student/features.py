@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/student/features.html.md"""
 
 # %% auto #0
 __all__ = ['Level', 'as_map', 'refuse_tokens', 'UncopiedHook', 'image_size', 'FeatureHooks', 'PreactHooks', 'flatten_tensors',
-           'comes_from']
+           'comes_from', 'check_origin']
 
 # %% ../../nbs/student/features.ipynb #b595c512
 from contextlib import nullcontext
@@ -171,11 +171,12 @@ class PreactHooks(FeatureHooks):
         super().__init__(model, levels, size)
         relus = [m for m in model.modules() if isinstance(m, (nn.ReLU,nn.ReLU6))]
         before,after = UncopiedHook(self._before),UncopiedHook(self._after)
-        pairs = [((m.register_forward_pre_hook,before),(m.register_forward_hook,after)) for m in relus]
+        before_relu = lambda m: partial(m.register_forward_pre_hook, with_kwargs=True)
+        pairs = [((before_relu(m),before),(m.register_forward_hook,after)) for m in relus]
         self._on = [o for pair in pairs for o in pair] + self._on
 
-    def _before(self, relu, inputs):
-        x, = inputs
+    def _before(self, relu, inputs, kwargs):
+        x, = *inputs,*kwargs.values()
         self._x = x.clone() if relu.inplace else x
         for n,o in self._maps.items():
             if o is x and relu.inplace: self._pre[n] = self._x # an in-place ReLU after the level overwrites its map
@@ -216,3 +217,15 @@ def comes_from(
         new = [i for i,_ in o.next_functions if i is not None and i not in seen]
         seen.update(new); queue += new
     return False
+
+def check_origin(
+    pred, # `learn.pred`
+    out, # Output of the forward pass whose maps were read
+):
+    "Raise `ValueError` if `pred` was computed by another forward pass, or is only a part of it"
+    if isinstance(pred, Tensor) and isinstance(out, Tensor) and len(pred)!=len(out):
+        raise ValueError(f"FRSKD: `learn.pred` has {len(pred)} predictions, but the feature maps are of {len(out)} "
+                         "images. Select images in `before_batch`, before the forward pass.")
+    if comes_from(pred, out): return
+    raise ValueError("FRSKD: `learn.pred` doesn't come from the model's forward pass in this step, so it doesn't "
+                     "match the feature maps. Let the callback that replaces it change the loss instead.")

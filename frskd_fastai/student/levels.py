@@ -100,7 +100,7 @@ class Observer:
 
     def _traced(self, x):
         if not (isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()): return x
-        x = x.detach().requires_grad_().clone()
+        x = (x if x.requires_grad else x.detach().requires_grad_()).clone()
         self.images.append(x.grad_fn)
         return x
 
@@ -192,7 +192,8 @@ def module_operations(
 )->int: # A multiply-add counts as two
     "Count the operations of convolutions, linear layers and attention's projections; else 0"
     if isinstance(m, nn.MultiheadAttention): return 8*out[0].numel()*m.embed_dim
-    if isinstance(m, nn.modules.conv._ConvTransposeNd): return 2*inputs[0].numel()*m.weight[0].numel()
+    if isinstance(m, nn.modules.conv._ConvTransposeNd):
+        return 2*inputs[0].numel()*m.weight[0].numel() if inputs else 0 # unknown if called with `input=`
     if isinstance(m, (nn.modules.conv._ConvNd,nn.Linear)): return 2*out.numel()*m.weight[0].numel()
     return 0
 

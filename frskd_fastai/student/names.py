@@ -51,7 +51,11 @@ def check_names(
     model:nn.Module, # The student
     levels:int|list, # As for `find_levels`
 ):
-    "Raise `ValueError` if a named level is not a module of `model`"
+    "Raise `ValueError` if a named level is not a module of `model`, or if the modules can't be read"
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("FRSKD can't read the feature maps of a `torch.jit` model. Train the model that it was made "
+                         "from, and script or trace it afterwards.")
+    for n in getattr(uncompiled(model), 'level_names', []): get_level(model, n)
     if isinstance(levels, Integral): return
     for n in levels: get_level(model, n)
     if len(set(levels))<len(levels): raise ValueError(f"FRSKD: a level is named twice: {list(levels)}")

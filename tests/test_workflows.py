@@ -1,0 +1,287 @@
+"Workflows that fastai allows and few use; each once failed, or gave a wrong result or message"
+import pickle
+import pytest, torch
+from fastai.vision.all import *
+from frskd_fastai.all import *
+from conftest import SmallNet, n_hooks, same, split, weights
+
+class At(Callback):
+    "Call `f` with this callback at an event of the training"
+    def __init__(self, event, f, at=lambda cb: True, order=0): self.event,self.f,self.at,self.order = event,f,at,order
+    def __call__(self, event):
+        if event==self.event and self.at(self): self.f(self)
+
+def fails(*args): raise RuntimeError('my disk is full')
+def training(cb): return cb.learn.training
+def clean(learn):
+    "Check that nothing of a fit is left"
+    left = {'_call_one','_with_events','_do_one_batch','parameters','export'} & set(learn.__dict__)
+    return not left and n_hooks(learn.model)==0 and len(learn.metrics)==1
+
+# -- Models --------------------------------------------------------------------------------------
+class Scaled(SmallNet):
+    "The attribute has the name of fastai's gradient scaler"
+    def __init__(self):
+        super().__init__()
+        self.scaler = nn.Parameter(torch.tensor(2.))
+    def forward(self, x): return super().forward(x)*self.scaler
+
+def test_model_with_an_attribute_like_the_learners(make, tmp_path):
+    learn = make(model=Scaled(), splitter=trainable_params, cbs=[FRSKDCallback(), Resumable(tmp_path/'run')])
+    learn.fit(1, 1e-3)
+    assert len(learn.frskd.steps)==6 and learn.model.scaler!=2
+
+class Cached(SmallNet):
+    "A buffer that the forward pass fills, and resizes with the images"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('pos', torch.empty(0), persistent=False)
+    def forward(self, x):
+        f = self.stages(self.stem(x))
+        if self.pos.shape!=f.shape[-2:]: self.pos = torch.linspace(0, 1, f.shape[-1]).expand(f.shape[-2:]).clone()
+        return self.head(f+self.pos)
+
+class Late(SmallNet):
+    "A buffer that the first forward pass registers, before those of the BatchNorms"
+    def forward(self, x):
+        if 'a' not in self._buffers: self.register_buffer('a', torch.ones(8), persistent=False)
+        return super().forward(x)
+
+@pytest.mark.parametrize('model', [Cached,Late])
+def test_skipped_step_with_buffers_that_change(make, model):
+    "BatchNorm's statistics are restored, each to its own value"
+    learn = make(model=model(), cbs=FRSKDCallback())
+    def spoil(cb): learn.xb = (learn.xb[0]*math.nan,)
+    with pytest.warns(UserWarning, match='skipped 1 step'):
+        learn.fit(1, 1e-3, cbs=At('before_batch', spoil, lambda cb: cb.learn.training and cb.learn.iter==2))
+    assert all(o.isfinite().all() for o in learn.model.state_dict().values())
+    with torch.no_grad(): assert learn.model(learn.dls.valid.one_batch()[0]).isfinite().all()
+
+@pytest.mark.parametrize('at_first', [True,False])
+def test_refined_model_of_a_compiled_student(make, at_first):
+    learn = make(cbs=FRSKDCallback())
+    if not at_first: learn.fit(1, 1e-3)
+    learn.model = torch.compile(learn.model, backend='eager')
+    learn.fit(1, 1e-3)
+    for average in False,True:
+        refined = learn.frskd.refined(average)
+        with refined.no_bar(), refined.no_logging(): assert refined.model.traced and len(refined.validate())==2
+
+def test_refined_model_needs_the_model_that_the_self_teacher_knows(make, capsys):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    model,teacher,head = learn.model,learn.frskd.teacher,learn.model.head[-1]
+    learn.model = SmallNet()
+    with pytest.raises(ValueError, match='trained with another model'): learn.frskd.refined()
+    learn.model = model
+    model.head[-1] = nn.Linear(32, 7)
+    with pytest.raises(ValueError, match='the model has 7 logits, but its self-teacher 10'): learn.frskd.refined()
+    model.head[-1] = head
+    assert learn.frskd.teacher is teacher and learn.frskd.refined().model is not None
+    assert 'new self-teacher' not in capsys.readouterr().out
+
+def test_refuses_torchscript_and_wrong_level_names(make):
+    with pytest.raises(ValueError, match='torch.jit'): make(model=torch.jit.script(SmallNet()), cbs=FRSKDCallback())
+    model = SmallNet()
+    model.level_names = ['stages.0','nothing']
+    with pytest.raises(ValueError, match="no module named 'nothing'"): make(model=model, cbs=FRSKDCallback())
+
+class ByKeyword(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.up,self.relu = nn.ConvTranspose2d(32, 32, 1),nn.ReLU()
+    def forward(self, x): return self.head(self.relu(input=self.up(input=self.stages(self.stem(x)))))
+
+@pytest.mark.parametrize('feature_loss', ['attention','overhaul'])
+def test_modules_called_by_keyword(make, feature_loss):
+    learn = make(model=ByKeyword(), cbs=FRSKDCallback(feature_loss=feature_loss))
+    learn.fit(1, 1e-3)
+    assert len(learn.frskd.steps)==6 and clean(learn)
+
+# -- Gradients and losses ------------------------------------------------------------------------
+@pytest.mark.parametrize('frskd', [True,False])
+def test_gradient_of_the_images_in_every_step(make, frskd):
+    "Also in the first one, in which FRSKD follows autograd's graph from the images"
+    shift,seen = nn.Parameter(torch.zeros(1, 3, 32, 32)),[]
+    def move(cb): cb.learn.xb = (cb.learn.xb[0].as_subclass(Tensor)+shift,)
+    def look(cb):
+        seen.append(shift.grad)
+        shift.grad = None
+    learn = make(cbs=FRSKDCallback() if frskd else None)
+    learn.fit(1, 1e-3, cbs=[At('before_batch', move, training), At('before_step', look)])
+    assert len(seen)==6 and all(o is not None and o.abs().sum()>0 for o in seen)
+
+def test_gradient_penalty(make):
+    def leaf(cb): cb.learn.xb = (cb.learn.xb[0].as_subclass(Tensor).requires_grad_(),)
+    def penalize(cb):
+        g, = torch.autograd.grad(cb.learn.loss_grad, cb.learn.xb[0], create_graph=True)
+        cb.learn.loss_grad = cb.learn.loss_grad + g.square().sum()
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3, cbs=[At('before_batch', leaf, training), At('after_loss', penalize, training)])
+    assert len(learn.frskd.steps)==6 and learn.frskd.steps.student.iloc[0]>0
+
+def test_loss_with_one_element(make):
+    trained = []
+    for loss in F.cross_entropy,lambda p,y: F.cross_entropy(p, y)[None]:
+        learn = make(cbs=FRSKDCallback())
+        learn.loss_func = loss
+        learn.fit(1, 1e-3)
+        trained.append(weights(learn.model))
+    assert same(*trained)
+
+def test_loss_that_does_not_reduce_is_refused(make):
+    learn = make(cbs=FRSKDCallback())
+    before = weights(learn.model)
+    learn.loss_func = CrossEntropyLossFlat(reduction='none')
+    def reduce(cb): cb.learn.loss_grad = cb.learn.loss_grad.mean()
+    with pytest.raises(ValueError, match=r'needs a loss function that returns a scalar, got .* \(16,\)'):
+        learn.fit(1, 1e-3, cbs=At('after_loss', reduce, order=-20))
+    assert same(weights(learn.model), before) and clean(learn)
+
+def test_selection_after_the_forward_pass_is_refused(make):
+    def select(cb): cb.learn.pred,cb.learn.yb = cb.learn.pred[:4],(cb.learn.yb[0][:4],)
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(ValueError, match='has 4 predictions, but the feature maps are of 16 images'):
+        learn.fit(1, 1e-3, cbs=At('after_pred', select, training))
+    assert clean(learn)
+
+class Memory(nn.Module):
+    "A loss with state that it changes in place: a tensor, a list, a dict and a counter"
+    def __init__(self):
+        super().__init__()
+        self.mean,self.seen,self.counts,self.n = torch.zeros(10),[],{'steps':torch.zeros(())},0
+    def method(self, p, y): return self(p, y)
+    def forward(self, p, y):
+        if torch.is_grad_enabled():
+            self.mean.mul_(.9).add_(.1*p.detach().as_subclass(Tensor).softmax(1).mean(0))
+            self.seen.append(len(p)); self.counts['steps'] += 1; self.n += 1
+        return F.cross_entropy(p, y)
+
+@pytest.mark.parametrize('as_method', [False,True])
+def test_the_self_teacher_leaves_the_state_of_the_loss_alone(make, as_method):
+    states = []
+    for cb in None,FRSKDCallback(schedule=lambda p: 0.):
+        loss,learn = Memory(),make(cbs=cb)
+        learn.loss_func = loss.method if as_method else loss
+        learn.fit(1, 1e-3)
+        states.append((loss.mean.tolist(),loss.seen,loss.counts['steps'].item(),loss.n))
+    assert states[0]==states[1] and states[0][3]==6
+
+# -- Errors ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize('event', ['before_train','after_pred','after_loss','after_step','after_epoch'])
+@pytest.mark.parametrize('fits', [0,1])
+def test_errors_of_other_callbacks_keep_their_message(make, event, fits):
+    "Here labels of 255 would explain an error, too, but the loss function leaves them out"
+    def masked(p, y): return F.cross_entropy(p[y!=255], y[y!=255])
+    learn = make(cbs=FRSKDCallback())
+    learn.loss_func,learn.metrics = masked,L(learn.metrics)
+    def ignore(cb): cb.learn.yb = (torch.where(cb.learn.yb[0]==0, 255, cb.learn.yb[0]),)
+    for _ in range(fits): learn.fit(1, 1e-3)
+    with pytest.raises(RuntimeError, match='my disk is full'):
+        learn.fit(1, 1e-3, cbs=[At('before_batch', ignore), At(event, fails)])
+    assert clean(learn)
+    learn.fit(1, 1e-3)
+
+def test_errors_of_the_data_in_a_second_fit_keep_their_message(make):
+    class Broken:
+        def __len__(self): return 32
+        def __getitem__(self, i): raise ValueError('image 0017.png is truncated')
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    learn.dls = DataLoaders(DataLoader(Broken(), bs=8), learn.dls.valid)
+    with pytest.raises(ValueError, match='0017.png is truncated'): learn.fit(1, 1e-3)
+    assert clean(learn)
+
+@pytest.mark.parametrize('event', ['before_epoch','after_epoch','after_fit'])
+def test_interruption_between_epochs_leaves_nothing(make, event):
+    def interrupt(cb): raise KeyboardInterrupt
+    learn = make(cbs=FRSKDCallback(columns=True))
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-3, cbs=At(event, interrupt, order=90))
+    assert clean(learn) and len(learn.validate())==2
+    learn.fit(1, 1e-3)
+    assert len(learn.recorder.metric_names)==10
+
+def test_learn_summary_keeps_the_recorded_losses(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    learn.summary()
+    assert len(learn.frskd.steps)==6
+
+def test_label_augmentation_checks_every_fit(make):
+    learn = make(cbs=FRSKDSLACallback())
+    learn.fit(1, 1e-3)
+    def crop(cb): cb.learn.xb = (cb.learn.xb[0][...,:24,:],)
+    with pytest.raises(ValueError, match='needs square images'):
+        learn.fit(1, 1e-3, cbs=At('before_batch', crop, training))
+
+def test_attention_needs_data_that_can_be_decoded(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    with pytest.raises(ValueError, match='showing images needs a fastai `TfmdDL`'): learn.frskd.show_attention()
+
+# -- Callbacks, checkpoints, frozen layers --------------------------------------------------------
+def test_removing_and_adding_all_callbacks(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    names = [cb.name for cb in learn.cbs]
+    with learn.removed_cbs(list(learn.cbs)): assert not learn.cbs
+    assert [cb.name for cb in learn.cbs]==names
+    learn.fit(1, 1e-3, cbs=FetchPredsCallback(cbs=list(learn.cbs)[2:]))
+    assert [cb.name for cb in learn.cbs]==names and learn.frskd.trust.steps==12
+
+@pytest.mark.parametrize('duplicate', [lambda o: pickle.loads(pickle.dumps(o)), copy, deepcopy],
+                         ids=['pickle','copy','deepcopy'])
+def test_duplicates_of_a_callback_train_like_it(make, duplicate):
+    cb = FRSKDCallback(alpha=1., schedule='constant')
+    nets = []
+    for o in duplicate(cb),cb:
+        learn = make(cbs=o)
+        learn.fit(1, 1e-3)
+        nets.append(nn.ModuleList([learn.model, learn.frskd.trained]))
+        assert learn.frskd.alpha==1. and len(learn.frskd.steps)==6
+    assert same(*map(weights, nets))
+
+def test_duplicate_of_a_detached_callback_keeps_its_self_teacher(make):
+    learn,cb = make(),FRSKDCallback()
+    learn.fit(1, 1e-3, cbs=cb)
+    assert same(weights(pickle.loads(pickle.dumps(cb)).trained), weights(cb.trained))
+
+@pytest.mark.parametrize('event,it', [('after_epoch',None),('after_batch',3)])
+def test_load_during_a_fit_what_was_saved_before_the_self_teacher(make, event, it):
+    learn = make(cbs=FRSKDCallback())
+    learn.create_opt()
+    learn.save('start')
+    def rewind(cb): cb.learn.load('start')
+    def at(cb): return cb.learn.epoch==1 and (it is None or cb.learn.training and cb.learn.iter==it)
+    learn.fit(3, 1e-3, cbs=At(event, rewind, at, order=70))
+    assert learn.frskd.trust.steps==(6 if it is None else 8) and clean(learn)
+
+class Odd: pass
+
+def test_load_with_weights_only_false(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    learn.opt.state[first(learn.model.parameters())]['odd'] = Odd()
+    learn.save('odd')
+    before = weights(learn.frskd.trained)
+    learn.fit(1, 1e-3)
+    learn.load('odd', weights_only=False)
+    assert same(weights(learn.frskd.trained), before)
+
+@pytest.mark.parametrize('reset', [
+    lambda l: l.fit(1, 1e-3, reset_opt=True),
+    lambda l: (l.create_opt(), l.fit(1, 1e-3))], ids=['reset_opt','create_opt'])
+def test_frozen_layers_after_a_new_optimizer(make, reset):
+    learn = make(cbs=FRSKDCallback(budget=100.))
+    learn.freeze()
+    reset(learn)
+    assert learn.frskd.trust.pretrained and learn.frskd.width==1. and learn.frskd.trust.share==1.
+
+def test_a_fit_that_trains_nothing_says_nothing(make, capsys):
+    learn = make(cbs=FRSKDCallback())
+    learn.logger = print
+    def cancel(cb): raise CancelFitException
+    learn.fit(1, 1e-3, cbs=At('before_fit', cancel))
+    assert 'FRSKD:' not in capsys.readouterr().out
+    learn.fit(2, 1e-3, cbs=At('after_batch', cancel, lambda cb: cb.learn.training and cb.learn.iter==3))
+    assert 'only 12 training steps planned in total' in capsys.readouterr().out
