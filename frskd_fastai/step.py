@@ -125,14 +125,11 @@ def _stateful(f):
     holders = [o for o in holders if hasattr(o, '__dict__') and not isinstance(o, (Learner,ModuleType,type))]
     return [m for o in holders for m in (o.modules() if isinstance(o, nn.Module) else [o])]
 
-def _copied(v):
-    "Copy tensors, also inside lists and dicts, but not parameters"
-    if isinstance(v, Tensor): return v if isinstance(v, nn.Parameter) else v.clone()
-    if not isinstance(v, (dict,list,set)): return v
-    new = copy(v)
-    if isinstance(v, dict): new.update({k:_copied(o) for k,o in v.items()})
-    if isinstance(v, list): new[:] = map(_copied, v)
-    return new
+def _copied(name, v):
+    "Copy the attribute `v`: a tensor, except for a parameter, or a container, but only buffers inside it"
+    if name=='_buffers': return {k:_copied(k, o) for k,o in v.items()}
+    if isinstance(v, Tensor) and not isinstance(v, nn.Parameter): return v.clone()
+    return copy(v) if isinstance(v, (dict,list,set)) else v
 
 def kept_state(
     loss_func:Callable, # The Learner's
@@ -141,7 +138,7 @@ def kept_state(
     parts = _stateful(loss_func)
     def _call(*args):
         kept = [(o,dict(vars(o))) for o in parts]
-        for o,state in kept: vars(o).update({k:_copied(v) for k,v in state.items()})
+        for o,state in kept: vars(o).update({k:_copied(k, v) for k,v in state.items()})
         try: return loss_func(*args)
         finally:
             for o,state in kept: vars(o).clear(); vars(o).update(state)

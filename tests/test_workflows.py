@@ -146,10 +146,10 @@ def test_selection_after_the_forward_pass_is_refused(make):
     assert clean(learn)
 
 class Memory(nn.Module):
-    "A loss with state that it changes in place: a tensor, a list, a dict and a counter"
+    "A loss that changes its state: a tensor in place, a list, a dict and a number"
     def __init__(self):
         super().__init__()
-        self.mean,self.seen,self.counts,self.n = torch.zeros(10),[],{'steps':torch.zeros(())},0
+        self.mean,self.seen,self.counts,self.n = torch.zeros(10),[],{'steps':0},0
     def method(self, p, y): return self(p, y)
     def forward(self, p, y):
         if torch.is_grad_enabled():
@@ -164,7 +164,7 @@ def test_the_self_teacher_leaves_the_state_of_the_loss_alone(make, as_method):
         loss,learn = Memory(),make(cbs=cb)
         learn.loss_func = loss.method if as_method else loss
         learn.fit(1, 1e-3)
-        states.append((loss.mean.tolist(),loss.seen,loss.counts['steps'].item(),loss.n))
+        states.append((loss.mean.tolist(),loss.seen,loss.counts['steps'],loss.n))
     assert states[0]==states[1] and states[0][3]==6
 
 # -- Errors ---------------------------------------------------------------------------------------
