@@ -95,7 +95,7 @@ class Seen(NamedTuple):
 
     def state(self)->dict:
         "Return plain numbers and strings to store in a checkpoint"
-        task = type(self.task).__name__,sorted(self.task.ignored)
+        task = type(self.task).__name__,sorted(self.task.ignored),getattr(self.task, 'threshold', None)
         return dict(self._asdict(), levels=[tuple(o) for o in self.levels], task=task)
 
     @classmethod
@@ -103,8 +103,9 @@ class Seen(NamedTuple):
         state:dict, # From `state`
     )->'Seen':
         "Rebuild from the `state` in a checkpoint"
-        name,ignored = state['task']
+        name,ignored,*threshold = state['task'] # older checkpoints don't have a threshold
         task = first(o for o in tasks if o.__name__==name)(ignored)
+        if threshold: task.threshold = threshold[0]
         return cls(**{**state, 'levels':L(Level(*o) for o in state['levels']), 'task':task})
 
 # %% ../nbs/build.ipynb #5547a03b

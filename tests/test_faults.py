@@ -8,8 +8,8 @@ from PIL import Image
 from fastai.vision.all import *
 import frskd_fastai.cli.bench as bench, frskd_fastai.cli.train as command
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.cli.command import folder as folder_name
-from frskd_fastai.cli.options import parser
+from frskd_fastai.cli.command import UsageError, first_line, folder as folder_name
+from frskd_fastai.cli.options import TrainOptions, parser
 from frskd_fastai.data.images import DataError, find_images, image_files
 from frskd_fastai.data.masks import find_masks
 from conftest import same, weights
@@ -228,3 +228,78 @@ def test_numbers_at_the_edge(args, code, msg, folder, tmp_path, capsys):
     if got==0:
         learn = load_learner(tmp_path/'r/student.pkl')
         assert all(p.isfinite().all() for p in learn.model.parameters())
+
+# -- Folders that could be taken for something else ----------------------------------------------------------
+@pytest.mark.parametrize('out', ['r','0/r','../data/r','link/r'])
+def test_results_do_not_become_images(out, folder, monkeypatch):
+    "The figures below `--out` would be a class of the next training"
+    monkeypatch.chdir(folder)
+    (folder.parent/'link').symlink_to(folder)
+    if out.startswith('link'): monkeypatch.chdir(folder.parent)
+    with pytest.raises(UsageError, match='is inside the folder of the images'):
+        TrainOptions.from_argv([str(folder), '--out', out])
+
+def test_results_beside_the_images_of_a_split(folder, monkeypatch):
+    "Only `train/` and `valid/` are read here; the default `--out` is in the current folder"
+    monkeypatch.chdir(folder)
+    for part in 'train','valid': shutil.copytree(folder/'0', folder/part/'0')
+    assert TrainOptions.from_argv(['.']).out==Path('frskd-results')
+    with pytest.raises(UsageError, match='is inside'): TrainOptions.from_argv(['.', '--out', 'train/r'])
+    assert TrainOptions.from_argv(['.', '--task', 'segmentation', '--out', 'train/r']).out==Path('train/r')
+    with pytest.raises(UsageError, match='is inside'):
+        TrainOptions.from_argv(['.', '--task', 'segmentation', '--out', 'train/images/r'])
+
+@pytest.mark.parametrize('train,valid', [('Train','VALID'),('training','validation'),('train','Test')])
+def test_names_of_the_folders_of_a_split(folder, tmp_path, train, valid):
+    for part in train,valid: shutil.copytree(folder, tmp_path/'split'/part)
+    a,b = find_images(tmp_path/'split')
+    assert len(a)==len(b)==12 and {c for _,c in a}=={'0','1'} and a[0][0].parts[-3]==train
+
+def test_a_class_called_train(folder):
+    (folder/'0').rename(folder/'train')
+    with pytest.raises(DataError, match='rename the folder if it is a class'): find_images(folder)
+
+def test_folders_of_other_programs_are_no_classes(folder):
+    for name in '__MACOSX','@eaDir': shutil.copytree(folder/'0', folder/name)
+    assert {c for part in find_images(folder) for _,c in part}=={'0','1'}
+
+@pytest.mark.parametrize('pct', [-.1,1.,1.5])
+def test_fraction_of_the_validation_set(folder, pct):
+    with pytest.raises(DataError, match='valid_pct must be at least 0 and below 1'): find_images(folder, valid_pct=pct)
+
+@pytest.fixture
+def scenes(tmp_path):
+    "Write four images with masks of two classes"
+    root = tmp_path/'scenes'
+    for o in 'images','labels': (root/o).mkdir(parents=True)
+    (root/'codes.txt').write_text('paper\nink\n')
+    for i in range(4):
+        picture(i).save(root/'images'/f'{i}.png')
+        Image.fromarray(np.eye(20, dtype=np.uint8)).save(root/'labels'/f'{i}.png')
+    return root
+
+@pytest.mark.parametrize('codes,why', [
+    ('\npaper\nink', 'line 1 of .* is empty'), ('paper\n\nink', 'line 2 of .* is empty'),
+    ('ink\nink', "names 'ink' twice")])
+def test_class_names_of_masks(scenes, codes, why):
+    find_masks(scenes)
+    (scenes/'codes.txt').write_text(codes)
+    with pytest.raises(DataError, match=why): find_masks(scenes)
+
+def test_masks_whose_numbers_a_file_format_changes(scenes):
+    mask = scenes/'labels/0.png'
+    Image.open(mask).save(mask.with_suffix('.jpg'))
+    mask.unlink()
+    with pytest.raises(DataError, match='JPEG file, whose compression changes class numbers'): find_masks(scenes)
+
+def test_masks_split_below_the_images(scenes):
+    "As in ADE20K; a random split would mix both parts"
+    for kind in 'images','labels':
+        for part in 'training','validation': shutil.copytree(scenes/kind, scenes/'new'/kind/part)
+    shutil.copy(scenes/'codes.txt', scenes/'new')
+    with pytest.raises(DataError, match='Split above it: train/images/'): find_masks(scenes/'new')
+
+def test_first_line_of_an_error_in_a_callback():
+    "fastai puts a line of its own before the message of a callback's error"
+    e = ValueError('Exception occured in `FRSKDCallback` when calling event `after_loss`:\n\tFRSKD: no teacher')
+    assert first_line(e)=='FRSKD: no teacher' and first_line(ValueError('one\ntwo'))=='one'

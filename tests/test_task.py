@@ -64,7 +64,7 @@ def test_the_mean_of_log_p_is_the_label_loss():
 def test_soft_labels(task):
     "Soft labels: 0 where both agree, a gradient for the student only, none where ignored or masked by −inf"
     s,t,y = batch(task)
-    s,t,keep = s.requires_grad_(),t.requires_grad_(),task.keep((y,))
+    s,t,keep = s.requires_grad_(),t.requires_grad_(),task.keep((y,), s.shape[1])
     loss = task.soft_labels(s, t, 2., keep)
     g, = torch.autograd.grad(loss, s)
     assert loss>0 and t.grad is None and task.soft_labels(t, t, 2., keep).abs()<1e-6
@@ -81,7 +81,7 @@ def test_soft_labels(task):
 @pytest.mark.parametrize('task', TASKS, ids=names)
 def test_everything_is_float32(task, dtype):
     s,t,y = batch(task, dtype=dtype)
-    assert task.soft_labels(s, t, 2., task.keep((y,))).dtype==task.answers(s, y).log_p.dtype==torch.float32
+    assert task.soft_labels(s, t, 2., task.keep((y,), s.shape[1])).dtype==task.answers(s, y).log_p.dtype==torch.float32
 
 @pytest.mark.parametrize('task', TASKS, ids=names)
 def test_mean_logits(task):

@@ -285,3 +285,100 @@ def test_a_fit_that_trains_nothing_says_nothing(make, capsys):
     assert 'FRSKD:' not in capsys.readouterr().out
     learn.fit(2, 1e-3, cbs=At('after_batch', cancel, lambda cb: cb.learn.training and cb.learn.iter==3))
     assert 'only 12 training steps planned in total' in capsys.readouterr().out
+
+# -- What the refined model and the figures see ---------------------------------------------------
+class Normalized(Callback):
+    "The images that the data loader returns are useless without this"
+    order = -5
+    def before_batch(self): self.learn.xb = (-self.x.as_subclass(Tensor),)
+
+def counted(d): return d['both right']+d['only self-teacher']
+
+def test_own_callbacks_that_change_the_images(make):
+    learn = make(cbs=[Normalized(),FRSKDCallback(schedule='constant')])
+    learn.fit(10, 1e-2)
+    refined = learn.frskd.refined()
+    mine = [cb for cb in refined.cbs if isinstance(cb, Normalized)]
+    assert len(mine)==1 and mine[0].learn is refined and learn.normalized.learn is learn
+    with refined.no_bar(), refined.no_logging():
+        table,expected = learn.frskd.agreement(),refined.validate()[1]
+        assert math.isclose(counted(table).sum()/table.values.sum(), expected, abs_tol=1e-6)
+        right = [int(o) for o in StudentComparison(learn, refined).right.sum(0)]
+    student,teacher = (table['both right']+table['only student']).sum(),counted(table).sum()
+    assert right==[student,teacher] and expected>.2
+
+def test_training_callbacks_are_not_copied(make):
+    class OnlyTraining(Normalized): run_valid = False
+    class Logger(Callback):
+        def after_batch(self): pass
+    learn = make(cbs=[OnlyTraining(),Logger(),FRSKDCallback()])
+    learn.fit(1, 1e-3)
+    names = {cb.name for cb in learn.frskd.refined().cbs}
+    assert not names & {'only_training','logger','frskd','skip_non_finite','loss_log'}
+
+@pytest.mark.parametrize('average', [False,True])
+def test_copies_of_the_refined_model_are_in_eval_mode(make, average):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    model = learn.frskd.refined(average).model
+    new,x = deepcopy(model),learn.dls.valid.one_batch()[0]
+    assert model.traced and not any(m.training for m in new.modules())
+    with torch.no_grad(): assert torch.equal(new(x), model(x))
+    assert same(weights(new), weights(model)) and all(m.training for m in deepcopy(model.train()).modules())
+
+class Two(SmallNet):
+    def forward(self, x, y): return super().forward(x+y)
+
+def test_figures_of_a_model_with_two_inputs(digits, tmp_path):
+    x,y = digits
+    images = [Image.fromarray((o.permute(1,2,0).numpy()*255).astype(np.uint8)) for o in x[:40]]
+    get = [lambda i: images[i], lambda i: images[i], lambda i: int(y[i])]
+    block = DataBlock((ImageBlock,ImageBlock,CategoryBlock), getters=get, n_inp=2,
+                      splitter=IndexSplitter(range(30, 40)))
+    learn = Learner(block.dataloaders(range(40), bs=10, num_workers=0), Two(), path=tmp_path,
+                    loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.frskd.agreement().values.sum()==10
+    fig = learn.frskd.show_attention(2)
+    assert [ax.get_title() for ax in fig.axes[1:3]]==['level 0 · stages.0 · 8×8','level 1 · stages.1 · 8×8']
+    plt.close(fig)
+
+def test_attention_over_images_with_transparency():
+    from frskd_fastai.show.attention import _gray
+    red = Image.new('RGBA', (8,4), (200,0,0,90))
+    assert _gray(red).shape==(4,8) and _gray(red).unique().numel()==1
+    clear = torch.cat([torch.ones(3,4,8), torch.zeros(1,4,8)])
+    assert torch.equal(_gray(TensorImage(clear)), torch.ones(4,8))
+
+def test_agreement_without_images(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    with pytest.raises(ValueError, match='no images to compare'): learn.frskd.agreement(dl=[])
+
+def test_the_threshold_of_a_multi_label_loss(make, tmp_path):
+    learn = make(cbs=FRSKDCallback())
+    learn.metrics = L()
+    learn.loss_func = BCEWithLogitsLossFlat(thresh=.2)
+    def hot(cb): cb.learn.yb = (F.one_hot(cb.learn.yb[0], 10).float().as_subclass(Tensor),)
+    learn.add_cb(At('before_batch', hot))
+    learn.fit(1, 1e-3)
+    table = learn.frskd.agreement()
+    x,y = map(torch.cat, zip(*learn.dls.valid))
+    with torch.no_grad(): right = (learn.model.eval()(x).sigmoid()>.2)==(F.one_hot(y, 10)>0)
+    assert (table['both right']+table['only student']).sum()==right.sum() and learn.frskd.task.threshold==.2
+    learn.save('t')
+    again = make(cbs=FRSKDCallback())
+    again.loss_func = learn.loss_func
+    again.load('t')
+    assert again.frskd.task.threshold==.2
+
+def test_labels_that_are_no_class_are_not_distilled():
+    task,y = Segmentation(),torch.tensor([[[0,2],[-100,255]]])
+    assert task.keep((y,), 3).tolist()==[[[True,True],[False,False]]]
+
+def test_curves_of_many_runs():
+    row = dict(valid_loss=1., train_loss=1., accuracy=.5)
+    d = pd.DataFrame([dict(row, run=f'r{i}') for i in range(9) for _ in range(2)])
+    fig = plot_curves(d)
+    assert [o.get_label() for o in fig.axes[1].lines]==[f'r{i}' for i in range(9)]
+    plt.close(fig)

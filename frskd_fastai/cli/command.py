@@ -66,7 +66,8 @@ def first_line(
     e:Exception,
 )->str:
     "Get the first line of an exception's message, or its type if the message is empty"
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+    lines = (str(e).strip() or type(e).__name__).splitlines()
+    return lines[1].strip() if len(lines)>1 and lines[0].startswith('Exception occured in') else lines[0] # fastai's
 
 def tell(
     command:str, # `frskd-train` or `frskd-bench`

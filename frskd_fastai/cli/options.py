@@ -124,6 +124,9 @@ class TrainOptions:
             if not opts.path.is_dir(): raise UsageError(f"{opts.path} is not a folder")
             if opts.out.absolute()==opts.path.absolute():
                 raise UsageError(f"--out {opts.out} is the folder of the images. Name another folder for the results.")
+            if not opts.resume and _is_read(opts): # the figures of this run would become images of the next
+                raise UsageError(f"--out {opts.out} is inside the folder of the images. Name a folder outside it for "
+                                 "the results.")
         if not opts.resume: RunFolder(opts.out).check(opts.force)
         check_processes(opts.bs)
         return opts
@@ -177,6 +180,15 @@ class TrainOptions:
         return {k:v for k,v in dataclasses.asdict(self).items() if k not in (*self._elsewhere,'lr')}
 
 # %% ../../nbs/cli/options.ipynb #bf786c58
+_split = 'train','training','valid','val','validation','test' # as in `split_folders`
+def _is_read(opts):
+    "Check whether the command would find images below `--out`"
+    parts = {o.name.lower():o for o in opts.path.iterdir() if o.name.lower() in _split}
+    roots = [*parts.values()] if any(o in parts for o in _split[:2]) else [opts.path]
+    if opts.task=='segmentation': roots = [o/kind for o in roots for kind in ('images','labels')]
+    out = opts.out.resolve()
+    return any(o.resolve() in (out, *out.parents) for o in roots)
+
 def _option(name): return '--'+name.replace('_', '-')
 
 def _from_scratch(given):

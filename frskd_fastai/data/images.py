@@ -33,7 +33,7 @@ def image_files(
         here = Path(d)
         if here.is_symlink() and here.resolve() in [o.resolve() for o in here.absolute().parents]:
             raise DataError(f"{here} is a circular symlink to {here.resolve()}. Remove it.")
-        folders[:] = [o for o in folders if not o.startswith('.')]
+        folders[:] = [o for o in folders if not o.startswith('.') and o not in ('__MACOSX','@eaDir')] # no images
         files += [here/o for o in names if _is_image(here/o)]
     odd = first(f for f in files if str(f).encode(errors='ignore')!=os.fsencode(f))
     if odd: raise DataError(f"a file name can't be decoded as text: {ascii(str(odd))}. Rename it.")
@@ -73,14 +73,19 @@ def _problem(file):
     return None if verify_image(file) else '(unreadable)'
 
 # %% ../../nbs/data/images.ipynb #6d58619b
+_train,_valid = ('train','training'),('valid','val','validation','test')
+
 def split_folders(
     path:Path, # Folder with `train/` and `valid/`, `val/` or `test/`, or without
 )->list: # Two folders, or `path` alone
     "Find the folders of training and validation images; `path` itself if it has no `train/`"
-    if not (path/'train').is_dir(): return [path]
-    valid = first(o for o in ('valid','val','test') if (path/o).is_dir())
-    if valid is None: raise DataError(f"{path} has train/, but no valid/, val/ or test/. Add one of them.")
-    return [path/'train',path/valid]
+    found = {o.name.lower():o for o in path.iterdir() if o.is_dir()} # `Train` and `training` are such folders, too
+    train,valid = (first(found[o] for o in names if o in found) for names in (_train,_valid))
+    if train is None: return [path]
+    if valid is None:
+        raise DataError(f"{path} has {train.name}/, but no valid/, val/ or test/. Add one of them, or rename the "
+                        "folder if it is a class.")
+    return [train,valid]
 
 def random_split(
     items:L,
@@ -88,6 +93,7 @@ def random_split(
     valid_pct:float, # Fraction of the items in the second part, which has at least one
 )->list: # Two `L`s, each in the order of `items`
     "Split `items` in two at random"
+    if not 0<=valid_pct<1: raise DataError(f"valid_pct must be at least 0 and below 1, got {valid_pct!r}")
     idxs = np.random.default_rng(seed).permutation(len(items)).tolist()
     n_valid = max(1, int(valid_pct*len(idxs)))
     return [items[sorted(idxs[n_valid:])],items[sorted(idxs[:n_valid])]]

@@ -20,7 +20,12 @@ def find_masks(
     "Find the images and masks in `path`, check and split them; `DataError` if they don't match"
     path = existing_folder(path)
     codes = _read_codes(path/'codes.txt')
-    parts = [masks_below(o) for o in split_folders(path)]
+    roots = split_folders(path)
+    inner = [o for o in (path/'images').iterdir() if o.is_dir()] if (path/'images').is_dir() else []
+    if len(split_folders(path/'images') if inner else [])==2:
+        raise DataError(f"{path/'images'} is split into training and validation. Split above it: train/images/, "
+                        "train/labels/, valid/images/, valid/labels/.")
+    parts = [masks_below(o) for o in roots]
     if len(parts)==1:
         if len(parts[0])<2: raise DataError(f"only one image in {path/'images'}. Add at least one more.")
         parts = random_split(parts[0], seed, valid_pct)
@@ -51,10 +56,15 @@ def _read_codes(file):
     if not file.is_file():
         raise DataError(f"{file.parent} has no codes.txt. List the class names in it, one per line; the first is for "
                         "pixels of value 0.")
-    try: codes = [o.strip() for o in file.read_text(encoding='utf-8-sig').splitlines() if o.strip()]
+    try: codes = [o.strip() for o in file.read_text(encoding='utf-8-sig').rstrip().splitlines()]
     except UnicodeDecodeError: raise DataError(f"{file} is not UTF-8 text. Save it as UTF-8.") from None
     names = f"{len(codes)} class{'' if codes else 'es'}"
     if len(codes)<2: raise DataError(f"{file} names {names}. List two or more, one per line.")
+    if '' in codes:
+        raise DataError(f"line {codes.index('')+1} of {file} is empty, but class numbers are line numbers. Name the "
+                        "class.")
+    twice = first(o for i,o in enumerate(codes) if o in codes[:i])
+    if twice: raise DataError(f"{file} names {twice!r} twice. Give each class a name of its own.")
     return codes
 
 def _by_name(folder):
@@ -76,13 +86,15 @@ def _check_mask(image, mask, codes):
         with Image.open(image) as im:
             im.load()
             size,deep = im.size,im.mode[0] in 'IF'
-        with Image.open(mask) as m: values,mode = np.asarray(m),m.mode
+        with Image.open(mask) as m: values,mode,format = np.asarray(m),m.mode,m.format
     except (OSError,Image.DecompressionBombError) as e:
         raise DataError(f"can't read the image {image} or its mask {mask}: {e}") from None
     if deep: raise DataError(f"{image} has more than 8 bits per channel, which fastai would clip to white. Convert it.")
     if mode not in ('L','P'):
         raise DataError(f"{mask} is not a mask, but an image of mode {mode}. Masks are gray or palette images "
                         "(mode L or P) of class numbers.")
+    if format=='JPEG':
+        raise DataError(f"{mask} is a JPEG file, whose compression changes class numbers. Save the masks as PNG.")
     h,w = values.shape
     if size!=(w,h):
         raise DataError(f"{mask} is {w}×{h} pixels, but its image is {size[0]}×{size[1]}. Make them the same size.")

@@ -95,7 +95,7 @@ class FRSKD(nn.Module):
         refined = [o.detach() for o in refined]
         # Reading a tensor's value would wait for the GPU
         if isinstance(factor, Tensor) or factor>0 or self.trains_features:
-            keep = self.task.keep(targets)
+            keep = self.task.keep(targets, logits.shape[1])
             losses.update(self.distil(logits, soft, read, refined, pool_ratios(maps, small), keep))
         return FRSKDOutput(losses, soft, refined)
 

@@ -11,6 +11,7 @@ __all__ = []
 from fastai.vision.all import *
 from ..callback import *
 from .drawing import *
+from .loaders import *
 
 # %% ../../nbs/show/agreement.ipynb #f0cf9cd8
 _outcomes = ['both right','only student','only self-teacher','both wrong']
@@ -21,18 +22,21 @@ def agreement(self:FRSKDCallback,
 )->pd.DataFrame: # One row per class; columns 'both right', 'only student', 'only self-teacher', 'both wrong'
     "Count the answers per class that both networks, one of them or neither get right"
     self.check_trained('agreement to compute')
-    dls,counts = self.learn.dls,0
-    for b in ifnone(dl, dls.valid):
-        xb,yb = b[:dls.n_inp],b[dls.n_inp:]
+    found,dl = [],ifnone(dl, self.learn.dls.valid)
+    def _count(pred, yb):
         if len(yb)!=1:
             raise ValueError(f"FRSKD: agreement needs one tensor of targets, got {len(yb)}. Pass a `dl` that has one.")
-        _,student,_,teacher = self.run_both(*xb)
+        _,student,_,teacher = self.run_both(*self.learn.xb)
         y,n = to_device(yb[0], student.device),student.shape[1]
         s,t = (self.task.answers(o, y) for o in (student,teacher))
         outcome = 2*~s.right + ~t.right # index into `_outcomes`
-        counted = torch.bincount((4*s.cls+outcome)[s.keep], minlength=4*n)
-        counts = counts + counted.view(n, 4).cpu()
-    return pd.DataFrame(counts, columns=_outcomes, index=class_names(dls, len(counts)))
+        found.append(torch.bincount((4*s.cls+outcome)[s.keep], minlength=4*n).view(n, 4).cpu())
+    validate_on(self.learn, dl, _count)
+    if not found: raise ValueError("FRSKD: there are no images to compare both networks on. Pass a `dl` that has some.")
+    counts = sum(found)
+    return pd.DataFrame(counts, columns=_outcomes, index=class_names(self.learn.dls, len(counts)))
+
+def _short(name): return name if len(name)<=40 else f'{name[:39]}…'
 
 @patch
 def plot_agreement(self:FRSKDCallback,
@@ -53,7 +57,7 @@ def plot_agreement(self:FRSKDCallback,
     for k,c,h in zip(_outcomes, ('#DDDDDD',okabe_ito[0],okabe_ito[4],'#777777'), ('','','//','')):
         ax.barh(y, rows[k], left=left, color=c, hatch=h, label=k, edgecolor='w', lw=.5)
         left += rows[k]
-    ax.set(yticks=y, yticklabels=rows.index, xlabel='% of the answers', xlim=(0,100))
+    ax.set(yticks=y, yticklabels=[_short(o) for o in rows.index], xlabel='% of the answers', xlim=(0,100))
     ax.invert_yaxis()
     fig.legend(loc='outside upper center', ncols=4, fontsize=8)
     return ax

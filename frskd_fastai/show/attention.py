@@ -13,23 +13,23 @@ from ..callback import *
 from ..method.losses import *
 from ..student.names import *
 from .drawing import *
+from .loaders import *
 
 # %% ../../nbs/show/attention.ipynb #ea0502f0
 def attention_maps(
     learn:Learner, # Learner with an `FRSKDCallback` that has trained
-    x:Tensor, # Inputs B×C×H×W, as the model gets them
+    *xb:Tensor, # Inputs, as the model gets them
 )->tuple: # Two lists, the student's maps and the self-teacher's: a tensor B×H_i×W_i for each level
     "Compute φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode"
-    maps,_,refined,_ = learn.frskd.run_both(x.as_subclass(Tensor))
+    maps,_,refined,_ = learn.frskd.run_both(*(o.as_subclass(Tensor) for o in xb))
     return [[attention_map(o).view(len(o), *o.shape[-2:]).cpu() for o in os] for os in (maps,refined)]
 
 # %% ../../nbs/show/attention.ipynb #47372775
 def _gray(image):
     "Return a decoded image in gray, H×W"
-    x = tensor(np.asarray(image)) if isinstance(image, Image.Image) else image.as_subclass(Tensor).cpu()
-    x = x.float()
-    if x.shape[0] in (1,3): return x.mean(0)
-    return x.mean(-1) if x.ndim==3 else x
+    if isinstance(image, Image.Image): return tensor(np.asarray(image.convert('L'))).float()
+    x = image.as_subclass(Tensor).cpu().float()
+    return x[:3].mean(0) if x.ndim==3 else x # a fourth channel is transparency
 
 def _limit(maps): return max(1., torch.cat([o.abs().flatten() for o in maps]).quantile(.99).item())
 
@@ -52,7 +52,9 @@ def show_attention(self:FRSKDCallback,
     positions or fewer are left out. 1 means uniform attention."""
     self.check_trained('attention to show')
     b,images = validation_samples(self.learn, n)
-    both = [[o*o[0].numel()**.5 for o in maps] for maps in attention_maps(self.learn, b[0])]
+    seen = []
+    validate_on(self.learn, [b], lambda pred,yb: seen.append(attention_maps(self.learn, *self.learn.xb)))
+    both = [[o*o[0].numel()**.5 for o in maps] for maps in seen[0]]
     shown = [i for i,o in enumerate(both[0]) if o[0].numel()>4] or [0]
     student,teacher = ([maps[i] for i in shown] for maps in both)
     difference = [t-s for s,t in zip(student, teacher)]

@@ -17,32 +17,12 @@ from ..refined import *
 from .drawing import *
 from .loaders import *
 
-# %% ../../nbs/show/comparison.ipynb #05419f63
-class _Silent(Recorder):
-    "Record nothing and compute no metrics: these would wait for other processes"
-    name = 'recorder'
-    before_validate = after_batch = after_validate = after_epoch = noop
-
-class _Collect(Callback):
-    "Call `collect` with the predictions and targets of each batch"
-    name = 'gather_preds' # loggers and trackers skip passes with a callback of this name
-    order = 200 # after callbacks that change predictions
-    def __init__(self, collect): self.collect = collect
-    def after_pred(self): self.collect(self.pred, self.yb)
-
-def _validate(learn, dl, collect):
-    "Call `collect` for each batch of `dl`, with `learn`'s callbacks; leaves `learn` unchanged"
-    hidden = [o for o in learn.cbs if isinstance(o, (Recorder,ProgressCallback))]
-    cbs = [_Silent(),_Collect(collect)]
-    with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs):
-        learn._do_epoch_validate(dl=dl)
-
 # %% ../../nbs/show/comparison.ipynb #f7e6d0ba
 class _Judged:
     "Score a Learner on each image of a `Source`"
     def __init__(self, learn, source):
         self.learn,self.source,self.rows,self.labels = learn,source,[],[]
-        _validate(learn, source.ordered(), self._judge)
+        validate_on(learn, source.ordered(), self._judge)
         if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one with images.")
         # per image: fraction right, mean probability of the right answer, number of answers that count
         self.right,self.prob,self.n = torch.cat(self.rows).unbind(1)
@@ -68,7 +48,7 @@ class _Judged:
                              "Use one that has `__getitem__`.")
         every = self.source.idxs
         b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
-        _validate(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
+        validate_on(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
         if hasattr(dl, 'decode_batch'): images = dl.decode_batch(b, max_n=len(idxs))
         else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
         return images,*seen
@@ -78,7 +58,7 @@ def _default_names(learners):
     def _name(learn):
         model = get_model(learn.model)
         if isinstance(model, RefinedStudent): return 'average' if model.average else 'refined'
-        return 'FRSKD' if hasattr(learn, 'frskd') else 'plain'
+        return 'FRSKD' if 'frskd' in vars(learn) else 'plain'
     names = *map(_name, learners),
     return names if len(set(names))==2 else ('first','second')
 
@@ -174,7 +154,7 @@ class StudentComparison:
         fig,axs = plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout='constrained')
         for ax in axs.flat: ax.axis('off')
         for ax,(image,label,*_),i,*both in zip(axs.flat, images, idxs, logits, others):
-            show_image(image, ctx=ax)
+            show_image(image, ctx=ax, cmap='gray')
             lines = [label_text(label)]
             for who,p,right,z in zip(self.names, self.probs[i], self.right[i], both):
                 wrong = f' → {label_text(task.predicted(z, names))}' if right<1 else ''
@@ -187,7 +167,7 @@ class StudentComparison:
         h,w = batches[0][1].shape[-2:]
         figsize = size*3.6, size*1.2*len(idxs)*h/w+.4
         fig,axs = plt.subplots(len(idxs), 3, figsize=figsize, squeeze=False, layout='constrained')
-        for ax,(image,*_) in zip(axs[:,0], batches[0][0]): show_image(image, ctx=ax)
+        for ax,(image,*_) in zip(axs[:,0], batches[0][0]): show_image(image, ctx=ax, cmap='gray')
         for j,(judged,(_,logits,y)) in enumerate(zip(self.judged, batches)):
             a = judged.answers(logits, y)
             right,keep = (o.view(len(idxs), *logits.shape[-2:]) for o in (a.right,a.keep))

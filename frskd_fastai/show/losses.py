@@ -49,7 +49,7 @@ def plot_curves(
     # fastai's `train_loss` is a running mean over epochs, and with FRSKD it has all terms: not comparable with this one
     train = 'student_loss' if 'student_loss' in history.dropna(axis=1, how='all') else 'train_loss'
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
-    for (run,d),c in zip(history.groupby('run', sort=False), okabe_ito):
+    for (run,d),c in zip(history.groupby('run', sort=False), itertools.cycle(okabe_ito)):
         d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]
         left.plot(d.valid_loss, color=c, marker='.', label=f'{run}, validation')
         if train in known: left.plot(d[train], color=c, ls='--', lw=1, label=f'{run}, training')

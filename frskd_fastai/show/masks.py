@@ -13,6 +13,7 @@ from ..student.features import *
 from ..student.probe import *
 from ..task.task import *
 from .drawing import *
+from .loaders import *
 
 # %% ../../nbs/show/masks.ipynb #cbeacb29
 def show_masks(
@@ -26,18 +27,20 @@ def show_masks(
     The images are evenly spaced over the validation set; ignored pixels are white."""
     task = Segmentation(ignored_labels(learn.loss_func) if ignored is None else L(ignored))
     b,images = validation_samples(learn, n)
-    with probing(learn.model): logits = learn.model(to_device(b[0], one_param(learn.model).device)).cpu()
+    seen = []
+    validate_on(learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
+    logits,y = seen
     if logits.ndim!=4:
         raise ValueError(f"FRSKD: show_masks needs a segmentation model, with logits B×C×H×W. This model's have "
                          f"shape {tuple(logits.shape)}; use `learn.show_results()`.")
     grid = lambda o: o.view(len(logits), *logits.shape[-2:])
-    right,mask,_,keep,_ = map(grid, task.answers(logits, b[1].cpu()))
+    right,mask,_,keep,_ = map(grid, task.answers(logits, y))
     said,n_classes = grid(logits.argmax(1).as_subclass(Tensor)),logits.shape[1]
     figsize = 4*size+1.5, size*len(images)*mask.shape[1]/mask.shape[2]+.4
     fig,axs = plt.subplots(len(images), 4, figsize=figsize, squeeze=False, layout='constrained')
     style = dict(cmap='tab20', vmin=0, vmax=max(19, n_classes-1), interpolation='nearest')
     for i,(row,(image,*_)) in enumerate(zip(axs, images)):
-        show_image(image, ctx=row[0])
+        show_image(image, ctx=row[0], cmap='gray')
         for ax,labels in zip(row[1:3], (mask,said)):
             im = ax.imshow(np.ma.masked_where(~keep[i], labels[i]), **style)
             ax.axis('off')

@@ -79,6 +79,7 @@ class Task:
 
     def keep(self,
         targets:tuple, # A batch of targets
+        n:int, # Number of classes
     )->Tensor|None: # bool, for `soft_labels`
         "Tell which pixels the soft-label loss counts; `None` for all"
 
@@ -146,6 +147,7 @@ class SingleLabel(Task):
 # %% ../../nbs/task/task.ipynb #9e77bda0
 class MultiLabel(Task):
     "Classify images with any number of classes per image, each by a sigmoid"
+    threshold = .5 # Probability above which a class is predicted
     def answers(self, logits, y):
         if y.numel()!=logits.numel(): return super().answers(logits, y) # targets of your own loss function
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
@@ -153,7 +155,7 @@ class MultiLabel(Task):
         yes,keep = y>.5,y>=0 # NaN: neither of them
         cls = torch.arange(c, device=logits.device).expand_as(y)
         log_p = F.logsigmoid(torch.where(yes, logits, -logits))
-        return Answers((logits>0)==yes, cls, log_p, keep, keep if c==1 else keep & yes)
+        return Answers((logits.sigmoid()>self.threshold)==yes, cls, log_p, keep, keep if c==1 else keep & yes)
 
     def soft_labels(self, student, teacher, temperature, keep=None):
         return binary_soft_label_loss(student, teacher, temperature)
@@ -162,7 +164,7 @@ class MultiLabel(Task):
         both = torch.stack([a, b])
         return F.logsigmoid(both).logsumexp(0) - F.logsigmoid(-both).logsumexp(0)
 
-    def predicted(self, logits, names): return [names[j] for j in (logits>0).nonzero().flatten()]
+    def predicted(self, logits, names): return [n for n,p in zip(names, logits.sigmoid()) if p>self.threshold]
 
 # %% ../../nbs/task/task.ipynb #1f0355ac
 class Segmentation(Task):
@@ -180,7 +182,9 @@ class Segmentation(Task):
         y = y.as_subclass(Tensor)
         return y[:,0] if y.ndim==4 and y.shape[1]==1 else y
 
-    def keep(self, targets): return self.counts(self.labels(targets[0])) if len(targets)==1 else None
+    def keep(self, targets, n):
+        y = self.labels(targets[0]) # a loss function may skip labels that are no class, such as −100, by itself
+        return self.counts(y) & (y>=0) & (y<n) if len(targets)==1 else None
 
     def soft_labels(self, student, teacher, temperature, keep=None):
         return pixel_soft_label_loss(student, teacher, temperature, keep)
@@ -206,9 +210,8 @@ def ignored_labels(
         seen.add(id(o))
         i = o.keywords.get('ignore_index') if isinstance(o, partial) else getattr(o, 'ignore_index', None)
         if isinstance(i, Integral): found.add(int(i))
-        parts = [*getattr(o, '__dict__', {}).values()]
+        parts = [*getattr(o, '__dict__', {}).values(), *([o.func] if isinstance(o, partial) else [])]
         if isinstance(o, nn.Module): parts += o.children()
-        if isinstance(o, partial): parts.append(o.func)
         flat = [p for q in parts for p in (q if isinstance(q, (list,tuple)) else [q])]
         todo += [p for p in flat if callable(p) and not isinstance(p, (type,Tensor))]
     return found
@@ -230,10 +233,9 @@ def is_multi_label(
         if probability>0: return probability.item()==.5
     name = loss_name(loss_func).lower()
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
-    if name.startswith('cross') or len(yb)!=1: return False
+    if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor): return False
     y = yb[0]
-    if not isinstance(y, Tensor) or not y.is_floating_point(): return False
-    return isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any().item()
+    return y.is_floating_point() and (isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any().item())
 
 def task_of(
     pred:Tensor, # Logits, B×C or B×C×H×W
@@ -241,6 +243,8 @@ def task_of(
     loss_func:Callable, # The Learner's
 )->Task:
     "Find the task from the model's logits, the targets and the loss function"
-    if pred.ndim==Segmentation.ndim: task = Segmentation
-    else: task = MultiLabel if is_multi_label(loss_func, yb) else SingleLabel
-    return task(ignored_labels(loss_func))
+    dense = pred.ndim==Segmentation.ndim
+    task = Segmentation if dense else MultiLabel if is_multi_label(loss_func, yb) else SingleLabel
+    task = task(ignored_labels(loss_func))
+    if task.per=='image': task.threshold = getattr(loss_func, 'thresh', .5) # of fastai's losses for several labels
+    return task
