@@ -70,7 +70,7 @@ def test_soft_labels(task):
     assert loss>0 and t.grad is None and task.soft_labels(t, t, 2., keep).abs()<1e-6
     assert (keep is not None)==(task.per=='pixel')
     if keep is not None:
-        assert torch.equal(keep, y!=IGNORED) and not keep.all()
+        assert torch.equal(keep, (y!=IGNORED) & (y>=0)) and not keep.all()
         assert not g.movedim(1, 3)[~keep].any() and g.movedim(1, 3)[keep].abs().sum(1).all()
     out = torch.zeros_like(s)
     out[:,-1] = -math.inf

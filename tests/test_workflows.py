@@ -1,5 +1,5 @@
 "Workflows that fastai allows and few use; each once failed, or gave a wrong result or message"
-import pickle
+import pickle, warnings
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.all import *
@@ -20,16 +20,19 @@ def clean(learn):
 
 # -- Models --------------------------------------------------------------------------------------
 class Scaled(SmallNet):
-    "The attribute has the name of fastai's gradient scaler"
+    "The attributes have names that fastai's gradient scaler and this package's callbacks use"
     def __init__(self):
         super().__init__()
-        self.scaler = nn.Parameter(torch.tensor(2.))
+        self.scaler,self.hooks,self.total,self.options = nn.Parameter(torch.tensor(2.)),[],0,{}
     def forward(self, x): return super().forward(x)*self.scaler
 
 def test_model_with_an_attribute_like_the_learners(make, tmp_path):
     learn = make(model=Scaled(), splitter=trainable_params, cbs=[FRSKDCallback(), Resumable(tmp_path/'run')])
-    learn.fit(1, 1e-3)
-    assert len(learn.frskd.steps)==6 and learn.model.scaler!=2
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', category=FutureWarning)
+        learn.fit(1, 1e-3)
+    assert len(learn.frskd.steps)==6 and learn.model.scaler!=2 and learn.model.hooks==[]
 
 class Cached(SmallNet):
     "A buffer that the forward pass fills, and resizes with the images"

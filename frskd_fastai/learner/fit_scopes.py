@@ -75,6 +75,8 @@ class TrainingOnly(Callback):
         if event in ('before_fit','before_epoch','after_fit') and in_tta(): return
         return super().__call__(event)
 
+    # fastai would warn if the model has an attribute of the same name, which does no harm here
+    __setattr__ = object.__setattr__
     def __reduce__(self):
         if self.learn is None: return copyreg.__newobj__, (type(self),), self.pickled()
         return Callback, (), {'learn':self.learn}

@@ -27,7 +27,7 @@ def attention_maps(
 # %% ../../nbs/show/attention.ipynb #47372775
 def _gray(image):
     "Return a decoded image in gray, H×W"
-    if isinstance(image, Image.Image): return tensor(np.asarray(image.convert('L'))).float()
+    if isinstance(image, Image.Image): return tensor(np.array(image.convert('L'))).float()
     x = image.as_subclass(Tensor).cpu().float()
     return x[:3].mean(0) if x.ndim==3 else x # a fourth channel is transparency
 
