@@ -361,6 +361,21 @@ def own_wrapper():
     return {**end(learn, together), 'levels':list(learn.frskd.level_names)}
 
 @scenario
+def compresses():
+    "Train with a communication hook; return the fraction of both networks' gradients that bfloat16 can represent"
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs
+    exact = []
+    class Look(Callback):
+        order,run_valid = 99,False
+        def after_backward(self):
+            for net in self.learn.model,self.frskd.trained:
+                g = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+                exact.append((g==g.bfloat16().float()).float().mean().item())
+    learn,hook = learner(),DistributedDataParallelKwargs(comm_hook=DDPCommunicationHookType.BF16)
+    with ctx(learn, kwargs_handlers=[hook]): learn.fit(1, 1e-2, cbs=Look())
+    return dict(exact=exact)
+
+@scenario
 def one_fails(how, seconds=8):
     "Fit while rank 1 raises an exception and ends, or hangs"
     from accelerate.utils import InitProcessGroupKwargs

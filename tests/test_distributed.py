@@ -82,6 +82,9 @@ def test_two_processes_step_as_one(kw, pair):
                 torch.testing.assert_close(mean, v.as_subclass(Tensor), rtol=1e-4, atol=1e-5)
     if one['trust'] is not None: torch.testing.assert_close(both[0]['trust'], one['trust'])
 
+def test_communication_hooks_apply_to_both_networks(pair):
+    for o in pair.run('compresses'): assert len(o['exact'])>=4 and set(o['exact'])=={1.}
+
 def test_a_unet_on_two_processes(pair):
     "A U-Net's networks stay equal on both ranks, and its metrics cover all images"
     both = pair.run('segments')

@@ -3,6 +3,10 @@ import pickle, warnings
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.all import *
+from frskd_fastai.learner.loss_log import LossLog
+from frskd_fastai.learner.nonfinite import SkipNonFinite
+from frskd_fastai.learner.resume import CheckpointError
+from frskd_fastai.learner.side_module import SideModuleCallback
 from conftest import SmallNet, n_hooks, same, split, weights
 
 class At(Callback):
@@ -385,3 +389,96 @@ def test_curves_of_many_runs():
     fig = plot_curves(d)
     assert [o.get_label() for o in fig.axes[1].lines]==[f'r{i}' for i in range(9)]
     plt.close(fig)
+
+# -- Callbacks that work without FRSKD ------------------------------------------------------------
+class Stop(Callback):
+    "Ctrl-C at the start of an epoch"
+    order = -50
+    def __init__(self, epoch): self.at = epoch
+    def before_train(self):
+        if self.epoch==self.at: raise KeyboardInterrupt
+
+class Sum(Callback):
+    "A callback with a state"
+    def __init__(self, by): self.by,self.total = by,0.
+    def after_epoch(self): self.total += self.by
+    def state_dict(self): return dict(total=self.total)
+    def load_state_dict(self, state): self.total = state['total']
+
+def test_resumable_with_several_callbacks_of_a_class(make, tmp_path):
+    "Each continues with its own state"
+    ends = []
+    for stops in [None],[2,None]:
+        for stop in stops:
+            sums = [Sum(1.),Sum(10.)]
+            trackers = [SaveModelCallback('valid_loss', fname='a'),SaveModelCallback('accuracy', fname='b')]
+            learn = make(cbs=[Resumable(tmp_path/f'r{len(stops)}'), *sums, *trackers, FRSKDCallback(), LossLog(
+                ['x'], lambda: dict(x=learn.loss.detach()))])
+            cbs = [] if stop is None else [Stop(stop)]
+            with (pytest.raises(KeyboardInterrupt) if cbs else warnings.catch_warnings()): learn.fit(3, 1e-2, cbs=cbs)
+        logs = [len(cb.steps) for cb in learn.cbs if isinstance(cb, LossLog)]
+        ends.append(([cb.total for cb in sums], [float(cb.best) for cb in trackers], logs, len(learn.frskd.steps)))
+    assert ends[0]==ends[1]==([3.,30.], ends[0][1], [18,18], 18)
+
+def per_class(pred, y): return np.array([(pred.argmax(1)==y)[y==c].float().mean() for c in (0,1)])
+
+def test_resumable_with_a_metric_of_several_numbers(make, tmp_path):
+    metrics = [AccumMetric(per_class, flatten=False)]
+    for stop in 1,None:
+        learn = make(cbs=Resumable(tmp_path/'run'), metrics=metrics)
+        if stop is None: learn.fit(2, 1e-2)
+        else:
+            with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=Stop(stop))
+    assert len(learn.recorder.values)==2 and len(learn.recorder.values[0][2])==2
+
+@pytest.mark.parametrize('odd', [Path('x'),slice(3),np.array])
+def test_resumable_says_at_once_what_it_cannot_store(make, tmp_path, odd):
+    learn = make(cbs=Resumable(tmp_path/'run', about=dict(odd=odd)))
+    before = weights(learn.model)
+    with pytest.raises(CheckpointError, match="a checkpoint can't hold a .*Use numbers"): learn.fit(1, 1e-2)
+    assert same(weights(learn.model), before) and not list((tmp_path/'run').glob('*.pth'))
+
+def test_a_summary_is_no_fit_of_a_resumable(make, tmp_path):
+    for stop in 1,None:
+        learn = make(cbs=[Resumable(tmp_path/'run'),FRSKDCallback()])
+        learn.summary()
+        if stop is None: learn.fit(2, 1e-2)
+        else:
+            with pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-2, cbs=Stop(stop))
+    learn.summary()
+    learn.fit(1, 1e-2)
+    assert learn.frskd.trust.steps==18 and learn.resumable.fit_no==2
+
+class Side(SideModuleCallback):
+    def attach(self):
+        self.trained = nn.Linear(2, 2)
+        super().attach()
+
+def test_two_side_modules_need_two_keys(make):
+    learn = make(cbs=Side())
+    with pytest.raises(ValueError, match="already has a side module with the key 'side_module'"): learn.add_cb(Side())
+    class Other(Side): key = 'other'
+    learn.add_cb(Other())
+    learn.fit(1, 1e-3)
+    learn.save('both')
+    before = [weights(cb.trained) for cb in learn.cbs if isinstance(cb, Side)]
+    for cb in learn.cbs:
+        if isinstance(cb, Side): nn.init.zeros_(cb.trained.weight)
+    learn.load('both')
+    assert all(map(same, before, [weights(cb.trained) for cb in learn.cbs if isinstance(cb, Side)]))
+
+def test_skipped_step_with_sparse_gradients(tmp_path):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed,self.head = nn.Embedding(20, 4, sparse=True),nn.Linear(4, 2)
+        def forward(self, x): return self.head(self.embed(x).mean(1))
+    data = [(torch.randint(20, (5,)),i%2) for i in range(32)]
+    dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
+    learn = Learner(dls, Words(), CrossEntropyLossFlat(), opt_func=SGD, cbs=SkipNonFinite(), path=tmp_path)
+    def spoil(cb): cb.learn.loss_grad,cb.learn.loss = cb.learn.loss_grad*math.nan,cb.learn.loss*math.nan
+    bad = At('after_loss', spoil, lambda cb: cb.learn.training and cb.learn.iter==1, order=-20)
+    with learn.no_bar(), learn.no_logging(), pytest.warns(UserWarning, match='skipped 1 step'):
+        learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
+        learn.fit(1, 1e-2, cbs=bad)
+    assert all(p.isfinite().all() for p in learn.model.parameters())

@@ -128,7 +128,8 @@ class SkipNonFinite(TrainingOnly):
         if self.bad.is_cpu and not self.bad: return # on the CPU, reading the flag costs nothing
         for net in self.nets.values():
             for p in net.parameters():
-                if p.grad is not None: p.grad.masked_fill_(self.bad, 0)
+                if p.grad is None: continue
+                (p.grad._values() if p.grad.is_sparse else p.grad).masked_fill_(self.bad, 0)
 
     def after_train(self):
         if not self.watching: return

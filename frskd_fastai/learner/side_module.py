@@ -32,6 +32,9 @@ class SideModuleCallback(FitScopes):
         self.trained=self.prepared = None # The module; the same, wrapped for distributed training, in a fit
 
     def attach(self):
+        if any(isinstance(o, SideModuleCallback) and o.key==self.key for o in self.learn.cbs):
+            raise ValueError(f"FRSKD: this Learner already has a side module with the key {self.key!r}, under which "
+                             "checkpoints keep it. Give your class a key of its own: `key = 'my_module'`.")
         for name in 'create_opt','save','load':
             self.attach_ctx.enter_context(PatchedMethod(self.learn, name, getattr(self, f'_{name}')))
         for cb in self.siblings:

@@ -58,7 +58,14 @@ def of_all_processes(
 # Ask the class: a callback also has all attributes of its Learner, and so those of the model
 def _has_state(cb): return hasattr(type(cb), 'state_dict')
 
-def _number(o): return o.item() if isinstance(o, (Tensor,np.generic)) else o
+def _named(cbs):
+    "Pair each callback with its name; those after the first of a name get a number"
+    seen = defaultdict(int)
+    for cb in cbs:
+        yield f'{cb.name} {seen[cb.name]}' if seen[cb.name] else cb.name, cb
+        seen[cb.name] += 1
+
+def _number(o): return o.tolist() if isinstance(o, (Tensor,np.generic,np.ndarray)) else o # numbers, if it has several
 
 # `weights_only=True` can't load fastai's own tensor types
 def _plain(o): return to_detach(o, gather=False).as_subclass(Tensor)
@@ -79,9 +86,9 @@ def callback_states(
 )->dict:
     "Return the state that the callbacks need in the next epoch"
     s = dict(train_iter=learn.train_iter, recorder=_recorder_state(learn.recorder))
-    s['own'] = {cb.name:cb.state_dict() for cb in learn.cbs if _has_state(cb)}
-    trackers = [cb for cb in learn.cbs if isinstance(cb, TrackerCallback)]
-    s['trackers'] = {cb.name:[_number(getattr(cb, o, None)) for o in ('best','wait')] for cb in trackers}
+    s['own'] = {k:cb.state_dict() for k,cb in _named(learn.cbs) if _has_state(cb)}
+    trackers = [(k,cb) for k,cb in _named(learn.cbs) if isinstance(cb, TrackerCallback)]
+    s['trackers'] = {k:[_number(getattr(cb, o, None)) for o in ('best','wait')] for k,cb in trackers}
     if own_attr(learn, 'scaler') is not None: s['scaler'] = learn.scaler.state_dict()
     acc = first(o for o in learn.cbs if isinstance(o, GradientAccumulation))
     if acc and acc.count: s['accumulated'] = acc.count,[p.grad for p,*_ in learn.opt.all_params()]
@@ -94,10 +101,10 @@ def restore_callbacks(
     "Restore the states of the callbacks"
     learn.train_iter = s['train_iter']
     _restore_recorder(learn.recorder, s['recorder'])
-    for cb in learn.cbs:
-        if _has_state(cb) and cb.name in s['own']: cb.load_state_dict(s['own'][cb.name])
-        if isinstance(cb, TrackerCallback) and cb.name in s['trackers']:
-            cb.best,wait = s['trackers'][cb.name]
+    for k,cb in _named(learn.cbs):
+        if _has_state(cb) and k in s['own']: cb.load_state_dict(s['own'][k])
+        if isinstance(cb, TrackerCallback) and k in s['trackers']:
+            cb.best,wait = s['trackers'][k]
             if wait is not None: cb.wait = wait
         if isinstance(cb, GradientAccumulation) and 'accumulated' in s:
             cb.count,grads = s['accumulated']
