@@ -27,10 +27,9 @@ the cheaper self-teachers of `cheap.py`, and other schedules: `constant`, which 
 `length 1000`, the default of 2026-11-26, which scales down short fine-tuning too and is trust in segmentation, and
 `trust` and `ramp`, which are the default in classification and in `camvid`.
 `plain longer` trains for so many more epochs, one at least, that it takes as long as `plain frskd` according to
-`--times`. Arms with
-the same seed share the initial student and the order of the data. Runs use one CPU thread, or the GPU if there is one;
-a difference is between runs on the same device. The times are those of one CPU thread, and of the GPU in `resnet18`;
-in `camvid`, they are those of steps that distill.
+`--times`. Arms with the same seed share the initial student and the order of the data. Runs use one CPU thread, or the
+GPU if there is one; a difference is between runs on the same device. The times are those of one CPU thread, and of the
+GPU in `resnet18`; in `camvid`, they are those of steps that distill.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.

@@ -162,8 +162,9 @@ class FRSKDCallback(StudentReader):
         self.learn.loss_grad = weighted_sum(losses, self.trained.weights(factor))
         self.learn.loss = self.learn.loss_grad.clone()
         self.losses,self.used_factor = {k:v.detach() for k,v in losses.items()},factor
-        answers = self.learn,self.task,self.step_out.logits,self.distributed
-        self.trust.update(mean_log_p(*answers) if self.trust.needs_answers else None)
+        log_p = None
+        if self.trust.needs_answers: log_p = mean_log_p(self.learn, self.task, self.step_out.logits, self.distributed)
+        self.trust.update(log_p)
 
     def _step(self, pre, factor):
         return self.prepared(self.step_maps, self.pred, self.yb, kept_state(self.loss_func), factor, pre)

@@ -11,6 +11,7 @@ __all__ = ['RefinedStudent', 'traced_student', 'input_callbacks']
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from fastai.basics import *
 from .callback import *
+from .learner.fit_scopes import deepcopied
 from .method.frskd import *
 from .student.features import *
 from .student.probe import *
@@ -37,8 +38,7 @@ class RefinedStudent(nn.Module):
         self.student,self.teacher = graph if self.traced else student,teacher
 
     def __deepcopy__(self, memo):
-        new = memo[id(self)] = self.__class__.__new__(self.__class__)
-        new.__dict__.update({k:deepcopy(v, memo) for k,v in self.__dict__.items()})
+        new = deepcopied(self, memo)
         for name,m in self.named_modules(): new.get_submodule(name).training = m.training # a traced student loses it
         return new
 

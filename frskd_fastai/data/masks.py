@@ -21,8 +21,7 @@ def find_masks(
     path = existing_folder(path)
     codes = _read_codes(path/'codes.txt')
     roots = split_folders(path)
-    inner = [o for o in (path/'images').iterdir() if o.is_dir()] if (path/'images').is_dir() else []
-    if len(split_folders(path/'images') if inner else [])==2:
+    if (path/'images').is_dir() and len(split_folders(path/'images'))==2:
         raise DataError(f"{path/'images'} is split into training and validation. Split above it: train/images/, "
                         "train/labels/, valid/images/, valid/labels/.")
     parts = [masks_below(o) for o in roots]

@@ -46,10 +46,10 @@ class PatchedMethod:
     def __deepcopy__(self, memo): return deepcopied(self, memo)
 
 def deepcopied(
-    o, # An object whose `__reduce__` is only for pickling
+    o, # An object with a `__reduce__` that is only for pickling, or a `__deepcopy__`
     memo:dict, # As for `deepcopy`
 ):
-    "Return the deep copy of `o` that `deepcopy` would make without its `__reduce__`"
+    "Return the deep copy of `o` that `deepcopy` would make without these"
     new = memo[id(o)] = object.__new__(type(o))
     new.__dict__.update({k:deepcopy(v, memo) for k,v in o.__dict__.items()})
     return new

@@ -117,12 +117,10 @@ class SideModuleCallback(FitScopes):
 
     def _save(self, save, *args, **kwargs): return save_with(save, self.learn, self.key, self.entry(), *args, **kwargs)
 
-    def _saved(self, file, weights_only=True, **kwargs):
-        return saved_with(self.learn, self.key, file, weights_only)
-
     def _load(self, load, file, *args, with_opt=True, **kwargs):
         distrib_barrier() # rank 0 may still be writing it
-        before,entry = self.trained,self._saved(file, **kwargs) if with_opt else None
+        before,entry = self.trained,None
+        if with_opt: entry = saved_with(self.learn, self.key, file, kwargs.get('weights_only', True))
         if entry is not None:
             if self.learn.opt is None: self.learn.create_opt()
             self.set_module(self.module_for(entry, file))

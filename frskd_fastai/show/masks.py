@@ -9,8 +9,6 @@ __all__ = ['show_masks']
 
 # %% ../../nbs/show/masks.ipynb #3a5c0001
 from fastai.vision.all import *
-from ..student.features import *
-from ..student.probe import *
 from ..task.task import *
 from .drawing import *
 from .loaders import *

@@ -246,5 +246,5 @@ def task_of(
     dense = pred.ndim==Segmentation.ndim
     task = Segmentation if dense else MultiLabel if is_multi_label(loss_func, yb) else SingleLabel
     task = task(ignored_labels(loss_func))
-    if task.per=='image': task.threshold = getattr(loss_func, 'thresh', .5) # of fastai's losses for several labels
+    if isinstance(task, MultiLabel): task.threshold = getattr(loss_func, 'thresh', .5) # of fastai's losses
     return task
