@@ -187,7 +187,7 @@ class FRSKDCallback(StudentReader):
         super().restore(entry)
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
-        elif entry is not None: self.trust = make_schedule(self.schedule) # saved before there was one
+        elif entry is not None: self.trust = make_schedule(self.schedule) # saved before the self-teacher was built
         (self.plan if self.in_fit else self.update_schedule)()
 
 

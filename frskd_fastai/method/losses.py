@@ -12,8 +12,16 @@ __all__ = ['NamedLoss', 'feature_losses', 'soft_label_loss', 'binary_soft_label_
 from fastai.basics import *
 
 # %% ../../nbs/method/losses.ipynb #3a1c5f64
+def _check_same(student, teacher, what):
+    "Raise `ValueError` if the shapes differ: they would be broadcast"
+    if student==teacher: return
+    shapes = [tuple(o) for o in (student,teacher)]
+    raise ValueError(f"FRSKD: the student's {what} have shape {shapes[0]}, the self-teacher's {shapes[1]}. "
+                     "They must be the same.")
+
 def _softened(student, teacher, temperature):
     "Divide both logits by K, in float32; mask the classes where the student's logit is −inf"
+    _check_same(student.shape, teacher.shape, 'logits')
     masked = student.detach().isinf()
     return [o.float().masked_fill(masked, -1e9)/temperature for o in (student,teacher.detach())]
 
@@ -85,6 +93,7 @@ def attention_loss(
     "Compute Σ_i mean ( φ(F_i) − φ(T_i) )² over batch and positions (paper section 3.2, L_F)"
     loss = 0.
     for f,t,ratio in zip(student, teacher, ratios or [1.]*len(student), strict=True):
+        _check_same(*((len(o),*o.shape[2:]) for o in (f,t)), 'attention maps')
         squares = (attention_map(f)-attention_map(t.detach())).pow(2)
         loss = loss + squares.mean()*ratio # undo what pooling does: φ has norm 1 at any resolution
     return loss
