@@ -46,7 +46,8 @@ class FRSKDOptions:
 
     def __post_init__(self):
         for name in 'alpha','beta': check_number(name, getattr(self, name), zero=True, optional=True)
-        for name in 'temperature','budget': check_number(name, getattr(self, name), optional=True)
+        check_number('temperature', self.temperature, optional=True)
+        check_number('budget', self.budget)
         check_number('finest', self.finest, zero=True, whole=True, optional=True)
         SelfTeacher.check_size(ifnone(self.width, 1.), self.depth)
         if self.schedule is not None: make_schedule(self.schedule)
@@ -154,6 +155,9 @@ def build_frskd(
                          f"Use {n-1} or less.")
     finest = min(o.finest, n-1) # the default may be larger
     levels = _pooled_levels(seen.levels, finest)
+    if o.beta and o.feature_loss=='attention' and all(lv.size==(1,1) for lv in levels):
+        warn("FRSKD: every feature map that is compared has a single position, so the feature loss is always 0. Use "
+             "larger images, or `finest=0`.")
     with preserve_rng(), torch.autocast(torch.device(device).type, enabled=False): # inside a training step
         width = _width(o, task, levels, seen)
         make = o.teacher or task.self_teacher(width, o.depth)

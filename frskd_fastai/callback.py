@@ -50,6 +50,7 @@ class FRSKDCallback(StudentReader):
     FRSKD is Feature Refinement via Self-Knowledge Distillation ([paper](https://arxiv.org/abs/2103.08273)).
     You validate and export the plain student."""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]
+    advice = 'compare with `learn.frskd.refined().validate()`' # After a short training run
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (_option() for _ in range(10))
     compile,columns = _option(),_option()
     def __init__(self,
@@ -170,7 +171,8 @@ class FRSKDCallback(StudentReader):
         return self.prepared(self.step_maps, self.pred, self.yb, kept_state(self.loss_func), factor, pre)
 
     def after_fit(self):
-        say_if_short(self.learn, self.trust)
+        if self.looked and all(o.isfinite() for o in self.losses.values()): # it trained, and hasn't diverged
+            say_if_short(self.learn, self.trust, self.advice)
         super().after_fit()
 
     def _suspects(self):
@@ -212,7 +214,7 @@ def update_schedule(self:FRSKDCallback):
 def check_trained(self:FRSKDCallback,
     what:str, # What needs the self-teacher, for the message
 ):
-    "Raise `ValueError` if the self-teacher hasn't trained yet"
+    "Raise `ValueError` if the self-teacher hasn't trained yet; warn if the student was loaded without it"
     if self.learn is None:
         raise ValueError(f"FRSKD: this callback isn't attached to a Learner, so there is no {what}. Pass it to the "
                          "Learner, not to a single fit: `vision_learner(..., cbs=FRSKDCallback())`.")
@@ -222,6 +224,9 @@ def check_trained(self:FRSKDCallback,
     if self.teacher is None or not self.trust.steps:
         raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "
                          "e.g. `learn.fit_one_cycle(5)`, or load a checkpoint saved with the optimizer.")
+    if self.student_alone:
+        warn("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
+             "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
 
 @patch
 def run_both(self:FRSKDCallback,

@@ -127,7 +127,8 @@ class StudentReader(StudentHooks):
 
     def _around_epoch(self, epoch):
         try: super()._around_epoch(epoch)
-        except (IndexError,RuntimeError,TypeError,ValueError) as e:
+        except CancelFitException: raise
+        except Exception as e:
             if self.has_pred and not self.passed: self.refused()
             in_loss_func = self.since=='after_pred'
             if in_loss_func and self.has_pred: check_task(self.learn.pred, self.targets, self.label_loss, e)

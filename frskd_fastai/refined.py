@@ -102,9 +102,6 @@ def refined(self:FRSKDCallback,
     "Make a Learner of copies of the student and the self-teacher in one model"
     self.check_trained('refined model')
     learn = self.learn
-    if self.student_alone:
-        warn("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
-             "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
     student,teacher = deepcopy(uncompiled(self.student)).eval(),deepcopy(self.build().teacher).eval()
     levels,b = self.found_levels,sample_batch(learn)
     if b: _check_n_out(student, b[0], self.trained.seen.n_out)

@@ -53,17 +53,18 @@ def plan_schedule(
     schedule.will_train(n, is_frozen(learn))
 
 def say_if_short(
-    learn:Learner, # In `after_fit`
+    learn:Learner, # In `after_fit`, after some training
     schedule:Schedule,
+    advice:str, # What to do, as the end of a sentence
 ):
     "Print a line if the training was too short for FRSKD to affect the student much"
-    trained = not learn.lock.locked() and not own_attr(learn, 'lr_finder') and own_attr(learn, 'train_iter')
-    if not trained or learn.logger is noop or rank_distrib() or schedule.share>=.25: return
+    quiet = own_attr(learn, 'lr_finder') or learn.logger is noop or rank_distrib()
+    if quiet or schedule.share>=.25: return
     how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
     if not schedule.share: how = f"nothing was distilled after unfreezing ({schedule.too_few} steps are too few)"
     steps = plural(schedule.last, 'training step') + (' planned' if schedule.steps<schedule.last else '')
-    print(f"FRSKD: only {steps} in total, so {how}. The self-teacher may be better than the student: compare with "
-          "`learn.frskd.refined().validate()`.")
+    print(f"FRSKD: only {steps} in total, so {how}. The self-teacher may be better than the student: "
+          f"{advice}.")
 
 @contextmanager
 def single_position(

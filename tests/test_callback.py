@@ -198,7 +198,7 @@ def test_errors_of_a_first_step_leave_the_learner_as_it_was(make):
 
 BAD = [dict(alpha=-1), dict(alpha=float('nan')), dict(beta='x'), dict(temperature=0), dict(width=float('inf')),
        dict(depth=0), dict(levels=1), dict(levels='layer1'), dict(schedule='slow'), dict(width=True),
-       dict(finest=True), dict(alpha=True), dict(levels=True), dict(compile='yes'), dict(columns=3)]
+       dict(finest=True), dict(alpha=True), dict(levels=True), dict(compile='yes'), dict(columns=3), dict(budget=None)]
 @pytest.mark.parametrize('kw', BAD, ids=str)
 def test_bad_options(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): FRSKDCallback(**kw)

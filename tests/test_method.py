@@ -1,7 +1,7 @@
 """The paper's method end to end: against a plain PyTorch loop, and by hand under MixUp and CutMix
 
 Also with other label losses, self-teachers and feature losses."""
-import json
+import json, warnings
 import pytest, torch
 from fastai.vision.all import *
 import reference as R, test_golden as G
@@ -505,6 +505,32 @@ def test_a_schedule_out_of_range_is_told(make, value):
     learn = make(cbs=FRSKDCallback(schedule=lambda p: value))
     with pytest.raises(ValueError, match='from 0 to 1'): learn.fit(1)
     assert n_hooks(learn.model)==0
+
+class Unreachable(OSError): pass
+def _unreachable(*args): raise Unreachable('no network')
+FAILING = [(dict(schedule=lambda: 1), ValueError, 'schedule=.*fails at 0.*fraction of the fit'),
+           (dict(schedule=_unreachable), ValueError, 'Unreachable: no network'),
+           (dict(teacher=_unreachable), Unreachable, 'no network'),
+           (dict(feature_loss=_unreachable), ValueError, 'Unreachable: no network')]
+@pytest.mark.parametrize('kw,error,msg', FAILING, ids=str)
+def test_a_part_that_fails_in_the_first_step_leaves_the_student_unchanged(make, kw, error, msg):
+    "Including BatchNorm's statistics, which the student's forward pass has updated"
+    learn = make(cbs=FRSKDCallback(**kw))
+    before = weights(learn.model)
+    with pytest.raises(error, match=msg): learn.fit(1)
+    assert same(weights(learn.model), before) and n_hooks(learn.model)==0
+
+@pytest.mark.parametrize('kw,told', [({},True), (dict(finest=0),False), (dict(beta=0),False),
+                                     (dict(feature_loss='hint'),False)], ids=str)
+def test_maps_of_a_single_position_are_told(digits, make, kw, told):
+    learn = make(cbs=FRSKDCallback(levels=2, **kw))
+    data = [*zip(F.interpolate(digits[0][:32], size=8), digits[1])]
+    learn.dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        learn.fit(1)
+    assert told==any('feature loss is always 0' in str(o.message) for o in said)
+    assert not told or learn.frskd.losses['feature']==0
 
 # -- Together with the rest of fastai -----------------------------------------------------------------------
 def test_sla_composes(make, tmp_path):

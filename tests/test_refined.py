@@ -136,7 +136,8 @@ def test_a_student_without_its_self_teacher_is_told(make, tmp_path, schedule):
         learn.frskd.refined()
     learn.save('both')
     learn.fit(2, 1e-3, cbs=SaveModelCallback(monitor='accuracy'))
-    with pytest.warns(UserWarning, match='without its self-teacher'): learn.frskd.refined()
+    for use in learn.frskd.refined,learn.frskd.agreement,learn.frskd.plot_agreement:
+        with pytest.warns(UserWarning, match='without its self-teacher'): use()
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='FRSKD')
         learn.load('both'); learn.frskd.refined()

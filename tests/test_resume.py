@@ -175,6 +175,32 @@ def test_where_none_can_be_used_the_fit_is_refused(how, msg, done, make):
     assert {f:f.read_bytes() for f in folder.iterdir()}==before
     if how!='plain': assert same(weights(learn.model), weights_before)
 
+@pytest.mark.parametrize('epochs', [1,2])
+def test_a_later_fit_in_the_checkpoint(epochs, make, tmp_path, capsys):
+    "A fit before the checkpoint's is done if its length is the same, and takes its weights; otherwise it is refused"
+    learner(make).fine_tune(2, 1e-2, cbs=Resumable(tmp_path/'run')) # fits of 1 and 2 epochs
+    before = {f.name:f.read_bytes() for f in (tmp_path/'run').iterdir()}
+    for learn in learner(make),make():
+        capsys.readouterr()
+        start = weights(learn.model)
+        if epochs==2:
+            with pytest.raises(CheckpointError, match='epochs is 1 in the checkpoint, 2 here'):
+                learn.fit_one_cycle(2, 1e-2, cbs=Resumable(tmp_path/'run'))
+            assert same(weights(learn.model), start)
+        else:
+            learn.fit_one_cycle(1, 1e-2, cbs=Resumable(tmp_path/'run'))
+            assert '1 of 1 epochs are done, the weights are those of fit 2' in capsys.readouterr().out
+            assert same(weights(learn.model), read_sound(learn, before['1-0002.pth'])['model'])
+            assert not len(learn.recorder.values)
+    assert {f.name:f.read_bytes() for f in (tmp_path/'run').iterdir()}==before
+
+def test_a_complete_run_says_nothing_about_its_length(make, tmp_path, capsys):
+    for again in False,True:
+        learn = learner(make)
+        learn.logger = print
+        learn.fine_tune(2, 1e-2, cbs=Resumable(tmp_path/'run'))
+        assert learn.frskd.trust.steps==18 and ('FRSKD: only 18' in capsys.readouterr().out)!=again
+
 def test_other_options_after_one_epoch_do_not_begin_anew(make, tmp_path):
     "With other options the training is refused after one epoch too, although its first state has no self-teacher"
     folder = tmp_path/'parts'
@@ -387,7 +413,7 @@ def test_resuming_elsewhere_and_with_other_options(stopped, folder, tmp_path, ca
     bad('exclude each other: drop one', '--force')
     bad('drop --out', '--out', str(tmp_path/'x'))
     moved = folder.rename(tmp_path/'moved')
-    bad('no such folder')
+    bad(f'frskd-train FOLDER --resume {out}')
     for other in '0','1':
         f = next((moved/other).iterdir())
         data = f.read_bytes()

@@ -95,7 +95,9 @@ class ImageJob:
 
     def make_callback(self):
         given = {k:getattr(self.opts, k) for k in method_options}
-        return self.frskd(columns=True, **{k:v for k,v in given.items() if v is not None})
+        cb = self.frskd(columns=True, **{k:v for k,v in given.items() if v is not None})
+        cb.advice = "see 'frskd, refined' in the results; --keep-refined saves it"
+        return cb
 
     def frskd(self, **kwargs): return FRSKDCallback(**kwargs)
 

@@ -92,6 +92,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
         super().__init__(0)
         self.path,self.about,self.fit_no = Path(path),about or {},0
         self.at_start = {} # non-finite weights when the run began, see `count_not_finite`
+        self.lengths = [] # of the fits so far, this one included: epochs, batches and processes
         self._paused,self._state = [],None
 
     @property
@@ -108,10 +109,6 @@ class Resumable(TrainingOnly, SkipToEpoch):
     @property
     def _weights(self): return get_model(self.learn.model).state_dict()
 
-    @property
-    def _length(self):
-        return dict(epochs=self.n_epoch, batches=len(self.dls.train), processes=max(1, num_distrib()))
-
     # -- In a fit ----------------------------------------------------------------------------
     def before_fit(self):
         if self._idle: return
@@ -119,18 +116,17 @@ class Resumable(TrainingOnly, SkipToEpoch):
             raise CheckpointError("FRSKD: `Resumable` does not support `to_non_native_fp16`. Use `to_fp16`.")
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"FRSKD: {self.path} is a file; name a folder for the checkpoints")
+        n,processes = len(self.dls.train),max(1, num_distrib())
+        self.lengths[self.fit_no:] = [dict(epochs=self.n_epoch, batches=n, processes=processes)]
         self._state,self._skip_to = self._newest(),0
         if self._state is None: self.at_start = count_not_finite(self._weights)
         fit = -1 if self._state is None else self._state['fit']
-        if   fit==self.fit_no: self._skip_to = self._state['epoch']
-        elif fit>self.fit_no:  self._skip_to = self.n_epoch # the checkpoint is of a later fit: this one is done
-        else:
+        if fit<self.fit_no:
             self._state = None
-            self._save(0)
+            return self._save(0)
+        self._skip_to = self.n_epoch if fit>self.fit_no else self._state['epoch'] # before a later fit, this one is done
         if not self._skip_to: return self._restore()
-        if fit==self.fit_no and not rank_distrib():
-            print(f'Resuming from {self.path}: {self._skip_to} of {self.n_epoch} epochs are done')
-        self._pause()
+        self._pause(f', the weights are those of fit {fit+1}' if fit>self.fit_no else '')
 
     def before_epoch(self):
         if not self._idle: super().before_epoch()
@@ -149,8 +145,10 @@ class Resumable(TrainingOnly, SkipToEpoch):
         lost = not_finite(self._weights, self.at_start)
         return not lost and not any(vars(cb).get('trained_nothing') for cb in self.learn.cbs)
 
-    def _pause(self):
-        "Switch the other callbacks off for the epochs that are done"
+    def _pause(self, note):
+        "Switch the other callbacks off for the epochs that are done, and say so"
+        if not rank_distrib():
+            print(f'Resuming from {self.path}: {self._skip_to} of {self.n_epoch} epochs are done{note}')
         self._paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
         for cb in self._paused: cb.run = False
         bar = vars(self.learn.progress).get('mbar') if own_attr(self.learn, 'progress') else None
@@ -168,7 +166,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
     def _save(self, epoch):
         "Save the state after `epoch` epochs of this fit"
         draws = of_all_processes(random_states(self.dls))
-        state = dict(fit=self.fit_no, epoch=epoch, length=self._length, about=self.about,
+        state = dict(fit=self.fit_no, epoch=epoch, lengths=list(self.lengths), about=self.about,
                      at_start=self.at_start, callbacks=callback_states(self.learn), random=draws)
         buffer = io.BytesIO() # in memory first: on a full disk, torch's writer can crash the process
         save_with(self.learn.save, self.learn, 'resume', state, buffer)
@@ -210,6 +208,8 @@ class Resumable(TrainingOnly, SkipToEpoch):
         if other: raise OtherTraining(f"{what} is from another training run: {other}")
         self.at_start = at_start # from the start of the run, whatever the program has loaded since
         if state['fit']==self.fit_no: self._load(data, what)
+        if state['fit']>self.fit_no: # only the student: callbacks and optimizer may be those of the later fit
+            get_model(self.learn.model).load_state_dict(saved['model'])
         return state
 
     def _load(self, data, what):
@@ -227,12 +227,12 @@ class Resumable(TrainingOnly, SkipToEpoch):
 
     def _differs(self, weights, state):
         "Describe how a checkpoint differs from this run; empty if it doesn't"
-        length = [(state['length'],self._length)] if state['fit']==self.fit_no else []
-        pairs = [(state['about'],self.about), *length, (_shapes(weights),_shapes(self._weights))]
+        lengths = zip(state['lengths'], self.lengths)
+        pairs = [(state['about'],self.about), *lengths, (_shapes(weights),_shapes(self._weights))]
         differs = first(filter(None, (first_difference(*o) for o in pairs)))
         if differs: return differs
-        if min(state['fit'], state['epoch'])<0 or not state['callbacks']: raise ValueError(state['fit'])
-        if len(state['random'])!=state['length']['processes']: raise ValueError(state['length'])
+        odd = len(state['lengths'])!=state['fit']+1 or len(state['random'])!=state['lengths'][-1]['processes']
+        if odd or state['epoch']<0 or not state['callbacks']: raise ValueError(state['fit'])
 
 # %% ../../nbs/learner/resume.ipynb #775c7233
 def data_id(

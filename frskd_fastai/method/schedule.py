@@ -67,7 +67,10 @@ class Ramp(Schedule):
         self.f = f
 
     def factor(self, pct=0.):
-        factor = self.f(pct)
+        try: factor = self.f(pct)
+        except Exception as e:
+            raise ValueError(f"FRSKD: schedule={self.f!r} fails at {pct} ({type(e).__name__}: {e}). It must take the "
+                             "fraction of the fit that is done, and return a number from 0 to 1.") from e
         single = isinstance(factor, Real) or isinstance(factor, Tensor) and factor.numel()==1
         if single and 0<=factor<=1: return float(factor)
         raise ValueError(f"FRSKD: schedule must return a number from 0 to 1, got {factor!r}")
