@@ -190,7 +190,7 @@ class FRSKDCallback(StudentReader):
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before the self-teacher was built
-        (self.plan if self.in_fit else self.update_schedule)()
+        (self.update_schedule if self.hooks is None else self.plan)() # `enter_train` will plan
 
 
 # %% ../nbs/callback.ipynb #call0002

@@ -232,6 +232,20 @@ def test_weights_of_the_losses(short, make):
     stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the loss')
 
 TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
+def test_buffers_loaded_between_epochs_are_kept(make, tmp_path):
+    "A step that is skipped restores BatchNorm's statistics, but not those from before another model was loaded"
+    make().save('good')
+    class Reload(Callback):
+        order = 100
+        def after_epoch(self):
+            if self.epoch==0: self.learn.load('good', with_opt=False)
+        def before_batch(self):
+            if self.training and self.epoch==1: self.learn.xb = (self.x*math.nan,)
+    learn = make(cbs=SkipNonFinite())
+    good = weights(learn.model)
+    with pytest.warns(UserWarning, match='skipped'): learn.fit(2, 0., wd=0, cbs=Reload())
+    assert same(weights(learn.model), good)
+
 @pytest.mark.parametrize('option,msg', TOLD)
 def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     "The command prints one line, exits with 1, writes no results, and keeps the last good checkpoint"

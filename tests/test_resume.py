@@ -1,6 +1,7 @@
 "Interrupted fits resume: killed processes, signals, damaged and foreign checkpoints, full disks"
 import errno, json, math, os, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from contextlib import nullcontext
 from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
@@ -477,3 +478,108 @@ def test_the_command_on_a_full_disk(folder, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert err.count('\n')==1 and 'No space left on device' in err and f'frskd-train --resume {out}' in err
     assert command.main(['--resume', str(out)])==0 and '3 of 3 epochs are done' in capsys.readouterr().out
+
+# -- What a power user found ------------------------------------------------------------------------------
+class When(Callback):
+    "Call `f` with this callback at an event of the fit `fit`"
+    def __init__(self, event, f, fit=0, order=0): self.event,self.f,self.fit,self.order,self.fits = event,f,fit,order,0
+    def __call__(self, event):
+        if event==self.event and self.fits==self.fit: self.f(self)
+        if event=='after_fit': self.fits += 1
+
+def ends_as_undisturbed(program, stop, tmp_path):
+    "Compare `program(cbs)`, which returns its Learner, with the same one interrupted by `stop` and run again"
+    whole = program([Resumable(tmp_path/'whole')])
+    with pytest.raises(KeyboardInterrupt): program([Resumable(tmp_path/'parts'),stop])
+    again = program([Resumable(tmp_path/'parts')])
+    a,b = ({**everything(o), 'final':tensor(list(o.final_record)), 'last':tensor(o.frskd.trust.last),
+            'skipped':tensor(o.frskd.skipped)} for o in (whole,again))
+    assert same(*({k:v.nan_to_num() for k,v in o.items()} for o in (a,b)))
+    assert getattr(whole.recorder, 'hps', None)==getattr(again.recorder, 'hps', None)
+
+@pytest.mark.parametrize('stop', [(0,1),(1,0),(1,1)])
+@pytest.mark.parametrize('more', [list,lambda: [GradientAccumulation(40)]], ids=['plain','accumulation'])
+def test_gradients_and_steps_across_fits(stop, more, make, tmp_path):
+    "Gradients left over from the fit before; parameters that were frozen after they had a gradient; steps of one fit"
+    def program(cbs):
+        learn = learner(make)
+        cbs = [*cbs,*more()]
+        learn.fit_one_cycle(2, 3e-2, cbs=cbs)
+        learn.freeze()
+        learn.fit_one_cycle(2, 1e-2, cbs=cbs)
+        return learn
+    ends_as_undisturbed(program, Stop(stop[1], stop[0]), tmp_path)
+
+@pytest.mark.filterwarnings('ignore:FRSKD. skipped')
+def test_skipped_steps_are_counted_over_the_whole_fit(make, tmp_path):
+    def spoiled(cb):
+        if cb.training and cb.iter==2 and cb.epoch<2: cb.learn.xb = (cb.x*math.nan,)
+    def program(cbs):
+        learn = learner(make)
+        learn.fit(3, 1e-2, cbs=[*cbs,When('before_batch', spoiled)])
+        assert learn.frskd.skipped==2
+        return learn
+    ends_as_undisturbed(program, Stop(1), tmp_path)
+
+class Average(Callback):
+    "A callback with a `state_dict` of the model's names that nothing loads"
+    def before_fit(self): self.avg = {k:v.clone() for k,v in self.model.state_dict().items()}
+    def state_dict(self): return self.avg
+
+def test_a_state_that_cannot_be_loaded_is_told(make, tmp_path):
+    "fastai would look up `load_state_dict` in the model"
+    def program(d, *cbs):
+        learn = make()
+        learn.fit(2, 1e-2, cbs=[Resumable(tmp_path/d),*cbs])
+        return weights(learn.model)
+    whole = program('whole')
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match='average has only state_dict'):
+        program('parts', Average(), Stop(1))
+    with pytest.warns(UserWarning, match='needs both'): assert same(program('parts', Average()), whole)
+
+def test_a_skipped_fit_overwrites_no_saved_model(make, tmp_path):
+    def program(*cbs):
+        learn,keep = make(),Resumable(tmp_path/'run')
+        learn.fit(1, 1e-2, cbs=[keep,SaveModelCallback(fname='stage1', at_end=True)])
+        assert all(cb.run for cb in learn.cbs)
+        learn.fit(2, 1e-2, cbs=[keep,*cbs])
+    with pytest.raises(KeyboardInterrupt): program(Stop(1))
+    before = (tmp_path/'models/stage1.pth').read_bytes()
+    program()
+    assert (tmp_path/'models/stage1.pth').read_bytes()==before
+
+def test_a_fit_that_is_cancelled_before_it_begins(make, tmp_path):
+    def cancel(cb): raise CancelFitException
+    def program(*cbs):
+        learn,keep = make(),Resumable(tmp_path/'run')
+        learn.fit(1, 1e-2, cbs=[keep,When('before_fit', cancel)])
+        learn.fit(2, 1e-2, cbs=[keep,*cbs])
+        return weights(learn.model)
+    with pytest.raises(KeyboardInterrupt): program(Stop(1))
+    shutil.copytree(tmp_path/'run', tmp_path/'cut')
+    parts = program()
+    shutil.rmtree(tmp_path/'run')
+    assert same(parts, program())
+
+def test_another_head_between_two_fits(make, tmp_path, capsys):
+    def program(*cbs):
+        learn,keep = make(),Resumable(tmp_path/'run')
+        learn.fit(1, 1e-2, cbs=keep)
+        set_seed(1)
+        learn.model.head[2],learn.opt = nn.Linear(32, 12),None
+        learn.fit(2, 1e-2, cbs=[keep,*cbs])
+        return weights(learn.model)
+    with pytest.raises(KeyboardInterrupt): program(Stop(1))
+    parts = program()
+    shutil.rmtree(tmp_path/'run')
+    assert same(parts, program())
+
+def test_without_a_recorder(make, tmp_path):
+    ends = []
+    for stop in [],[Stop(1)],[]:
+        learn = make()
+        learn.remove_cb(Recorder)
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            learn.fit(2, 1e-2, cbs=[Resumable(tmp_path/('parts' if ends else 'whole')),*stop])
+        ends.append(weights(learn.model))
+    assert same(ends[0], ends[2]) and not same(ends[0], ends[1])

@@ -293,6 +293,19 @@ def test_a_fit_that_trains_nothing_says_nothing(make, capsys):
     learn.fit(2, 1e-3, cbs=At('after_batch', cancel, lambda cb: cb.learn.training and cb.learn.iter==3))
     assert 'only 12 training steps planned in total' in capsys.readouterr().out
 
+@pytest.mark.parametrize('error', [CancelEpochException,RuntimeError,KeyboardInterrupt])
+def test_an_error_in_before_fit_leaves_no_columns(make, tmp_path, error):
+    "Another callback's error as the fit begins; fastai sends no event after it"
+    learn = make(cbs=FRSKDCallback(columns=True))
+    def stop(cb): raise error
+    with pytest.raises(error): learn.fit(1, 1e-3, cbs=At('before_fit', stop, order=100))
+    assert len(learn.validate())==2 and clean(learn)
+    with pytest.raises(error): learn.fit(1, 1e-3, cbs=At('before_fit', stop, order=100))
+    assert len(learn.get_preds()[0])==64 and clean(learn)
+    def validate(cb): cb.learn.validate()
+    learn.fit(2, 1e-3, cbs=At('after_train', validate, order=100)) # a validation during a fit closes nothing
+    assert len(learn.frskd.steps)==12 and len(learn.recorder.metric_names)==5+5 and clean(learn)
+
 # -- What the refined model and the figures see ---------------------------------------------------
 class Normalized(Callback):
     "The images that the data loader returns are useless without this"

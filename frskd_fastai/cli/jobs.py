@@ -19,7 +19,6 @@ from ..data.embedded import *
 from ..data.images import *
 from ..data.masks import *
 from ..data.recipes import *
-from ..learner.resume import data_id
 from ..models import cifar
 from ..task.metrics import MeanIoU, PixelAccuracy
 from ..models.bifpn import efficientnet_bifpn

@@ -6,9 +6,10 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/data/images.html.md"""
 
 # %% auto #0
 __all__ = ['DataError', 'existing_folder', 'image_files', 'images_below', 'split_folders', 'random_split', 'check_split',
-           'find_images', 'image_dls', 'pair_block']
+           'find_images', 'image_dls', 'pair_block', 'data_id']
 
 # %% ../../nbs/data/images.ipynb #18481171
+import hashlib
 from fastai.vision.all import *
 
 # %% ../../nbs/data/images.ipynb #2e4bb277
@@ -163,3 +164,17 @@ def pair_block(
     "Make a `DataBlock` for items that are already split"
     splitter = IndexSplitter(range(len(train), len(train)+len(valid)))
     return DataBlock((ImageBlock,target), get_x=ItemGetter(0), get_y=get_y, splitter=splitter, **tfms)
+
+# %% ../../nbs/data/images.ipynb #imgd0002
+def data_id(
+    *parts:list, # Lists of items, for training and validation: pairs (file, label) or (file, file)
+)->str:
+    """Compute a digest of the names, sizes and labels of files, without reading them
+
+    It doesn't depend on where their folder is"""
+    files = [o for part in parts for item in part for o in item if isinstance(o, Path)]
+    root = os.path.commonpath([f.parent for f in files])
+    def _say(o): return f'{os.path.relpath(o, root)} {o.stat().st_size}' if isinstance(o, Path) else str(o)
+    def _lines(part): return '\n'.join('\t'.join(map(_say, item)) for item in part)
+    text = '\n\n'.join(map(_lines, parts))
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]

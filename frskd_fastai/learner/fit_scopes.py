@@ -121,8 +121,9 @@ class FitScopes(TrainingOnly):
             raise
 
     def before_fit(self):
-        if self.learn.lock.locked(): return # validation or prediction, possibly during a fit
+        if self.learn.lock.locked() and sent_by(Learner.fit, Learner._do_fit): return # validation during a fit
         self.close() # leftovers of an interrupted fit
+        if self.learn.lock.locked(): return # validation or prediction
         if self.learn.opt is None: return
         self.in_fit = True
         self.fit_ctx.enter_context(PatchedMethod(self.learn, '_call_one', self._around_event))

@@ -62,8 +62,8 @@ class LossLog(FitScopes):
         Up to its last complete epoch; with several processes, those of this process"""
         return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=self.names)
 
-    def state_dict(self): return dict(recorded=list(self.recorded)) # for `Resumable`
-    def load_state_dict(self, state): self.recorded,self.began = list(state['recorded']),True
+    def state_dict(self): return dict(recorded=list(self.recorded), began=self.began) # for `Resumable`
+    def load_state_dict(self, state): self.recorded,self.began = list(state['recorded']),state['began']
 
 def _scalar(v, device):
     "Return `v` as a float32 scalar on `device`; `full` makes one there without a copy"

@@ -71,12 +71,15 @@ class SkipNonFinite(TrainingOnly):
 
     def before_train(self):
         self.steps = 0 # of this epoch
-        if self.watching or own_attr(self.learn, 'lr_finder'): return
+        if own_attr(self.learn, 'lr_finder'): return
+        if not self.watching: self._begin()
+        self.keep() # between epochs, callbacks may have loaded other weights
+
+    def _begin(self):
         self.before = count_not_finite(self.params) # masks of -inf, unused layers
-        device = one_param(self.model).device
-        self.total,self.row = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2)) # skipped; in a row
+        counts = self.skipped,0 # in this fit, which may have been resumed; in a row
+        self.total,self.row = torch.tensor(counts, device=one_param(self.model).device)
         self.in_a_row,self.bad,self.smooth,self.watching = 0,None,None,True
-        self.keep()
 
     @property
     def nets(self):
@@ -136,6 +139,9 @@ class SkipNonFinite(TrainingOnly):
         self._smooth_loss()
         self._look(end=True)
         self.trained_nothing = self.in_a_row>=self.steps>0 # `Resumable` doesn't save such an epoch
+
+    def state_dict(self): return dict(skipped=self.skipped) # for `Resumable`
+    def load_state_dict(self, state): self.skipped = state['skipped']
 
     def _look(self, end=False):
         "Read the counts; after skipped steps, restore the buffers"

@@ -9,6 +9,7 @@ __all__ = ['random_states', 'restore_random', 'of_all_processes', 'callback_stat
 
 # %% ../../nbs/learner/training_state.ipynb #4aadbfae
 from fastai.basics import *
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from .fit_scopes import own_attr
@@ -56,7 +57,10 @@ def of_all_processes(
 
 # %% ../../nbs/learner/training_state.ipynb #82502139
 # Ask the class: a callback also has all attributes of its Learner, and so those of the model
-def _has_state(cb): return hasattr(type(cb), 'state_dict')
+def _has_state(cb):
+    found = [o for o in ('state_dict','load_state_dict') if hasattr(type(cb), o)]
+    if len(found)==1: warn(f"FRSKD: {cb.name} has only {found[0]}, so its state isn't kept: it needs both methods")
+    return len(found)==2
 
 def _named(cbs):
     "Pair each callback with its name; those after the first of a name get a number"
@@ -79,19 +83,28 @@ def _recorder_state(r):
 def _restore_recorder(r, s):
     r.lrs,r.losses,r.iters = s['lrs'],list(s['losses']),s['iters']
     r.values = [L(v) for v in s['values']]
+    if r.values: r.learn.final_record = r.values[-1]
     r.smooth_loss.count,r.smooth_loss.val = s['smooth']
+
+# fastai's optimizers move a parameter whose gradient is zero (momentum, weight decay), but not one without a gradient
+def _grad_state(g): return g if g is None or g.is_sparse or g.any() else 0
+
+def _restore_grad(p, g): p.grad = torch.zeros_like(p) if isinstance(g, int) else g if g is None else g.to(p.device)
+
+def _schedulers(learn): return [o for o in learn.cbs if isinstance(o, ParamScheduler) and 'hps' in vars(o)]
 
 def callback_states(
     learn:Learner, # In a fit, at the end of an epoch
 )->dict:
     "Return the state that the callbacks need in the next epoch"
-    s = dict(train_iter=learn.train_iter, recorder=_recorder_state(learn.recorder))
+    s = dict(train_iter=learn.train_iter, grads=[_grad_state(p.grad) for p,*_ in learn.opt.all_params()])
+    if own_attr(learn, 'recorder') is not None: s['recorder'] = _recorder_state(learn.recorder)
     s['own'] = {k:cb.state_dict() for k,cb in _named(learn.cbs) if _has_state(cb)}
     trackers = [(k,cb) for k,cb in _named(learn.cbs) if isinstance(cb, TrackerCallback)]
     s['trackers'] = {k:[_number(getattr(cb, o, None)) for o in ('best','wait')] for k,cb in trackers}
     if own_attr(learn, 'scaler') is not None: s['scaler'] = learn.scaler.state_dict()
-    acc = first(o for o in learn.cbs if isinstance(o, GradientAccumulation))
-    if acc and acc.count: s['accumulated'] = acc.count,[p.grad for p,*_ in learn.opt.all_params()]
+    s['counts'] = [o.count for o in learn.cbs if isinstance(o, GradientAccumulation)]
+    s['hps'] = [{k:list(map(float, v)) for k,v in o.hps.items()} for o in _schedulers(learn)]
     return s
 
 def restore_callbacks(
@@ -100,13 +113,13 @@ def restore_callbacks(
 ):
     "Restore the states of the callbacks"
     learn.train_iter = s['train_iter']
-    _restore_recorder(learn.recorder, s['recorder'])
+    for (p,*_),g in zip(learn.opt.all_params(), s['grads']): _restore_grad(p, g)
+    if own_attr(learn, 'recorder') is not None and 'recorder' in s: _restore_recorder(learn.recorder, s['recorder'])
+    for cb,n in zip((o for o in learn.cbs if isinstance(o, GradientAccumulation)), s['counts']): cb.count = n
+    for cb,hps in zip(_schedulers(learn), s['hps']): cb.hps = hps
     for k,cb in _named(learn.cbs):
         if _has_state(cb) and k in s['own']: cb.load_state_dict(s['own'][k])
         if isinstance(cb, TrackerCallback) and k in s['trackers']:
             cb.best,wait = s['trackers'][k]
             if wait is not None: cb.wait = wait
-        if isinstance(cb, GradientAccumulation) and 'accumulated' in s:
-            cb.count,grads = s['accumulated']
-            for (p,*_),g in zip(learn.opt.all_params(), grads): p.grad = None if g is None else g.to(p.device)
     if own_attr(learn, 'scaler') is not None and 'scaler' in s: learn.scaler.load_state_dict(s['scaler'])
