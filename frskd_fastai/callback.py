@@ -202,7 +202,7 @@ def plan(self:FRSKDCallback):
 
 @patch
 def update_schedule(self:FRSKDCallback):
-    "Use the task's default for fine-tuning, without a loss of progress, once a fit has begun with frozen layers"
+    "Once a fit has begun with frozen layers, switch to the task's schedule for fine-tuning; keep its progress"
     if self.trained is None or not self.trust.pretrained: return
     schedule = self.options.for_task(self.task, True).schedule
     if schedule==self.schedule: return
