@@ -231,8 +231,7 @@ def test_weights_of_the_losses(short, make):
     "Weighted parts can be finite while their sum isn't"
     stops(make(cbs=FRSKDCallback(alpha=1e39)), 'the loss')
 
-TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
-def test_buffers_loaded_between_epochs_are_kept(make, tmp_path):
+def test_buffers_loaded_between_epochs_are_kept(make):
     "A step that is skipped restores BatchNorm's statistics, but not those from before another model was loaded"
     make().save('good')
     class Reload(Callback):
@@ -246,6 +245,21 @@ def test_buffers_loaded_between_epochs_are_kept(make, tmp_path):
     with pytest.warns(UserWarning, match='skipped'): learn.fit(2, 0., wd=0, cbs=Reload())
     assert same(weights(learn.model), good)
 
+@pytest.mark.parametrize('error', [CancelEpochException,CancelFitException,CancelTrainException])
+def test_skipped_steps_before_the_training_is_cancelled(make, error):
+    "The counts are read, and BatchNorm's statistics are restored, however the training ends"
+    class Spoil(Callback):
+        order = 100
+        def before_batch(self):
+            if self.training and self.iter==2: self.learn.xb = (self.x*math.nan,)
+        def after_batch(self):
+            if self.training and self.iter==3: raise error
+    learn = make(cbs=FRSKDCallback())
+    with pytest.warns(UserWarning, match='skipped'): learn.fit(2, 1e-3, cbs=Spoil())
+    assert all(o.isfinite().all() for o in weights(nn.ModuleList([learn.model,learn.frskd.trained])).values())
+    assert learn.frskd.skipped==(1 if error is CancelFitException else 2)
+
+TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
 @pytest.mark.parametrize('option,msg', TOLD)
 def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     "The command prints one line, exits with 1, writes no results, and keeps the last good checkpoint"

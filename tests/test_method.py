@@ -512,7 +512,7 @@ FAILING = [(dict(schedule=lambda: 1), ValueError, 'schedule=.*fails at 0.*fracti
            (dict(schedule=_unreachable), ValueError, 'Unreachable: no network'),
            (dict(teacher=_unreachable), Unreachable, 'no network'),
            (dict(feature_loss=_unreachable), ValueError, 'Unreachable: no network')]
-@pytest.mark.parametrize('kw,error,msg', FAILING, ids=str)
+@pytest.mark.parametrize('kw,error,msg', FAILING, ids=['argument','schedule','teacher','feature loss'])
 def test_a_part_that_fails_in_the_first_step_leaves_the_student_unchanged(make, kw, error, msg):
     "Including BatchNorm's statistics, which the student's forward pass has updated"
     learn = make(cbs=FRSKDCallback(**kw))

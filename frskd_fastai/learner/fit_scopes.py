@@ -140,6 +140,9 @@ class FitScopes(TrainingOnly):
 
     def _around_event(self, call, event):
         try: call(event)
+        except BaseException:
+            if event=='after_cancel_fit': self.close() # `after_fit` won't follow
+            raise
         finally:
             if event=='after_fit' and self.learn is not None and not self.learn.lock.locked(): self.close()
         if event=='after_train' and self.learn is not None: self._close_train() # else a callback removed this one

@@ -9,6 +9,7 @@ __all__ = ['count_not_finite', 'not_finite', 'plural', 'NotFinite', 'SkipNonFini
 
 # %% ../../nbs/learner/nonfinite.ipynb #3291f519
 from fastai.basics import *
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from .fit_scopes import *
 from .side_module import *
@@ -127,7 +128,8 @@ class SkipNonFinite(TrainingOnly):
         "Set the gradients to zero if the loss isn't finite, before anything else uses them"
         if not self.watching: return
         scaler = own_attr(self.learn, 'scaler')
-        if scaler is not None and scaler.is_enabled(): return # the scaler skips the step
+        scales = scaler is not None and scaler.is_enabled() # an interrupted fit leaves the scaler behind
+        if scales and any(isinstance(o, MixedPrecision) for o in self.learn.cbs): return # the scaler skips the step
         if self.bad.is_cpu and not self.bad: return # on the CPU, reading the flag costs nothing
         for net in self.nets.values():
             for p in net.parameters():
@@ -139,6 +141,9 @@ class SkipNonFinite(TrainingOnly):
         self._smooth_loss()
         self._look(end=True)
         self.trained_nothing = self.in_a_row>=self.steps>0 # `Resumable` doesn't save such an epoch
+
+    def after_cancel_epoch(self): self.after_train() # wasn't called if the training was cancelled
+    def after_cancel_fit(self): self.after_train()
 
     def state_dict(self): return dict(skipped=self.skipped) # for `Resumable`
     def load_state_dict(self, state): self.skipped = state['skipped']

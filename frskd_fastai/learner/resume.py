@@ -79,8 +79,8 @@ def first_difference(
 
 def _fit_settings(learn):
     "Return what has to be the same when this fit is resumed"
-    n,shapes = len(learn.dls.train),_shapes(get_model(learn.model).state_dict())
-    return dict(epochs=learn.n_epoch, batches=n, processes=max(1, num_distrib()), **shapes)
+    length = dict(epochs=learn.n_epoch, batches=len(learn.dls.train), processes=max(1, num_distrib()))
+    return {**_shapes(get_model(learn.model).state_dict()), **length}
 
 def _difference(state, about, fits):
     "Describe how a checkpoint differs from this run; empty if it doesn't, an exception if it isn't sound"
@@ -138,7 +138,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
             return self._save(0)
         self._skip_to = self.n_epoch if fit>self.fit_no else self._state['epoch'] # before a later fit, this one is done
         if not self._skip_to: return self._restore()
-        self._pause(f', the weights are those of fit {fit+1}' if fit>self.fit_no else '')
+        self._pause()
 
     def before_epoch(self):
         if not self._idle: super().before_epoch()
@@ -150,8 +150,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
 
     def after_fit(self):
         if self._idle: return
-        for cb in self._paused: cb.run = True
-        self._paused = []
+        self._paused = [] # fastai has switched them on
         if len(self.fits)>self.fit_no: self.fit_no += 1 # unless it was cancelled before it began
 
     @property
@@ -160,10 +159,10 @@ class Resumable(TrainingOnly, SkipToEpoch):
         lost = not_finite(self._weights, self.at_start)
         return not lost and not any(vars(cb).get('trained_nothing') for cb in self.learn.cbs)
 
-    def _pause(self, note):
+    def _pause(self):
         "Switch the other callbacks off for the epochs that are done, and say so"
         if not rank_distrib():
-            print(f'Resuming from {self.path}: {self._skip_to} of {self.n_epoch} epochs are done{note}')
+            print(f'Resuming from {self.path}: {self._skip_to} of {self.n_epoch} epochs are done{self._weights_of}')
         self._paused = [cb for cb in self.learn.cbs if cb is not self and cb.run]
         for cb in self._paused: cb.run = False
         bar = vars(self.learn.progress).get('mbar') if own_attr(self.learn, 'progress') else None
@@ -225,9 +224,15 @@ class Resumable(TrainingOnly, SkipToEpoch):
         if other: raise OtherTraining(f"{what} is from another training run: {other}")
         self.at_start = at_start # from the start of the run, whatever the program has loaded since
         if state['fit']==self.fit_no: self._load(data, what)
-        if state['fit']>self.fit_no and _shapes(saved['model'])==_shapes(self._weights):
-            get_model(self.learn.model).load_state_dict(saved['model']) # callbacks and optimizer may be other ones now
+        self._weights_of = '' if state['fit']<=self.fit_no else self._load_later(saved['model'], state['fit'])
         return state
+
+    def _load_later(self, weights, fit):
+        "Load the student of a later fit, which may have another optimizer and other callbacks; say whether it did"
+        if _shapes(weights)!=_shapes(self._weights):
+            return f", but fit {fit+1} has another model, so its weights aren't loaded"
+        get_model(self.learn.model).load_state_dict(weights)
+        return f', the weights are those of fit {fit+1}'
 
     def _load(self, data, what):
         other,buffer = f"{what} is from another training run",io.BytesIO(data)
