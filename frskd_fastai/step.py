@@ -63,8 +63,8 @@ def say_if_short(
     how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
     if not schedule.share: how = f"nothing was distilled after unfreezing ({schedule.too_few} steps are too few)"
     steps = plural(schedule.last, 'training step') + (' planned' if schedule.steps<schedule.last else '')
-    print(f"FRSKD: only {steps} in total, so {how}. The self-teacher may be better than the student: "
-          f"{advice}.")
+    print(f"FRSKD: only {steps} in total, so {how}. "
+          f"The self-teacher may be better than the student: {advice}.")
 
 @contextmanager
 def single_position(

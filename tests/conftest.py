@@ -57,6 +57,19 @@ def make(dls, tmp_path):
         return learn
     return _make
 
+class At(Callback):
+    "Call `f` with this callback at an event of the training"
+    def __init__(self, event, f, at=lambda cb: True, order=0): self.event,self.f,self.at,self.order = event,f,at,order
+    def __call__(self, event):
+        if event==self.event and self.at(self): self.f(self)
+
+class Stop(Callback):
+    "Ends a fit in the middle of an epoch, like Ctrl-C"
+    def __init__(self, epoch, fit=0): self.at,self.fits = (fit,epoch,2),0
+    def after_batch(self):
+        if self.training and (self.fits,self.epoch,self.iter)==self.at: raise KeyboardInterrupt
+    def after_fit(self): self.fits += 1
+
 def n_hooks(m):
     kinds = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
     return sum(len(getattr(o, k)) for o in m.modules() for k in kinds)

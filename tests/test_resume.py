@@ -13,7 +13,7 @@ from frskd_fastai.cli.run_folder import RunFolder
 from frskd_fastai.cli.signals import end_at_batch
 from frskd_fastai.learner.resume import *
 import frskd_fastai.learner.resume as resume, frskd_fastai.cli.train as command
-from conftest import SmallNet, same, split, weights
+from conftest import At, SmallNet, Stop, same, split, weights
 
 # -- Killed processes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kind,kills,rows', [('compare',6,6),('fine_tune',4,3)])
@@ -30,13 +30,6 @@ def test_killed_at_random_moments(kind, kills, rows, tmp_path):
     assert 'epochs are done' in said['log'] # some were killed after the first epoch
 
 # -- In a program -----------------------------------------------------------------------------------------
-class Stop(Callback):
-    "Ends a fit in the middle of an epoch, like Ctrl-C"
-    def __init__(self, epoch, fit=0): self.at,self.fits = (fit,epoch,2),0
-    def after_batch(self):
-        if self.training and (self.fits,self.epoch,self.iter)==self.at: raise KeyboardInterrupt
-    def after_fit(self): self.fits += 1
-
 def learner(make, cbs=(), **kw): return make(cbs=[FRSKDCallback(columns=True),*cbs], **kw)
 def everything(learn):
     r,f = learn.recorder,learn.frskd
@@ -480,13 +473,6 @@ def test_the_command_on_a_full_disk(folder, tmp_path, capsys, monkeypatch):
     assert command.main(['--resume', str(out)])==0 and '3 of 3 epochs are done' in capsys.readouterr().out
 
 # -- What a power user found ------------------------------------------------------------------------------
-class When(Callback):
-    "Call `f` with this callback at an event of the fit `fit`"
-    def __init__(self, event, f, fit=0, order=0): self.event,self.f,self.fit,self.order,self.fits = event,f,fit,order,0
-    def __call__(self, event):
-        if event==self.event and self.fits==self.fit: self.f(self)
-        if event=='after_fit': self.fits += 1
-
 def ends_as_undisturbed(program, stop, tmp_path):
     "Compare `program(cbs)`, which returns its Learner, with the same one interrupted by `stop` and run again"
     whole = program([Resumable(tmp_path/'whole')])
@@ -516,7 +502,7 @@ def test_skipped_steps_are_counted_over_the_whole_fit(make, tmp_path):
         if cb.training and cb.iter==2 and cb.epoch<2: cb.learn.xb = (cb.x*math.nan,)
     def program(cbs):
         learn = learner(make)
-        learn.fit(3, 1e-2, cbs=[*cbs,When('before_batch', spoiled)])
+        learn.fit(3, 1e-2, cbs=[*cbs,At('before_batch', spoiled)])
         assert learn.frskd.skipped==2
         return learn
     ends_as_undisturbed(program, Stop(1), tmp_path)
@@ -552,7 +538,7 @@ def test_a_fit_that_is_cancelled_before_it_begins(make, tmp_path):
     def cancel(cb): raise CancelFitException
     def program(*cbs):
         learn,keep = make(),Resumable(tmp_path/'run')
-        learn.fit(1, 1e-2, cbs=[keep,When('before_fit', cancel)])
+        learn.fit(1, 1e-2, cbs=[keep,At('before_fit', cancel)])
         learn.fit(2, 1e-2, cbs=[keep,*cbs])
         return weights(learn.model)
     with pytest.raises(KeyboardInterrupt): program(Stop(1))

@@ -7,13 +7,7 @@ from frskd_fastai.learner.loss_log import LossLog
 from frskd_fastai.learner.nonfinite import SkipNonFinite
 from frskd_fastai.learner.resume import CheckpointError
 from frskd_fastai.learner.side_module import SideModuleCallback
-from conftest import SmallNet, n_hooks, same, split, weights
-
-class At(Callback):
-    "Call `f` with this callback at an event of the training"
-    def __init__(self, event, f, at=lambda cb: True, order=0): self.event,self.f,self.at,self.order = event,f,at,order
-    def __call__(self, event):
-        if event==self.event and self.at(self): self.f(self)
+from conftest import At, SmallNet, Stop, n_hooks, same, split, weights
 
 def fails(*args): raise RuntimeError('my disk is full')
 def training(cb): return cb.learn.training
@@ -404,13 +398,6 @@ def test_curves_of_many_runs():
     plt.close(fig)
 
 # -- Callbacks that work without FRSKD ------------------------------------------------------------
-class Stop(Callback):
-    "Ctrl-C at the start of an epoch"
-    order = -50
-    def __init__(self, epoch): self.at = epoch
-    def before_train(self):
-        if self.epoch==self.at: raise KeyboardInterrupt
-
 class Sum(Callback):
     "A callback with a state"
     def __init__(self, by): self.by,self.total = by,0.

@@ -119,11 +119,12 @@ class TrainOptions:
         given = given_options(argv)
         opts = cls._resumed(given) if 'resume' in given else cls._decided(argv, given)
         if opts.finished: return opts
-        if opts.resume and opts.path and not opts.path.exists():
-            raise UsageError(f"no such folder: {opts.path}. If the images were moved, give their folder: "
+        if opts.path and not opts.path.exists() and (opts.resume or not opts.recipe):
+            what = f"no such folder: {opts.path}"
+            if not opts.resume: raise UsageError(what)
+            raise UsageError(f"{what}. If the images were moved, give their folder: "
                              f"frskd-train FOLDER --resume {opts.out}")
         if opts.path is not None and not opts.recipe: # a recipe checks its folder itself
-            if not opts.path.exists(): raise UsageError(f"no such folder: {opts.path}")
             if not opts.path.is_dir(): raise UsageError(f"{opts.path} is not a folder")
             if opts.out.absolute()==opts.path.absolute():
                 raise UsageError(f"--out {opts.out} is the folder of the images. Name another folder for the results.")

@@ -91,7 +91,9 @@ def _grad_state(g): return g if g is None or g.is_sparse or g.any() else 0
 
 def _restore_grad(p, g): p.grad = torch.zeros_like(p) if isinstance(g, int) else g if g is None else g.to(p.device)
 
-def _schedulers(learn): return [o for o in learn.cbs if isinstance(o, ParamScheduler) and 'hps' in vars(o)]
+# Of fastai's callbacks without a `state_dict`
+_kept = {TrackerCallback:('best','wait'), GradientAccumulation:('count',), ParamScheduler:('hps',)}
+def _kept_names(cb): return [o for kind,names in _kept.items() if isinstance(cb, kind) for o in names if o in vars(cb)]
 
 def callback_states(
     learn:Learner, # In a fit, at the end of an epoch
@@ -100,11 +102,8 @@ def callback_states(
     s = dict(train_iter=learn.train_iter, grads=[_grad_state(p.grad) for p,*_ in learn.opt.all_params()])
     if own_attr(learn, 'recorder') is not None: s['recorder'] = _recorder_state(learn.recorder)
     s['own'] = {k:cb.state_dict() for k,cb in _named(learn.cbs) if _has_state(cb)}
-    trackers = [(k,cb) for k,cb in _named(learn.cbs) if isinstance(cb, TrackerCallback)]
-    s['trackers'] = {k:[_number(getattr(cb, o, None)) for o in ('best','wait')] for k,cb in trackers}
+    s['kept'] = {k:{o:_number(getattr(cb, o)) for o in _kept_names(cb)} for k,cb in _named(learn.cbs)}
     if own_attr(learn, 'scaler') is not None: s['scaler'] = learn.scaler.state_dict()
-    s['counts'] = [o.count for o in learn.cbs if isinstance(o, GradientAccumulation)]
-    s['hps'] = [{k:list(map(float, v)) for k,v in o.hps.items()} for o in _schedulers(learn)]
     return s
 
 def restore_callbacks(
@@ -115,11 +114,7 @@ def restore_callbacks(
     learn.train_iter = s['train_iter']
     for (p,*_),g in zip(learn.opt.all_params(), s['grads']): _restore_grad(p, g)
     if own_attr(learn, 'recorder') is not None and 'recorder' in s: _restore_recorder(learn.recorder, s['recorder'])
-    for cb,n in zip((o for o in learn.cbs if isinstance(o, GradientAccumulation)), s['counts']): cb.count = n
-    for cb,hps in zip(_schedulers(learn), s['hps']): cb.hps = hps
     for k,cb in _named(learn.cbs):
         if _has_state(cb) and k in s['own']: cb.load_state_dict(s['own'][k])
-        if isinstance(cb, TrackerCallback) and k in s['trackers']:
-            cb.best,wait = s['trackers'][k]
-            if wait is not None: cb.wait = wait
+        for name,v in s['kept'].get(k, {}).items(): setattr(cb, name, v)
     if own_attr(learn, 'scaler') is not None and 'scaler' in s: learn.scaler.load_state_dict(s['scaler'])
