@@ -1,5 +1,5 @@
 "Fixtures and helpers: Learners on small real images (handwritten digits, 32×32, as tensors)"
-import pickletools, warnings, zipfile
+import os, pickletools, warnings, zipfile
 warnings.filterwarnings('ignore', category=FutureWarning)
 import pytest, torch
 from fastai.vision.all import *
@@ -69,6 +69,12 @@ class Stop(Callback):
     def after_batch(self):
         if self.training and (self.fits,self.epoch,self.iter)==self.at: raise KeyboardInterrupt
     def after_fit(self): self.fits += 1
+
+def child_env(**kwargs):
+    "Environment of a child process that can import this package and these helpers"
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here.parent), str(here), *filter(None, [os.environ.get('PYTHONPATH')])])
+    return {**os.environ, 'PYTHONPATH':path, 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', **kwargs}
 
 def n_hooks(m):
     kinds = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'

@@ -17,9 +17,7 @@ class Ranks:
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
-        here = Path(__file__).parent
-        env = {**os.environ, 'PYTHONPATH':f'{here.parent}:{here}', 'OMP_NUM_THREADS':'1',
-               'PYTHONWARNINGS':'ignore', 'GLOO_SOCKET_IFNAME':'lo', **self.env}
+        env = child_env(GLOO_SOCKET_IFNAME='lo', **self.env)
         self.folder.mkdir(exist_ok=True)
         self.logs = [open(self.folder/f'log-{r}', 'w') for r in range(self.n)]
         kw = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
@@ -88,7 +86,7 @@ from fastai.distributed import *
 from fastai.callback.fp16 import MixedPrecision
 from torch.nn.parallel import DistributedDataParallel
 from frskd_fastai.all import *
-from conftest import VOID, SmallNet, masks, n_hooks, small_unet, split, weights
+from conftest import VOID, SmallNet, child_env, masks, n_hooks, small_unet, split, weights
 from sklearn.datasets import load_digits
 
 def on_cpu():

@@ -1,22 +1,19 @@
 "Saving, loading, resuming and exporting: what the files contain, and where they can be loaded"
-import io, os, subprocess, sys, textwrap
-from pathlib import Path
+import io, subprocess, sys, textwrap
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.sla_callback import FRSKDSLACallback
 from frskd_fastai.method.teacher import SelfTeacher
-from conftest import SmallNet, n_hooks, pickled_modules, same, weights
+from conftest import SmallNet, child_env, n_hooks, pickled_modules, same, weights
 
-ROOT = Path(__file__).parents[1]
 # Simulates a machine without this package: its import fails
 BLOCK = "import sys; sys.modules['frskd_fastai'] = None\n"
 
 def process(code, *args, cwd):
     "Run `code` in a new process that can import the test helpers"
-    env = {**os.environ, 'PYTHONPATH':f'{ROOT}:{ROOT/"tests"}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
     argv = [sys.executable,'-c',textwrap.dedent(code).replace('BLOCK\n', BLOCK),*map(str, args)]
-    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(argv, cwd=cwd, env=child_env(), capture_output=True, text=True, timeout=200)
     assert done.returncode==0, done.stderr[-3000:]
     return done.stdout
 

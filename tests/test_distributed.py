@@ -9,7 +9,7 @@ from fastai.distributed import ParallelTrainer
 from torch.nn.parallel import DataParallel
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.cli.run_folder import results
-from conftest import SmallNet, n_hooks, same, weights
+from conftest import SmallNet, child_env, n_hooks, same, weights
 import ranks
 from ranks import Ranks
 
@@ -264,8 +264,7 @@ def end_when(p, until):
 
 def launch(*args, limit=150, until=None, **env):
     "Run a command in a process group; kills it after `limit` seconds, or sends SIGTERM when `until` is true"
-    env = {**os.environ, 'PYTHONPATH':f'{HERE.parent}:{HERE}', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore',
-           'GLOO_SOCKET_IFNAME':'lo', 'ACCELERATE_USE_CPU':'1', **env}
+    env = child_env(GLOO_SOCKET_IFNAME='lo', ACCELERATE_USE_CPU='1', **env)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     p = subprocess.Popen([sys.executable, *map(str, args)], env=env, start_new_session=True, **pipes)
     if until: threading.Thread(target=end_when, args=(p,until), daemon=True).start()

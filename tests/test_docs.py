@@ -1,5 +1,5 @@
 "The documentation site, built once: links, API reference, and how it looks in headless Chromium"
-import functools, html.parser, http.server, importlib, importlib.util, json, os
+import functools, html.parser, http.server, importlib, importlib.util, json
 import re, shutil, subprocess, sys, tempfile, threading
 from configparser import ConfigParser
 from inspect import isroutine
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 from frskd_fastai._modidx import d as modidx
+from conftest import child_env
 
 root = Path(__file__).resolve().parent.parent
 cfg = ConfigParser(delimiters='=', interpolation=None)
@@ -34,7 +35,7 @@ class Parsed(html.parser.HTMLParser):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     d = tmp_path_factory.mktemp('www')/folder
-    env = os.environ | {'PYTHONPATH': str(root), 'MPLBACKEND': 'agg', 'OMP_NUM_THREADS': '1'}
+    env = child_env(MPLBACKEND='agg')
     cmd = [sys.executable, 'tools/make_docs.py', str(d)]
     r = subprocess.run(cmd, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert r.returncode==0, r.stdout

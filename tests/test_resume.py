@@ -13,17 +13,14 @@ from frskd_fastai.cli.run_folder import RunFolder
 from frskd_fastai.cli.signals import end_at_batch
 from frskd_fastai.learner.resume import *
 import frskd_fastai.learner.resume as resume, frskd_fastai.cli.train as command
-from conftest import At, SmallNet, Stop, same, split, weights
+from conftest import At, SmallNet, Stop, child_env, same, split, weights
 
 # -- Killed processes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kind,kills,rows', [('compare',6,6),('fine_tune',4,3)])
 def test_killed_at_random_moments(kind, kills, rows, tmp_path):
     "After SIGKILL at ten random moments, weights and history equal those of an undisturbed run, bit for bit"
-    here = Path(__file__).parent
-    env = {**os.environ, 'PYTHONPATH':str(here.parent), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore',
-           'MPLBACKEND':'agg'}
-    argv = [sys.executable,here/'killed.py',kind,str(kills),tmp_path]
-    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=400)
+    argv = [sys.executable,Path(__file__).parent/'killed.py',kind,str(kills),tmp_path]
+    done = subprocess.run(argv, capture_output=True, text=True, env=child_env(MPLBACKEND='agg'), timeout=400)
     assert done.returncode==0, done.stderr[-3000:]
     said = json.loads(done.stdout)
     assert said['equal'] and all(said['equal']) and said['killed']==kills and said['rows']==rows

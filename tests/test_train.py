@@ -1,5 +1,5 @@
 "The command frskd-train: what it writes, and one clear line for bad input"
-import json, os, re, shlex, subprocess, sys, time, urllib.error, zipfile
+import json, re, shlex, subprocess, sys, time, urllib.error, zipfile
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -9,7 +9,7 @@ from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.run import Run, _mean_loss
 from frskd_fastai.cli.run_folder import results
 from frskd_fastai.cli.train import main
-from conftest import pickled_modules
+from conftest import child_env, pickled_modules
 
 SHARED = Path(__file__).parents[2]/'shared/data'
 
@@ -243,11 +243,10 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize('command,args,code', CASES, ids=str)
 def test_at_once(command, args, code, folders):
     "Help and usage errors take less than 1.5 s (best of three), because fastai and torch aren't imported"
-    env = {**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}
     argv = [sys.executable,'-c',PROBE.format(command),*args.split()]
     for _ in range(3):
         began = time.perf_counter()
-        done = subprocess.run(argv, cwd=folders, env=env, capture_output=True, text=True)
+        done = subprocess.run(argv, cwd=folders, env=child_env(), capture_output=True, text=True)
         seconds = time.perf_counter()-began
         assert done.stdout.split('\n')[-2]==str(code), done
         assert code==0 or done.stderr.split('\n')[-2].startswith(f'frskd-{command}: ')

@@ -1,7 +1,8 @@
 "The study of training recipes, benchmarks/worth.py: differences, and the table in the docs"
-import json, math, os, subprocess, sys
+import json, math, subprocess, sys
 from pathlib import Path
 import pandas as pd, pytest
+from conftest import child_env
 
 root = Path(__file__).parent.parent
 if not (root/'benchmarks/worth.py').exists(): pytest.skip('needs the repository', allow_module_level=True)
@@ -75,9 +76,8 @@ def test_runs(worth, tmp_path):
     "Two runs at a time: each appends its rows once, with the same start; what is there is not repeated"
     cmd = [sys.executable, 'benchmarks/worth.py', 'digits', '--epochs', '1', '--seeds', '0', '--workers', '2']
     cmd += ['--arms', 'plain', 'smoothing frskd', '--out', str(tmp_path/'rows.csv')]
-    env = os.environ | {'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}
     for text in 'digits',None:
-        r = subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True)
+        r = subprocess.run(cmd, cwd=root, env=child_env(), capture_output=True, text=True)
         assert r.returncode==0 and (text in r.stdout if text else not r.stdout), r.stdout+r.stderr
         d = pd.read_csv(tmp_path/'rows.csv')
         assert sorted(zip(d.arm, d.network))==[('plain','student')] + [
