@@ -19,7 +19,7 @@ from .task.task import *
 
 # %% ../nbs/refined.ipynb #a1c00007
 class RefinedStudent(nn.Module):
-    "Combine student and self-teacher in one network that returns the self-teacher's logits"
+    "Combine student and self-teacher in one network, which returns the self-teacher's logits or those of the average"
     def __init__(self,
         student:nn.Module,
         teacher:nn.Module, # The self-teacher: returns `(refined maps, logits)` for a list of maps
