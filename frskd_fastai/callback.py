@@ -154,6 +154,7 @@ class FRSKDCallback(StudentReader):
 
     def after_loss(self):
         if self.hooks is None or not len(self.learn.yb): return
+        check_trains(self.learn)
         self.step_maps,pre = self.read()
         factor = self.factor
         self.prepare()
@@ -225,8 +226,8 @@ def check_trained(self:FRSKDCallback,
         raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "
                          "e.g. `learn.fit_one_cycle(5)`, or load a checkpoint saved with the optimizer.")
     if self.student_alone:
-        warn("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
-             "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
+        warn_again("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
+                   "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
 
 @patch
 def run_both(self:FRSKDCallback,

@@ -11,7 +11,7 @@ __all__ = ['RefinedStudent', 'traced_student', 'input_callbacks']
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from fastai.basics import *
 from .callback import *
-from .learner.fit_scopes import deepcopied
+from .learner.fit_scopes import deepcopied, own_attr
 from .method.frskd import *
 from .student.features import *
 from .student.probe import *
@@ -107,5 +107,8 @@ def refined(self:FRSKDCallback,
     if b: _check_n_out(student, b[0], self.trained.seen.n_out)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
-    return Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=list(learn.metrics),
-                   cbs=input_callbacks(learn), path=learn.path, model_dir=learn.model_dir)
+    metrics = [o for o in learn.metrics if o.name not in self.log.columns] # in a fit it has these, too
+    new = Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=metrics, cbs=input_callbacks(learn),
+                  path=learn.path, model_dir=learn.model_dir)
+    if own_attr(learn, 'progress') is None: new.remove_cbs(new.cbs.filter(lambda o: o.name=='progress'))
+    return new

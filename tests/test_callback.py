@@ -212,6 +212,16 @@ def test_targets_it_cannot_serve_are_refused(make, loss_func, msg):
     with pytest.raises(ValueError, match=msg): learn.fit(1)
     assert n_hooks(learn.model)==0
 
+def test_a_student_without_trainable_parameters_is_refused(make):
+    "As in plain fastai, whose backward pass fails; the self-teacher alone would train"
+    learn = make(cbs=FRSKDCallback())
+    before = weights(learn.model)
+    learn.model.requires_grad_(False)
+    with pytest.raises(ValueError, match='no parameter of the model is trainable'): learn.fit(1)
+    assert same(weights(learn.model), before) and n_hooks(learn.model)==0
+    learn.unfreeze(); learn.fit(1, 1e-3)
+    assert not same(weights(learn.model), before)
+
 def test_models_it_cannot_serve_are_refused(make):
     for model,msg in ((SmallNet(1), r'\(16, 1\)'), (SmallNet().stages, r'logits of shape \(16, 32, 4, 4\)')):
         if 'logits' in msg: model = nn.Sequential(ConvLayer(3,8), model)
@@ -612,6 +622,15 @@ def test_columns(make):
     assert len(learn.validate())==2 and [m.name for m in learn.metrics]==['accuracy']
     learn = make(cbs=FRSKDCallback()); learn.fit(1)
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time']
+
+def test_columns_beside_training_metrics(make):
+    "The columns are values of the training; `Recorder(train_metrics=True)` shows none for the validation"
+    learn = make(cbs=FRSKDCallback(columns=True))
+    learn.recorder.train_metrics = True
+    learn.fit(1, 1e-3)
+    row = dict(zip(learn.recorder.metric_names, learn.recorder.log))
+    assert 0<=row['train_teacher_accuracy']<=1 and row['train_student_loss']>0 and row['valid_accuracy'] is not None
+    assert all(row[f'valid_{o}'] is None for o in ('student_loss','teacher_loss','teacher_accuracy'))
 
 def test_predictions_in_the_middle_of_a_fit(make):
     "A callback that predicts after each epoch triggers `before_fit` and `after_fit` during the fit"

@@ -141,6 +141,29 @@ def test_a_level(short, make):
     said = stops(learn, "level 1's map (stages.1)")
     assert "(then level 2's map (stages.2), the student loss" in said
 
+@pytest.mark.parametrize('limit', [6,7])
+def test_a_fit_in_which_no_step_is_finite(limit, make, monkeypatch):
+    "It ends with an error, also if the fit is shorter than the steps between two looks"
+    monkeypatch.setattr(SkipNonFinite, 'limit', limit)
+    learn = make(cbs=FRSKDCallback())
+    if limit==6: stops(learn, 'the batch of images', epochs=1, cbs=Poison(*range(6)))
+    else:
+        with pytest.warns(UserWarning, match='skipped 6 steps .*, all steps of this epoch among them'):
+            learn.fit(1, 1e-3, cbs=Poison(*range(6)))
+
+def test_each_learner_warns(make, tmp_path):
+    "Python shows a warning once per line of code; a second fit and a second Learner have theirs, too"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('default')
+        for _ in range(2):
+            learn = make(cbs=FRSKDCallback())
+            for _ in range(2): learn.fit(1, 1e-3, cbs=Poison(1))
+            learn.save('student', with_opt=False)
+            learn.load('student', with_opt=False)
+            learn.frskd.refined()
+    said = [str(o.message) for o in said]
+    assert sum('skipped 1 step' in o for o in said)==4 and sum('without its self-teacher' in o for o in said)==2
+
 def test_the_parts_of_the_loss(short, make, monkeypatch):
     class Loss(CrossEntropyLossFlat):
         "Returns a non-finite loss in one of its two calls per step"

@@ -3,7 +3,7 @@ import io, pickle, warnings
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from conftest import VOID, SmallNet, masks, n_hooks, small_unet, weights
+from conftest import VOID, At, SmallNet, masks, n_hooks, small_unet, weights
 
 def probs(learn, logits): return learn.loss_func.activation(logits)
 
@@ -108,6 +108,15 @@ def test_tokens_of_another_size(make, digits):
     learn = make(model=m, splitter=trainable_params, cbs=FRSKDCallback(width=.25))
     learn.fit(1, 1e-3)
     for size in (32,32),(48,32): check(learn, F.interpolate(digits[0][:4], size=size))
+
+def test_in_the_middle_of_a_fit(make):
+    "It has your metrics without FRSKD's columns, and no progress bar if you have removed yours"
+    refined = []
+    after = At('after_epoch', lambda cb: refined.append(cb.learn.frskd.refined()))
+    learn = make(cbs=[FRSKDCallback(columns=True),after])
+    learn.fit(1, 1e-3)
+    assert refined[0].metrics.attrgot('name')==['accuracy'] and len(refined[0].validate())==2
+    assert not hasattr(refined[0], 'progress')
 
 def test_before_training_there_is_none(make):
     learn = make(cbs=FRSKDCallback())

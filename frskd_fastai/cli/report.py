@@ -18,6 +18,7 @@ from .launch import n_processes
 from .measure import prediction_times
 from .run_folder import results
 from ..refined import *
+from ..step import scaled_down
 from ..show.attention import *
 from ..show.agreement import *
 from ..show.losses import *
@@ -110,8 +111,9 @@ class Report:
 
     def _frskd(self):
         f = self.learn.frskd
+        short = scaled_down(f.trust)
         return (f"FRSKD: α {f.alpha:g}, β {f.beta:g}, temperature {f.temperature:g}, self-teacher of width "
-                f"{f.width:g}, schedule {f.schedule}.{self.job.settings}")
+                f"{f.width:g}, schedule {f.schedule}{short and f': {short}'}.{self.job.settings}")
 
     def _table(self):
         "Make a table with a row per training run, and two for the refined models if they were measured"
@@ -131,7 +133,7 @@ class Report:
     def _refined_note(self):
         if not self.refined.rows: return
         where = 'They are in `refined.pkl` and `average.pkl`.' if self.opts.keep_refined else \
-            'Export them with `--keep-refined`.'
+            'A training run with `--keep-refined` exports them.'
         return [f"`frskd` is the student, an ordinary {self.job.kind} with {self.opts.arch}. `frskd, refined` is "
                 "student and self-teacher as one network, for when predictions may take longer; `frskd, average` "
                 f"is the mean of both networks' probabilities. {where}"]

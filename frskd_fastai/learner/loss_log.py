@@ -53,6 +53,8 @@ class LossLog(FitScopes):
 
     def mean(self, column):
         "Return the mean of `column` over the epoch's steps so far; None if no step had it"
+        recorder = self.learn and own_attr(self.learn, 'recorder') # a Learner may have none
+        if recorder and recorder.train_metrics and not self.training: return # columns of the training alone
         return self.sums[column]/self.counts[column] if column in self.sums else None
 
     @property

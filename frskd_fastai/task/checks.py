@@ -46,7 +46,7 @@ def check_targets(
     y = yb[0]
     known = (y!=-1) & ~y.isnan() if y.is_floating_point() else None # −1 and NaN mark unknown labels
     if known is not None and not ((y>=0)&(y<=1) | ~known).all():
-        _refuse(f"its targets, numbers from {y.min():.3g} to {y.max():.3g}, are for regression")
+        _refuse(f"its targets, numbers from {y.min().item():.3g} to {y.max().item():.3g}, are for regression")
 
 def _check_pixels(pred, yb, loss_func):
     loss,shape = loss_name(loss_func),tuple(pred.shape)
@@ -75,6 +75,11 @@ def _check_images(pred, yb, loss_func):
     if y.is_floating_point() and each!=c:
         _refuse(f"its targets, numbers of shape {tuple(y.shape)} for logits of shape {shape}, "
                 "are for regression")
+    if multi and not is_multi_label(loss_func) and not isinstance(y, TensorMultiCategory):
+        if ((y>0)&(y<1)).any(): # probabilities of several labels would be very unusual
+            _refuse(f"its targets, fractional numbers of shape {tuple(y.shape)}, seem to be for regression",
+                    "If they are probabilities of labels, use BCEWithLogitsLossFlat, or targets of the type "
+                    "TensorMultiCategory.")
     if isinstance(y, TensorMultiCategory) and not multi:
         _refuse(f"its targets are multi-label, but its loss function, {loss}, is for a single label",
                 "Use BCEWithLogitsLossFlat.")
