@@ -21,7 +21,7 @@ from .task.task import *
 from .student.features import *
 from .student.levels import *
 from .student.probe import *
-from .learner.nonfinite import warn_again
+from .messages import warn_each_time
 
 # %% ../nbs/build.ipynb #a73464b5
 def _check(ok, what, value):
@@ -157,8 +157,8 @@ def build_frskd(
     finest = min(o.finest, n-1) # the default may be larger
     levels = _pooled_levels(seen.levels, finest)
     if o.beta and o.feature_loss=='attention' and all(lv.size==(1,1) for lv in levels):
-        warn_again("FRSKD: every feature map that is compared has a single position, so the feature loss is always 0. "
-                   "Use larger images, or `finest=0`.")
+        warn_each_time("FRSKD: every feature map that is compared has a single position, so the feature loss is "
+                       "always 0. Use larger images, or `finest=0`.")
     with preserve_rng(), torch.autocast(torch.device(device).type, enabled=False): # inside a training step
         width = _width(o, task, levels, seen)
         make = o.teacher or task.self_teacher(width, o.depth)
@@ -245,6 +245,6 @@ class Compiled:
         try: return self.fast(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as e: # raised before `f` runs; includes inductor's errors
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            warn_again(f"FRSKD: torch.compile can't compile the self-teacher or its losses, so it isn't used ({why})")
+            warn(f"FRSKD: torch.compile can't compile the self-teacher or its losses, so they run uncompiled ({why})")
             self.fast = None
             return self.f(*args, **kwargs)

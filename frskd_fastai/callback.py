@@ -10,6 +10,7 @@ __all__ = ['FRSKDCallback']
 # %% ../nbs/callback.ipynb #b5efd384
 from dataclasses import fields, replace
 from fastai.basics import *
+from .messages import *
 from .method.frskd import *
 from .method.schedule import *
 from .method.dense_teacher import *
@@ -226,8 +227,8 @@ def check_trained(self:FRSKDCallback,
         raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "
                          "e.g. `learn.fit_one_cycle(5)`, or load a checkpoint saved with the optimizer.")
     if self.student_alone:
-        warn_again("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save both with "
-                   "`learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
+        warn_each_time("FRSKD: this student was loaded without its self-teacher, so the two may not match. Save "
+                       "both with `learn.save(..., with_opt=True)` or `SaveModelCallback(with_opt=True)`.")
 
 @patch
 def run_both(self:FRSKDCallback,

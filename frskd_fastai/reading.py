@@ -22,6 +22,7 @@ from .learner.checkpoint import *
 from .learner.processes import *
 from .learner.side_module import *
 from .build import *
+from .step import unmixed
 
 # %% ../nbs/reading.ipynb #read0002
 class StudentHooks(SideModuleCallback):
@@ -37,7 +38,7 @@ class StudentHooks(SideModuleCallback):
     def reader(self): "Return the `FeatureHooks` or the `Observer` for the next step; implemented by a subclass"
 
     student = property(lambda self: get_model(self.learn.model)) # Without the wrapper for several devices
-    targets = property(lambda self: with_types(self.learn.yb, self._typed)) # Of this batch, with their types
+    targets = property(lambda self: with_types(unmixed(self.learn), self._typed)) # Of this batch, with their types
     def enter_fit(self):
         super().enter_fit()
         self.has_pred=self.passed = False

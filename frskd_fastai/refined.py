@@ -12,6 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from fastai.basics import *
 from .callback import *
 from .learner.fit_scopes import deepcopied, own_attr
+from .learner.loss_log import Column
 from .method.frskd import *
 from .student.features import *
 from .student.probe import *
@@ -107,7 +108,7 @@ def refined(self:FRSKDCallback,
     if b: _check_n_out(student, b[0], self.trained.seen.n_out)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
-    metrics = [o for o in learn.metrics if o.name not in self.log.columns] # in a fit it has these, too
+    metrics = [o for o in learn.metrics if not isinstance(o, Column)] # a fit adds columns
     new = Learner(learn.dls, model.eval(), loss_func=learn.loss_func, metrics=metrics, cbs=input_callbacks(learn),
                   path=learn.path, model_dir=learn.model_dir)
     if own_attr(learn, 'progress') is None: new.remove_cbs(new.cbs.filter(lambda o: o.name=='progress'))

@@ -222,6 +222,15 @@ def test_a_student_without_trainable_parameters_is_refused(make):
     learn.unfreeze(); learn.fit(1, 1e-3)
     assert not same(weights(learn.model), before)
 
+def test_a_frozen_model_whose_head_is_elsewhere_trains(make):
+    "As in plain fastai: a loss function may have parameters of its own"
+    learn = make(cbs=FRSKDCallback())
+    learn.model.requires_grad_(False)
+    scale = torch.ones((), requires_grad=True)
+    learn.loss_func = lambda pred,y: F.cross_entropy(pred*scale, y)
+    learn.fit(1, 1e-3)
+    assert scale.grad is not None
+
 def test_models_it_cannot_serve_are_refused(make):
     for model,msg in ((SmallNet(1), r'\(16, 1\)'), (SmallNet().stages, r'logits of shape \(16, 32, 4, 4\)')):
         if 'logits' in msg: model = nn.Sequential(ConvLayer(3,8), model)

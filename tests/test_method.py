@@ -252,6 +252,17 @@ def test_multi_label(multi, loss_func):
     assert cb.losses['student']<.95*before
     assert learn.recorder.metric_names[-2]=='teacher_accuracy' and .7<learn.recorder.values[-1][-1]<=1
 
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_labels_are_recognized_before_mixing(multi, mix):
+    "With your own loss function, fractional targets are for regression, but not those that MixUp has mixed"
+    cb = FRSKDCallback()
+    learn = multi(loss_func=lambda p,y: -(y*F.logsigmoid(p) + (1-y)*F.logsigmoid(-p)).mean(), cbs=cb)
+    learn.fit(1, 1e-2, cbs=mix())
+    assert isinstance(cb.task, MultiLabel)
+    learn = multi(loss_func=learn.loss_func, cbs=FRSKDCallback())
+    learn.dls.train.dataset = [(x,y*.7+.1) for x,y in learn.dls.train.dataset]
+    with pytest.raises(ValueError, match='fractional numbers'): learn.fit(1, 1e-2, cbs=mix())
+
 def test_multi_label_with_mixup_and_one_class(multi, digits):
     cb = FRSKDCallback()
     learn = multi(cbs=[cb,MixUp()])

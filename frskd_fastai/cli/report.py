@@ -18,7 +18,7 @@ from .launch import n_processes
 from .measure import prediction_times
 from .run_folder import results
 from ..refined import *
-from ..step import scaled_down
+from ..step import short_run_note
 from ..show.attention import *
 from ..show.agreement import *
 from ..show.losses import *
@@ -111,9 +111,10 @@ class Report:
 
     def _frskd(self):
         f = self.learn.frskd
-        short = scaled_down(f.trust)
+        note = short_run_note(f.trust)
+        schedule = f'{f.schedule}: {note}' if note else f.schedule
         return (f"FRSKD: α {f.alpha:g}, β {f.beta:g}, temperature {f.temperature:g}, self-teacher of width "
-                f"{f.width:g}, schedule {f.schedule}{short and f': {short}'}.{self.job.settings}")
+                f"{f.width:g}, schedule {schedule}.{self.job.settings}")
 
     def _table(self):
         "Make a table with a row per training run, and two for the refined models if they were measured"

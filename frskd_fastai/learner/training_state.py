@@ -13,7 +13,6 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from .fit_scopes import own_attr
-from .nonfinite import warn_again
 
 # %% ../../nbs/learner/training_state.ipynb #69d2921c
 def _own_dl(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps one
@@ -60,7 +59,7 @@ def of_all_processes(
 # Ask the class: a callback also has all attributes of its Learner, and so those of the model
 def _has_state(cb):
     found = [o for o in ('state_dict','load_state_dict') if hasattr(type(cb), o)]
-    if len(found)==1: warn_again(f"FRSKD: {cb.name} has only {found[0]}, so its state isn't kept. It needs both")
+    if len(found)==1: warn(f"FRSKD: {cb.name} has only {found[0]}, so its state isn't kept: it needs both methods")
     return len(found)==2
 
 def _named(cbs):

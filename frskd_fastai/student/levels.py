@@ -11,6 +11,7 @@ __all__ = ['Observer', 'refuse_inputs', 'module_operations', 'find_levels', 'lis
 from numbers import Integral
 from fastai.basics import *
 from fastai.vision.models.unet import DynamicUnet
+from ..messages import *
 from .features import *
 from .names import *
 from .probe import *
@@ -26,6 +27,10 @@ _no_decoder = ("this `DynamicUnet` has no decoder blocks: fastai looks for chang
                "body: `DynamicUnet(nn.Sequential(*body[0]), n_out, size)`.")
 
 def _listed(levels): return ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in levels)
+
+def _may_trace(model):
+    "Return False in the training of a frozen model: images with gradients would hide that no parameter is trainable"
+    return not model.training or any(p.requires_grad for p in model.parameters())
 
 class Observer:
     """Record what each module of a model returns in a forward pass, and keep these outputs
@@ -96,7 +101,7 @@ class Observer:
         images = first(o for o in flatten_tensors(inputs) if o.ndim==4)
         if images is None: refuse_inputs(inputs)
         self.bs = len(images)
-        if self.trace and torch.is_grad_enabled(): return apply(self._traced, inputs)
+        if self.trace and torch.is_grad_enabled() and _may_trace(model): return apply(self._traced, inputs)
 
     def _traced(self, x):
         if not (isinstance(x, Tensor) and x.ndim==4 and x.is_floating_point()): return x
@@ -150,8 +155,8 @@ class Observer:
         self.tokens,self.images = {},[] # they hold the graph
         if len(found)<2: self._too_few(found)
         if unsure and not rank_distrib():
-            warn(f"FRSKD: the network has side branches, so its levels are uncertain; using {_listed(found)}. "
-                 "To use others, name them: `FRSKDCallback(levels=[...])`.")
+            warn_each_time("FRSKD: the network has side branches, so its levels are uncertain; using "
+                           f"{_listed(found)}. To use others, name them: `FRSKDCallback(levels=[...])`.")
         return L(found)
 
     def refuse_dense(self):
