@@ -3,7 +3,7 @@ import json, math, shutil, warnings
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import autocast, GradScaler
-import frskd_fastai.cli.jobs as jobs, frskd_fastai.cli.train as command
+import frskd_fastai.cli.jobs as jobs, frskd_fastai.cli.train as command, frskd_fastai.refined
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.sla_callback import FRSKDSLACallback
 from frskd_fastai.data.embedded import digits_data

@@ -119,7 +119,8 @@ class SkipNonFinite(TrainingOnly):
         self.bad = ~maybe_gather(self.loss.detach().mean()).isfinite() # of all processes: they share the gradients
         self.total += self.bad
         self.row = (self.row+1)*self.bad
-        if self.iter==self.n_iter-1: self.in_a_row = self.row.item() # the fit may end before the next look
+        last = self.iter+1==own_attr(self.learn, 'n_iter') # the fit may end before the next look
+        if last: self.in_a_row = self.row.item()
         if self.in_a_row>=self.limit: self._stop()
 
     def after_backward(self):
