@@ -155,7 +155,7 @@ class FRSKDCallback(StudentReader):
 
     def after_loss(self):
         if self.hooks is None or not len(self.learn.yb): return
-        check_trains(self.learn)
+        refuse_frozen_student(self.learn)
         self.step_maps,pre = self.read()
         factor = self.factor
         self.prepare()

@@ -139,7 +139,6 @@ class SkipNonFinite(TrainingOnly):
         if not self.watching: return
         self._smooth_loss()
         self._look(end=True)
-        self.trained_nothing = self.in_a_row>=self.steps>0 # `Resumable` doesn't save such an epoch
 
     def after_cancel_epoch(self): self.after_train() # wasn't called if the training was cancelled
     def after_cancel_fit(self): self.after_train()
@@ -156,11 +155,12 @@ class SkipNonFinite(TrainingOnly):
                 f"FRSKD: {len(lost)} of {len(self.params)} parameters are no longer finite, for example {lost[0]}, "
                 "probably because a gradient overflowed", "Restart from a checkpoint, with a lower learning rate or "
                 "with clipped gradients: `cbs=GradientClip`.")
+        if end: self.trained_nothing = self.in_a_row>=self.steps>0 # `Resumable` doesn't save such an epoch
         if skipped==self.skipped: return self.keep()
         self.skipped = skipped
         self.set_back()
-        every = ', including all steps of this epoch' if end and self.in_a_row>=self.steps else ''
-        warn_each_time(f"FRSKD: skipped {plural(skipped, 'step')} with a non-finite loss so far{every}")
+        which = ', including all steps of this epoch' if end and self.trained_nothing else ''
+        warn_each_time(f"FRSKD: skipped {plural(skipped, 'step')} with a non-finite loss so far{which}")
 
     def _smooth_loss(self):
         "Take a non-finite loss out of the Recorder's smoothed loss, which is on the CPU"

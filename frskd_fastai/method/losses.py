@@ -32,8 +32,8 @@ def soft_label_loss(
 )->Tensor: # Scalar, float32
     "Compute KL( softmax(t/K) ‖ softmax(s/K) ) · K², mean over the batch (section 3.2, L_KD)"
     if student.ndim!=2:
-        raise ValueError(f"FRSKD: soft_label_loss expects logits of shape B×C, got {tuple(student.shape)}. For maps of "
-                         "logits, use `pixel_soft_label_loss`.")
+        raise ValueError(f"FRSKD: soft_label_loss expects logits of shape B×C, got {tuple(student.shape)}. "
+                         "For maps of logits, use `pixel_soft_label_loss`.")
     s,t = (F.log_softmax(o, dim=1) for o in _softened(student, teacher, temperature))
     return F.kl_div(s, t, reduction='batchmean', log_target=True) * temperature**2
 
