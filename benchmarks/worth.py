@@ -28,8 +28,9 @@ the cheaper self-teachers of `cheap.py`, and other schedules: `constant`, which 
 `trust` and `ramp`, which are the default in classification and in `camvid`.
 `plain longer` trains for so many more epochs, one at least, that it takes as long as `plain frskd` according to
 `--times`. Arms with the same seed share the initial student and the order of the data. Runs use one CPU thread, or the
-GPU if there is one; a difference is between runs on the same device. The times are those of one CPU thread, and of the
-GPU in `resnet18`; in `camvid`, they are those of steps that distill.
+GPU if there is one; a difference is between runs on the same device and in the same precision: `--bf16` is named in the
+column `device`. The times are those of one CPU thread in float32, and of the GPU in `resnet18`; in `camvid`, they are
+those of steps that distill.
 
 A run with a method gives three networks: `student`, `refined` (the self-teacher's logits) and `average` (the mean of
 their probabilities). They are evaluated on the validation set, and in `few` also on the unused training images.
@@ -195,7 +196,7 @@ class TensorLoader(DataLoader):
 class Setting:
     "Data, student and training of a setting; `more_dls` has further evaluation data by name"
     segmentation,fine_tuned,lr,loss_kw,more_dls = False,False,5e-3,{},{}
-    def __init__(self, args): self.args = args
+    def __init__(self, args): self.args,self.bf16 = args,args.bf16
     def loss_func(self, recipe):
         return CrossEntropyLossFlat(label_smoothing=.1 if recipe=='smoothing' else 0., **self.loss_kw)
     def callbacks(self, recipe, method):
@@ -207,7 +208,8 @@ class Setting:
 class Cifar(Setting):
     def __init__(self, args, per_class, student=small_resnet, bs=64, amp=False):
         super().__init__(args)
-        self.bs,self.student,self.amp = bs,student,amp
+        self.bs,self.student = bs,student
+        self.bf16 |= amp and args.device.type=='cuda'
         (self.x,self.y),(self.xv,self.yv),(x,y),self.c = cifar(per_class, args.cifar)
         if len(x): self.more_dls = {'unused':TensorLoader(x, y, bs=500, device=args.device)}
     def learner(self, seed, recipe, method):
@@ -220,7 +222,7 @@ class Cifar(Setting):
         opt_func = fused if device.type=='cuda' else Adam
         learn = Learner(dls, self.student(self.c), loss_func=self.loss_func(recipe), opt_func=opt_func, cbs=cbs)
         learn.to_channelslast(use_amp=False)
-        return learn.to_bf16() if self.amp and device.type=='cuda' else learn
+        return learn
 
 class Digits(Setting):
     def learner(self, seed, recipe, method):
@@ -306,10 +308,18 @@ SETTINGS = { # name: (class, budgets in epochs)
     'camvid':    (CamVid, [20,60]),
     'unet':      (PretrainedUnet, [10,30])}
 
+class Bfloat16(MixedPrecision):
+    "Like fastai's `to_bf16`, which doesn't change the precision on a CPU"
+    def __init__(self): super().__init__('bf16')
+    def before_fit(self):
+        super().before_fit()
+        self.autocast = torch.autocast(self.dls.device.type, torch.bfloat16)
+
 def make_learner(setting, seed, recipe, method):
     "Build a seeded Learner, ready to train"
     set_seed(seed)
     learn = setting.learner(seed, recipe, method)
+    if setting.bf16: learn.add_cb(Bfloat16())
     set_seed(seed) # training starts from the same random state, however many numbers the building has drawn
     return learn
 
@@ -443,6 +453,7 @@ if __name__=='__main__':
     p.add_argument('--groceries', default='../shared/data/groceries.zip')
     p.add_argument('--upscaled', default='../shared/data/cifar100-2.zip')
     p.add_argument('--camvid', default='../shared/data/camvid-half.zip')
+    p.add_argument('--bf16', action='store_true', help='train in mixed precision; the rows name it in `device`')
     p.add_argument('--workers', type=int, default=1, help='number of runs at a time')
     here = Path(__file__).parent/'results'
     p.add_argument('--out', type=Path, default=here/'worth.csv')
@@ -457,6 +468,7 @@ if __name__=='__main__':
     args = p.parse_args()
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
+    if args.bf16: args.device_name += ', bfloat16'
     unknown = set(args.settings)-set(SETTINGS)
     if unknown: p.error(f'no such setting: {", ".join(unknown)}')
     if args.table or args.overview or args.candidates or args.schedules or args.figure:
