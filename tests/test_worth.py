@@ -47,6 +47,9 @@ def test_the_tables_in_the_docs(worth, page, tables):
         found = getattr(worth, o)(results(worth))
         for d in found if o=='overview' else [found]: assert worth.markdown(d) in text, o
 
+def test_the_table_of_all_results(worth):
+    assert worth.table(results(worth)) in (root/'benchmarks/results/worth.md').read_text(encoding='utf-8')
+
 def test_the_table_of_short_fine_tuning(worth):
     folder = root/'benchmarks/results'
     d = worth.summary(folder/'short.csv', folder/'worth_times.csv')
