@@ -198,13 +198,13 @@ class FRSKDCallback(StudentReader):
 # %% ../nbs/callback.ipynb #call0002
 @patch
 def plan(self:FRSKDCallback):
-    "Tell the schedule how many steps are left in this fit; use another one if fine-tuning begins"
+    "Tell the schedule how many steps are left; use another one if fine-tuning begins"
     plan_schedule(self.learn, self.trust)
     self.update_schedule()
 
 @patch
 def update_schedule(self:FRSKDCallback):
-    "Once a fit has begun with frozen layers, switch to the task's schedule for fine-tuning; keep its progress"
+    "Switch to the task's schedule for fine-tuning once a fit has begun with frozen layers"
     if self.trained is None or not self.trust.pretrained: return
     schedule = self.options.for_task(self.task, True).schedule
     if schedule==self.schedule: return
@@ -216,7 +216,7 @@ def update_schedule(self:FRSKDCallback):
 def check_trained(self:FRSKDCallback,
     what:str, # What needs the self-teacher, for the message
 ):
-    "Raise `ValueError` if the self-teacher hasn't trained yet; warn if the student was loaded without it"
+    "Raise `ValueError` without a trained self-teacher; warn if the student may not match it"
     if self.learn is None:
         raise ValueError(f"FRSKD: this callback isn't attached to a Learner, so there is no {what}. Pass it to the "
                          "Learner, not to a single fit: `vision_learner(..., cbs=FRSKDCallback())`.")

@@ -1,4 +1,4 @@
-"""Words that several modules use when they tell you something
+"""Helpers for messages and warnings
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/messages.html.md"""
 

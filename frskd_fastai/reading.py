@@ -136,7 +136,7 @@ class StudentReader(StudentHooks):
             raise
 
     def read(self)->tuple: # Maps; the same before the ReLU, or None if the feature loss doesn't need them
-        "Return the student's maps in this step; the first step of a fit also builds or checks the module"
+        "Return the student's maps in this step; in a fit's first step, build or check the module"
         learn,hooks = self.learn,self.hooks
         if not is_compiled(self.student): check_origin(learn.pred, hooks.out)
         if not self.looked: self._look(hooks, learn.xb, self.targets, learn.pred, self.label_loss)

@@ -20,7 +20,7 @@ from .task.task import *
 
 # %% ../nbs/refined.ipynb #a1c00007
 class RefinedStudent(nn.Module):
-    "Combine student and self-teacher in one network, which returns the self-teacher's logits or those of the average"
+    "Combine student and self-teacher in one network, with the logits of one or both"
     def __init__(self,
         student:nn.Module,
         teacher:nn.Module, # The self-teacher: returns `(refined maps, logits)` for a list of maps
@@ -81,7 +81,7 @@ def traced_student(
 def input_callbacks(
     learn:Learner,
 )->L: # Copies that aren't attached to a Learner
-    "Copy your own callbacks that may change inputs or predictions in validation, such as one that normalizes images"
+    "Copy your own callbacks that may change inputs or predictions in validation"
     def _changes(cb):
         own = type(cb).__module__.partition('.')[0] not in ('fastai','frskd_fastai')
         return own and cb.run_valid and any(callable(getattr(type(cb), o, None)) for o in ('before_batch','after_pred'))

@@ -117,6 +117,12 @@ def test_source_links(pages):
         assert re.match(r'L\d+$', o.fragment), o.geturl()
         assert re.match(r' *(@|class |def )', lines[int(o.fragment[1:])-1]), o.geturl()
 
+def test_entries_have_the_notebooks_order(pages):
+    for name,p in pages.items():
+        links = [l for l in p.links if re.search(r'/blob/main/frskd_fastai/[\w/]+\.py#L\d+$', l)]
+        at = [int(l.rpartition('#L')[2]) for l in links]
+        assert at==sorted(at) and len({l.partition('#')[0] for l in links})<2, name
+
 def test_reference(pages, monkeypatch):
     "Public functions, classes and documented methods have entries at nbdev's URLs, and names in backticks link there"
     syms = [(mod,n,at) for mod,o in modidx['syms'].items() for n,(at,_) in o.items()]

@@ -106,6 +106,13 @@ def test_lines():
         assert not long, '\n'.join(long)
         if texts is not scripts: assert sum(len(l)>110 for _,l in lines) <= .05*len(lines)
 
+def test_docstrings():
+    "The first line of a docstring has at most 90 characters and doesn't end with a full stop"
+    defs = [(name,o) for name,t in trees.items() for o in ast.walk(t) if type(o) in LIMITS]
+    first = {f'{name}: {o.name}':ast.get_docstring(o).splitlines()[0] for name,o in defs if ast.get_docstring(o)}
+    assert len(first)>400
+    assert not {k:v for k,v in first.items() if len(v)>90 or v.endswith('.')}
+
 def test_notebooks_have_no_numbers():
     "Notebook names contain no numbers: `tools/make_docs.py` defines the order"
     assert not [f for f in root.glob('nbs/**/*.ipynb') if re.search(r'\d', f.stem)]

@@ -3,11 +3,12 @@ import ast, html, inspect, re
 from configparser import ConfigParser
 from functools import cache
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from textwrap import fill, indent
 from fastcore.xtras import fenced
 from nbdev.doclinks import NbdevLookup
-from nbdev.processors import FilterDefaults, exec_show_docs
+from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs
 from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
 root = Path(__file__).resolve().parent.parent
@@ -112,6 +113,13 @@ class Lookup(NbdevLookup):
         linked = m.string[:m.start()].endswith('[') and m.string[m.end():].startswith('](')
         return m[0] if linked or re.fullmatch('`[a-z]+`', m[0]) else super()._link_sym(m)
 
+class add_entries(add_show_docs):
+    "Keeps the order of the functions in a cell, which nbdev reverses"
+    def begin(self):
+        super().begin()
+        runs = [list(o) for _,o in groupby(self.nb.cells, lambda c: getattr(c, 'has_sd', False))]
+        self.nb.cells[:] = [c for o in runs for c in (reversed(o) if getattr(o[0], 'has_sd', False) else o)]
+
 def add_links(cell):
     "Add links like nbdev's processor of this name, but by `Lookup`"
     look = Lookup()
@@ -120,7 +128,7 @@ def add_links(cell):
         if md := o.get('data', {}).get('text/markdown'): o.data['text/markdown'] = look.linkify(''.join(md))
 
 class Filter(FilterDefaults):
-    "nbdev's notebook processors, with two of them replaced"
+    "nbdev's notebook processors, with three of them replaced"
     def base_procs(self):
-        own = dict(exec_show_docs=exec_entries, add_links=add_links)
+        own = dict(add_show_docs=add_entries, exec_show_docs=exec_entries, add_links=add_links)
         return [own.get(p.__name__, p) for p in super().base_procs()]

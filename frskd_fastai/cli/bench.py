@@ -11,6 +11,7 @@ __all__ = ['results', 'parser', 'BenchOptions', 'run_bench', 'main']
 import argparse, dataclasses, functools, importlib, os, platform, shlex, sys, time
 from pathlib import Path
 import frskd_fastai
+from ..messages import plural
 from .command import *
 from .run_folder import check_out
 
@@ -102,7 +103,7 @@ def _measure(opts, device):
 def run_bench(
     opts:BenchOptions,
 ):
-    "Measure, then write the results; if measuring fails, raise `UsageError` before anything is written"
+    "Measure, then write the results; `UsageError` if measuring fails, with nothing written"
     import fastai, torch, matplotlib.pyplot as plt
     from frskd_fastai.cli.jobs import find_arch
     from frskd_fastai.cli.measure import plot_bench, table
@@ -113,7 +114,7 @@ def run_bench(
     device = opts.device if opts.device!='auto' else 'cuda' if gpu else 'cpu'
     opts.check_device(device)
     d,out = _measure(opts, device),opts.out
-    cpu = f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
+    cpu = f"{platform.processor() or platform.machine()}, {plural(torch.get_num_threads(), 'thread')}"
     where,date = torch.cuda.get_device_name() if device=='cuda' else cpu,time.strftime('%Y-%m-%d')
     versions = ', '.join(f'{o.__name__} {o.__version__}' for o in (torch,fastai,frskd_fastai))
     about = f'{opts.arch}, {opts.size} px, batch size {opts.bs}; {where}; {versions}; {date}'

@@ -25,13 +25,13 @@ def number(
 )->Callable: # For the `type` of an `argparse` argument
     "Make a converter from text to a number within bounds"
     if high is None: high = 2**62 if kind is int else 1e30
-    wanted = f"{'whole ' if kind is int else ''}number {'greater than' if strict else 'of at least'} {low}"
+    what,bound = 'whole number' if kind is int else 'number','greater than' if strict else 'of at least'
     def convert(s):
         try: v = kind(s)
         except ValueError: v = math.nan
         if high<v<math.inf: raise argparse.ArgumentTypeError(f"must be at most {high:g}, got {s!r}")
         if not (low<v<math.inf or (v==low and not strict)):
-            raise argparse.ArgumentTypeError(f"must be a {wanted}, got {s!r}")
+            raise argparse.ArgumentTypeError(f"must be a {what} {bound} {low}, got {s!r}")
         return v
     return convert
 

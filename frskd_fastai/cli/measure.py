@@ -26,7 +26,7 @@ def prediction_times(
     rounds:int=15, # Measured rounds; one more is run first as warm-up
     repeats:int=1, # Predictions per network and round
 )->np.ndarray: # Shape: rounds × models
-    "Measure the seconds per prediction of networks that take turns"
+    "Measure the seconds per forward pass of a batch, of networks that take turns"
     times = np.zeros((rounds+1, len(models)))
     with torch.no_grad():
         for row in times:
@@ -177,8 +177,11 @@ def bench(
     rounds:int=5, # Measured rounds; one more is run first as warm-up
     steps:int=3, # Measured steps per variant and round; one more is run first as warm-up
     **kwargs, # As for `bench_learner`: `size`, `bs`, `device`, `amp`, `channels_last`
-)->pd.DataFrame: # One row per variant: seconds per step and per part, `ratio` to plain, memory, sizes
-    "Compare the training steps of `variants`, which take turns"
+)->pd.DataFrame: # One row per variant, see below
+    """Compare the training steps of `variants`, which take turns
+
+    Columns: median `seconds` per step, `ratio` to plain with its quartiles (`ratio_low`, `ratio_high`), seconds of
+    each part, peak `memory` in bytes, parameters, and forward GFLOPs per image."""
     if variants.get('plain', 0) is not None:
         raise ValueError("FRSKD: `variants` must have an entry 'plain' that is None, to compare the others with.")
     learners = {k:bench_learner(arch, v, steps=steps+1, **kwargs) for k,v in variants.items()}

@@ -53,8 +53,8 @@ def parser()->argparse.ArgumentParser:
              "frozen (not with --recipe)")
     add('--bs', type=number(int, 2), default=64, help="total batch size of all processes")
     add('--size', type=pixels,
-        help="image size in pixels; for segmentation, the height (default: 224; 48 for the built-in digits; "
-             f"32 for {' and '.join(own_archs)}; for segmentation the images' own height, at most 224)")
+        help="image size in pixels, the height for segmentation (default: 224; 48 for the built-in digits; "
+             f"32 for {' and '.join(own_archs)}; the images' own height, at most 224, for segmentation)")
     add('--lr', type=_lr, default='auto',
         help="learning rate, or 'auto' to let fastai's lr_find choose it (on one process)")
     add('--pretrained', action=argparse.BooleanOptionalAction,
@@ -72,7 +72,7 @@ def parser()->argparse.ArgumentParser:
     add('--compare', action='store_true',
         help="also train the same model without FRSKD, with the same seed, and report both")
     add('--keep-refined', action='store_true',
-        help="also export student and self-teacher as one network: refined.pkl, and average.pkl, their mean")
+        help="also export student and self-teacher as one network (refined.pkl, average.pkl: the mean of both)")
     add('--resume', type=folder, metavar='DIR',
         help="continue the interrupted training whose --out was DIR, after its last complete epoch")
     return results_options(p, Path('frskd-results'))

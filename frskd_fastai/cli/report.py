@@ -17,6 +17,7 @@ from .jobs import ImageJob
 from .launch import n_processes
 from .measure import prediction_times
 from .run_folder import results
+from ..messages import plural
 from ..refined import *
 from ..step import short_run_note
 from ..show.attention import *
@@ -27,7 +28,7 @@ from ..show.comparison import *
 
 # %% ../../nbs/cli/report.ipynb #ec4b021c
 class Refined:
-    "Make the refined models of a Learner, without and with averaging, and compare them with the student"
+    "Make the refined models of a Learner and compare them with the student"
     def __init__(self,
         learn:Learner, # Trained with FRSKD
     ):
@@ -103,10 +104,9 @@ class Report:
         o,job,n = self.opts,self.job,n_processes()
         weights = 'pretrained' if o.pretrained else 'from scratch'
         shared = f', {o.bs//n} on each of {n} processes' if n>1 else ''
-        epochs = f"{o.epochs} epoch{'s'*(o.epochs>1)}"
         return (f"{o.arch}, {weights}, on {job.data}: {len(job.train):,} training and {len(job.valid):,} "
-                f"validation images of {job.n_classes} classes at {job.size_text}; {epochs}, batch size "
-                f"{o.bs}{shared}, learning rate {self.lr:.2g}, seed {o.seed}. "
+                f"validation images of {job.n_classes} classes at {job.size_text}; {plural(o.epochs, 'epoch')}, "
+                f"batch size {o.bs}{shared}, learning rate {self.lr:.2g}, seed {o.seed}. "
                 f"Feature levels: {', '.join(self.learn.frskd.level_names)}.")
 
     def _frskd(self):
@@ -117,7 +117,7 @@ class Report:
                 f"{f.width:g}, schedule {schedule}.{self.job.settings}")
 
     def _table(self):
-        "Make a table with a row per training run, and two for the refined models if they were measured"
+        "Make a table: a row per training run, and two for the refined models if measured"
         heads,rows = ['model',*self.job.metrics.values(),'validation loss','training time'],[]
         row = lambda name,values,loss,time: [name, *(f'{v:.2%}' for v in values), f'{loss:.4f}', time]
         for run in self.runs:

@@ -56,7 +56,7 @@ def plain_log(
 
 # %% ../../nbs/cli/run.ipynb #ed7a7914
 def _mean_loss():
-    "Make a callback that adds the epoch's mean training loss to the table, as FRSKD does; fastai's is a running mean"
+    "Make a callback that adds the epoch's mean training loss to the table, as FRSKD does"
     log = LossLog(['student'], lambda: dict(student=log.loss), ['student_loss'],
                   lambda: dict(student_loss=(log.loss.detach(), find_bs(log.yb))))
     return log

@@ -57,8 +57,9 @@ def _read_codes(file):
                         "pixels of value 0.")
     try: codes = [o.strip() for o in file.read_text(encoding='utf-8-sig').rstrip().splitlines()]
     except UnicodeDecodeError: raise DataError(f"{file} is not UTF-8 text. Save it as UTF-8.") from None
-    names = f"{len(codes)} class{'' if codes else 'es'}"
-    if len(codes)<2: raise DataError(f"{file} names {names}. List two or more, one per line.")
+    if len(codes)<2:
+        names = '1 class' if codes else '0 classes'
+        raise DataError(f"{file} names {names}. List two or more, one per line.")
     if '' in codes:
         raise DataError(f"line {codes.index('')+1} of {file} is empty, but class numbers are line numbers. Name the "
                         "class.")

@@ -16,6 +16,7 @@ from .images import *
 from .masks import *
 
 # %% ../../nbs/data/recipes.ipynb #a875e3a4
+# Functions that read the data sets' layouts; each returns training and validation items, pairs of file and label
 def _listed(root, names, label):
     "Make items for the files `names` below `root`"
     items = L((root/n,label(n)) for n in names)
@@ -88,13 +89,13 @@ def small_tfms(
 def large_tfms(
     size:int, # Size of the crop in pixels
 )->list: # Item transforms
-    "Crop to at least 8% of the image, and flip, at random"
+    "Crop to at least 8% and flip, at random; for validation, squeeze and crop the center"
     return [RandomResizedCrop(size, min_scale=0.08), FlipItem()]
 
 def mask_tfms(
     size:int, # Size of the crop in pixels
 )->list: # Item transforms of image and mask
-    "Crop to at least 25% and flip, at random; for validation, squeeze the image to a square"
+    "Crop to at least 25% and flip, at random; for validation, squeeze to a square"
     return [RandomResizedCrop(size, min_scale=0.25, val_xtra=0), FlipItem()]
 
 # %% ../../nbs/data/recipes.ipynb #f0cc473f

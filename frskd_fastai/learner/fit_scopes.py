@@ -69,11 +69,11 @@ def own_attr(
     learn:Learner,
     name:str,
 ): # None if the Learner doesn't have it
-    "Return the Learner's own attribute, such as a callback; `getattr` would go on to the model's attributes"
+    "Return the Learner's own attribute; `getattr` would go on to the model's"
     return vars(learn).get(name)
 
 class TrainingOnly(Callback):
-    "Base of callbacks that an exported Learner doesn't need: once attached, they pickle as a plain `Callback`"
+    "Base of callbacks that an exported Learner doesn't need: they pickle as a plain `Callback`"
     def __call__(self, event):
         if self.learn is None: return # another callback removed this one during the event
         if event in ('before_fit','before_epoch','after_fit') and sent_by(Learner.tta): return

@@ -83,7 +83,7 @@ def _fit_settings(learn):
     return {**_shapes(get_model(learn.model).state_dict()), **length}
 
 def _difference(state, about, fits):
-    "Describe how a checkpoint differs from this run; empty if it doesn't, an exception if it isn't sound"
+    "Describe how a checkpoint differs from this run; empty if it doesn't"
     pairs = (state['about'],about), *zip(state['fits'], fits)
     differs = first(filter(None, (first_difference(*o) for o in pairs)))
     if differs: return differs
@@ -228,7 +228,7 @@ class Resumable(TrainingOnly, SkipToEpoch):
         return state
 
     def _load_later(self, weights, fit):
-        "Load the student of a later fit, which may have another optimizer and other callbacks; say whether it did"
+        "Load the student of a later fit, which may have another optimizer; say whether it did"
         if _shapes(weights)!=_shapes(self._weights):
             return f", but fit {fit+1} has another model, so its weights aren't loaded"
         get_model(self.learn.model).load_state_dict(weights)

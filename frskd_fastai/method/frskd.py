@@ -129,7 +129,7 @@ class FRSKD(nn.Module):
 
     @property
     def trains_features(self):
-        "Tell if the feature loss is a module, whose parameters distributed training needs in every step"
+        "Tell if the feature loss is a module, which distributed training needs in every step"
         return isinstance(self.feature_loss, nn.Module)
 
     def fast(self, f): return self.compiled.get(f, f)

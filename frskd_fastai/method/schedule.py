@@ -77,7 +77,7 @@ class Ramp(Schedule):
 
 # %% ../../nbs/method/schedule.ipynb #5c4ed00b
 class Trust(Schedule):
-    "Use the self-teacher's probability of the right answer as factor; less in short training runs"
+    "Use the self-teacher's probability of the right answer as factor; less in short runs"
     needs_answers = True
     too_few = 50 # Steps of fine-tuning up to which the share is 0
     def __init__(self,

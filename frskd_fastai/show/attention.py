@@ -19,8 +19,8 @@ from .loaders import *
 def attention_maps(
     learn:Learner, # Learner with an `FRSKDCallback` that has trained
     *xb:Tensor, # Inputs, as the model gets them
-)->tuple: # Two lists, the student's maps and the self-teacher's: a tensor B×H_i×W_i for each level
-    "Compute φ of the student's feature maps and of the self-teacher's refined maps, in evaluation mode"
+)->tuple: # Two lists, the student's and the self-teacher's: B×H_i×W_i for each level, of L2 norm 1 per image
+    "Compute φ of the student's feature maps and the refined maps, in evaluation mode"
     maps,_,refined,_ = learn.frskd.run_both(*(o.as_subclass(Tensor) for o in xb))
     return [[attention_map(o).view(len(o), *o.shape[-2:]).cpu() for o in os] for os in (maps,refined)]
 
@@ -34,7 +34,7 @@ def _gray(image):
 def _limit(maps): return max(1., torch.cat([o.abs().flatten() for o in maps]).quantile(.99).item())
 
 def _overlay(ax, gray, attention, style):
-    "Draw `attention` in color over the gray image, at half its contrast so that the colors stay visible"
+    "Draw `attention` in color over the gray image, at half its contrast"
     middle,half = (gray.max()+gray.min())/2,(gray.max()-gray.min())/2+1e-6
     extent = 0,gray.shape[1],gray.shape[0],0
     ax.imshow(gray, cmap='gray', extent=extent, vmin=middle-2*half, vmax=middle+2*half)
@@ -46,9 +46,9 @@ def show_attention(self:FRSKDCallback,
     n:int=3, # Number of images
     size:float=1.9, # Width and height of one picture, in inches
 )->plt.Figure:
-    """Show the attention of student and self-teacher, and their difference, over images of the validation set.
+    """Show the attention of student and self-teacher, and their difference, over images
 
-    The images are evenly spaced over the validation set. There is one column for each level; levels of four
+    These come from the validation set and are evenly spaced over the validation set. There is one column for each level; levels of four
     positions or fewer are left out. 1 means uniform attention."""
     self.check_trained('attention to show')
     b,images = validation_samples(self.learn, n)

@@ -18,7 +18,7 @@ def class_names(
     dls:DataLoaders,
     n:int|None=None, # Number of logits, if it may differ from the number of names
 )->list: # Strings
-    "Return the names of the classes in the order of the logits, with a number for each class that has no name"
+    "Return the classes' names in the order of the logits; a number for one without a name"
     places = dls,getattr(dls.train, 'after_item', None) # the second has a `MaskBlock`'s
     vocab = first(o for o in (getattr(p, 'vocab', None) for p in places) if o is not None)
     names = [] if vocab is None else [*map(str, vocab)][:n]

@@ -104,7 +104,7 @@ def validate_on(
     dl, # Data loader, or a list of batches
     collect:Callable, # Takes predictions and targets; the inputs are then `learn.xb`
 ):
-    "Call `collect` for each batch of `dl`, with the callbacks of `learn`; leaves `learn` unchanged"
+    "Call `collect` for each batch of `dl`, with the callbacks of `learn`, which doesn't change"
     hidden = [o for o in learn.cbs if isinstance(o, (Recorder,ProgressCallback))]
     cbs = [_Silent(),_Collect(collect)]
     with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs):

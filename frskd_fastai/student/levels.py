@@ -29,7 +29,8 @@ _no_decoder = ("this `DynamicUnet` has no decoder blocks: fastai looks for chang
 def _listed(levels): return ', '.join(f"{o.name!r} ({o.channels}×{o.size[0]}×{o.size[1]})" for o in levels)
 
 def _may_trace(model):
-    "Return False in the training of a frozen model: images with gradients would hide that no parameter is trainable"
+    "Return False in the training of a frozen model"
+    # There, images with gradients would hide that no parameter is trainable
     return not model.training or any(p.requires_grad for p in model.parameters())
 
 class Observer:

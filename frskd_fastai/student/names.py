@@ -18,7 +18,7 @@ def level_label(
     model:nn.Module, # The student
     name:str, # A level's module, as in `model.named_modules()`
 )->str:
-    "Return a short name for a level: `blocks.2` for `0.model.blocks.2`, `layer1` for `0.4` in a ResNet's body"
+    "Return a short name for a level: `blocks.2` for `0.model.blocks.2`, `layer1` for `0.4`"
     parts = name.split('.')
     while len(parts)>1 and (parts[0].isdigit() or parts[0]=='model'): parts = parts[1:]
     label = '.'.join(parts)
@@ -51,7 +51,7 @@ def check_names(
     model:nn.Module, # The student
     levels:int|list, # As for `find_levels`
 ):
-    "Raise `ValueError` if a named level is not a module of `model`, or if the modules can't be read"
+    "Raise `ValueError` if a named level is not a module of `model` or can't be read"
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("FRSKD can't read the feature maps of a `torch.jit` model. Train the model that it was made "
                          "from, and script or trace it afterwards.")

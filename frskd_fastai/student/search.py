@@ -14,8 +14,11 @@ from fastai.vision.models.unet import UnetBlock
 from .features import *
 
 # %% ../../nbs/student/search.ipynb #2d049f02
-def patch_grid(n, hw):
-    "Return the grid of `n` patches in an image of height and width `hw`, or None"
+def patch_grid(
+    n:int, # Number of patches
+    hw:tuple, # Height and width of the image
+)->tuple|None: # Rows and columns
+    "Return the grid of `n` patches with the image's aspect ratio, or None"
     h = round(math.sqrt(n*hw[0]/hw[1]))
     if n>=4 and h and n%h==0 and h*hw[1]==n//h*hw[0]: return h,n//h
 
@@ -43,20 +46,27 @@ def read_level(
 def _is_global_pool(m, size):
     return size==(1,1) and bool(re.search('(Adaptive|Global|Select).*Pool', type(m).__name__))
 
-def is_attention(o):
+def is_attention(
+    o:Tensor, # Output of a module, B×C×H×W
+)->bool:
     "Check whether the rows of `o` look like softmax weights: non-negative, with a sum of 1"
     if o.shape[-1]<2 or not o.numel() or abs(o[0,0,0].sum()-1)>1e-2: return False
     return bool((o>=0).all() and ((o.sum(-1)-1).abs()<1e-2).all())
 
 # %% ../../nbs/student/search.ipynb #6fd1632d
-def pred_node(pred):
+def pred_node(
+    pred, # Output of the model: a tensor, or tuples, lists and dictionaries of them
+):
     "Return the autograd node of the first tensor in `pred` that has one, or None"
     if isinstance(pred, Tensor): return pred.grad_fn
     if isinstance(pred, dict): pred = list(pred.values())
     return first(filter(None, map(pred_node, pred))) if isinstance(pred, (tuple,list)) else None
 
-def trunk_nodes(pred, images):
-    "Return the autograd nodes that all paths from node `pred` to nodes `images` share"
+def trunk_nodes(
+    pred, # Autograd node of the prediction
+    images:list, # Autograd nodes of the images
+)->set:
+    "Return the autograd nodes that all paths from the prediction to the images share"
     order,seen,stack = [],set(),[(pred,False)] # `order`: each node comes after its inputs
     while stack:
         o,done = stack.pop()
@@ -73,7 +83,10 @@ def trunk_nodes(pred, images):
         low = min([low, *(at[i] for i,_ in o.next_functions if i in at)]) if o not in images else -1
     return trunk
 
-def picks_entries(node, images):
+def picks_entries(
+    node, # Autograd node of a map
+    images:list, # Autograd nodes of the images
+)->bool:
     "Check whether indexing picks entries between `images` and `node`, as token dropping does"
     todo,leads = [(node,False)],{} # `leads`: does a node lead back to the images?
     while todo:
@@ -199,7 +212,7 @@ def search(
     calls:dict, # What an `Observer` recorded of its modules, by name
     n:int, # How many levels
 )->tuple: # `Level`s, largest map first, and whether the choice is uncertain
-    "Find the deepest `n` levels: those that timm names, or maps of decreasing resolution, or transformer blocks"
+    "Find the deepest `n` levels: timm's, maps of decreasing resolution or transformer blocks"
     found = _feature_info(model, calls, n)
     if len(found)>=2: return found,False
     found = _search(model, calls, n)
