@@ -19,7 +19,7 @@ _outcomes = ['both right','only student','only self-teacher','both wrong']
 @patch
 def agreement(self:FRSKDCallback,
     dl=None, # Data loader with targets. Default: the validation set
-)->pd.DataFrame: # Numbers of answers: one row per class; columns 'both right', 'only student', 'only self-teacher', 'both wrong'
+)->pd.DataFrame: # Counts: a row per class; columns 'both right', 'only student', 'only self-teacher', 'both wrong'
     "Count the answers per class that both networks, one of them or neither get right"
     self.check_trained('agreement to compute')
     found,dl = [],ifnone(dl, self.learn.dls.valid)

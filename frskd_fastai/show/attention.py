@@ -48,8 +48,8 @@ def show_attention(self:FRSKDCallback,
 )->plt.Figure:
     """Show the attention of student and self-teacher, and their difference, over images
 
-    These come from the validation set and are evenly spaced over the validation set. There is one column for each level; levels of four
-    positions or fewer are left out. 1 means uniform attention."""
+    These are evenly spaced over the validation set. There is one column for each level; levels of four positions or
+    fewer are left out. 1 means uniform attention."""
     self.check_trained('attention to show')
     b,images = validation_samples(self.learn, n)
     seen = []
