@@ -112,7 +112,8 @@ class StudentComparison:
     def counts(self)->pd.DataFrame: # One row: numbers of images, and the p-value `p`
         """Count the images on which each is better, with the p-value of a sign test
 
-        Better means a larger fraction of right answers: the class, or the labels or pixels of an image. `p` is the probability of a split at least this uneven if both Learners were equally good."""
+        Better means a larger fraction of right answers: the class, or the labels or pixels of an image. `p` is the
+        probability of a split at least this uneven if both Learners were equally good."""
         a,b = (self.right>self.right.flip(1)).sum(0).tolist()
         total = len(self.right)
         p = min(1., 2*sum(math.comb(a+b, k) for k in range(min(a, b)+1))/2**(a+b))
