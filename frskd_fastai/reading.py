@@ -212,8 +212,8 @@ class StudentReader(StudentHooks):
 
     def pickled(self): return dict(super().pickled(), _model=None) # a weak reference
     def __deepcopy__(self, memo):
-        new = super().__deepcopy__(memo)
-        if self._model is not None: new._model = weakref.ref(deepcopy(self._model(), memo))
+        new,model = super().__deepcopy__(memo),self._model and self._model()
+        new._model = None if model is None else weakref.ref(deepcopy(model, memo))
         return new
 
 # %% ../nbs/reading.ipynb #read0001

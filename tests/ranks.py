@@ -253,6 +253,21 @@ def poisoned():
     return {**end(learn, together), 'skipped':learn.frskd.skipped}
 
 @scenario
+def poisoned_for_long():
+    "Make the images of all steps non-finite on rank 1, until the fit stops"
+    class Poison(Callback):
+        run_valid = False
+        def before_batch(self):
+            if rank_distrib(): self.learn.xb = (self.xb[0]*math.nan,)
+    learn = learner()
+    learn.frskd.skipping.limit = 3
+    with ctx(learn), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: learn.fit(2, 1e-2, cbs=Poison())
+        except FloatingPointError as e: said = str(e)
+    return {**end(learn), 'said':said}
+
+@scenario
 def segments():
     "Train a U-Net; returns mean IoU over both ranks' images, and as one process measures it"
     loss,metrics = CrossEntropyLossFlat(axis=1, ignore_index=VOID),[MeanIoU(VOID),PixelAccuracy(VOID)]

@@ -142,6 +142,13 @@ def test_a_loss_that_is_not_finite_on_one_rank(pair):
         assert o['skipped']==1
         assert [b for _,b in o['same']]==[True]*8 # parameters finite and equal after each step
 
+def test_losses_that_are_not_finite_on_one_rank_for_long(pair):
+    "The fit stops on all ranks; one that went on would wait for the others"
+    both = pair.run('poisoned_for_long')
+    check_ended(*both)
+    for o,why in zip(both, ('It was not finite on another process','The first non-finite tensor is the batch of')):
+        assert 'not finite in at least 3 steps in a row' in o['said'] and why in o['said']
+
 def test_the_best_model_comes_back(pair):
     both = pair.run('best')
     check_ended(*both)

@@ -1,5 +1,5 @@
 "Non-finite losses and activations: which steps are skipped, what stays intact, what ends a fit"
-import json, math, shutil, warnings
+import gc, json, math, shutil, warnings, weakref
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import autocast, GradScaler
@@ -358,3 +358,42 @@ def test_a_replaced_self_teacher_keeps_its_own_statistics(make):
     assert new is not old and all(b.isfinite().all() for b in new.buffers())
     fresh = [b for n,b in new.named_buffers() if 'running_mean' in n]
     assert fresh and not any(b.any() for b in fresh) # as they were built, since no finite batch has been seen
+
+class InterruptAt(Callback):
+    "Press Ctrl-C in a step"
+    order,run_valid = 100,False
+    def __init__(self, step): self.step = step
+    def before_batch(self):
+        if self.train_iter==self.step: raise KeyboardInterrupt
+
+def test_an_interrupt_after_a_skipped_step(make):
+    "The statistics are restored before the next look, too; otherwise the next fit would keep the bad ones"
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-3, cbs=[Poison(1),InterruptAt(3)])
+    assert sound(learn) and math.isfinite(learn.validate()[0])
+    learn.fit(1, 1e-3)
+    assert sound(learn) and learn.frskd.skipped==0
+
+def test_an_interrupt_of_a_sound_fit_changes_no_statistics(make):
+    learn,seen = make(cbs=FRSKDCallback()),[]
+    class Look(Callback):
+        def after_batch(self): seen.append(weights(self.model))
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-3, cbs=[Look(),InterruptAt(3)])
+    assert same(weights(learn.model), seen[-1]) and not same(seen[-1], seen[0])
+
+def test_the_count_survives_a_summary(make):
+    learn = make(cbs=FRSKDCallback())
+    with pytest.warns(UserWarning, match='skipped 1 step'): learn.fit(1, 1e-3, cbs=Poison(1))
+    learn.summary()
+    assert learn.frskd.skipped==1
+
+def test_a_replaced_model_is_released(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    old = weakref.ref(learn.model)
+    learn.model,learn.opt = SmallNet(),None
+    gc.collect()
+    assert old() is None
+    learn.frskd.run = False
+    learn.fit(1, 1e-3)
+    assert deepcopy(learn).frskd.trained is not None # it knows of no earlier model

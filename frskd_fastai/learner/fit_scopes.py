@@ -99,7 +99,7 @@ class FitScopes(TrainingOnly):
     def enter_fit(self): "Called when a fit begins: put into `fit_ctx` what must end with it"
     def enter_train(self): "Called when an epoch's training begins: put into `train_ctx` what must end with it"
     def leave_train(self): "Called after an epoch's training, or on removal: end what isn't in `train_ctx`"
-    def interrupted(self): "Called when an exception ended the fit; fastai has no event for this"
+    def interrupted(self): "Called when an exception ends the fit, before `close`; fastai has no event for this"
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -155,8 +155,8 @@ class FitScopes(TrainingOnly):
         try: epoch()
         except CancelFitException: raise # `after_fit` will follow
         except BaseException:
-            self.close()
-            self.interrupted()
+            try: self.interrupted()
+            finally: self.close()
             raise
 
     def _close_train(self):

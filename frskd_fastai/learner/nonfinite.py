@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/learner/nonfinite.html.md"""
 __all__ = ['count_not_finite', 'not_finite', 'NotFinite', 'SkipNonFinite']
 
 # %% ../../nbs/learner/nonfinite.ipynb #3291f519
+from contextlib import suppress
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
@@ -51,24 +52,25 @@ def _put_buffer(model, name, b):
     owner,_,name = name.rpartition('.')
     model.get_submodule(owner)._buffers[name] = b
 
-class SkipNonFinite(TrainingOnly):
+class SkipNonFinite(FitScopes):
     "Skip steps with a non-finite loss; stop the fit after too many or with non-finite weights"
     order,run_valid = GradientAccumulation.order-.5,False # After callbacks that change the loss, before it is divided
     every,limit = 50,20 # Steps between two reads of the counts; skipped steps in a row that end a fit
     def __init__(self,
         suspects:Callable=dict, # Returns this step's tensors by name, in order of computation, for the error message
     ):
+        super().__init__()
         self.suspects = suspects
         self.skipped = 0 # Steps skipped in the last fit; updated every 50 steps and at the end of an epoch
         self.trained_nothing = False # Were all steps of the last epoch skipped?
-        self.watching = False
+        self.began=self.watching = False # Has this fit trained yet? Is it watched?
+        self.kept = {} # Buffers by module
 
-    def before_fit(self):
-        if self.learn.lock.locked(): return
-        self.watching,self.skipped,self.trained_nothing = False,0,False
+    def enter_fit(self): self.began = False
 
-    def before_train(self):
-        self.steps = 0 # of this epoch
+    def enter_train(self):
+        if not self.began: self.skipped,self.trained_nothing = 0,False # `learn.summary()` begins a fit without training
+        self.began,self.steps = True,0 # steps of this epoch
         if own_attr(self.learn, 'lr_finder'): return
         if not self.watching: self._begin()
         self.keep() # between epochs, callbacks may have loaded other weights
@@ -143,8 +145,17 @@ class SkipNonFinite(TrainingOnly):
     def after_cancel_epoch(self): self.after_train() # wasn't called if the training was cancelled
     def after_cancel_fit(self): self.after_train()
 
-    def state_dict(self): return dict(skipped=self.skipped) # for `Resumable`
-    def load_state_dict(self, state): self.skipped = state['skipped']
+    def interrupted(self):
+        if not self.watching: return
+        with suppress(RuntimeError): # a failed device can't be read
+            if self.total!=self.skipped: self.set_back()
+
+    def close(self):
+        super().close()
+        self.watching,self.kept = False,{} # a model that was replaced is released
+
+    def state_dict(self): return dict(skipped=self.skipped, began=self.began) # for `Resumable`
+    def load_state_dict(self, state): self.skipped,self.began = state['skipped'],state['began']
 
     def _look(self, end=False):
         "Read the counts; after skipped steps, restore the buffers"
@@ -170,11 +181,11 @@ class SkipNonFinite(TrainingOnly):
         else: s.count,s.val = self.smooth
 
     def _stop(self):
-        "Raise `FloatingPointError` if this step isn't finite either"
+        "Raise `NotFinite` on all processes if this step isn't finite either"
+        if not self.bad: return
         names = not_finite({'the batch of images':self.xb, **self.suspects()}) or not_finite({'the loss':self.loss})
-        if not names: return
-        self.set_back()
         also = f" (then {', '.join(names[1:])})" if names[1:] else ''
+        found = f"The first non-finite tensor is {names[0]}{also}" if names else "It was not finite on another process"
         raise NotFinite(
-            f"FRSKD: the loss was not finite in at least {self.limit} steps in a row. The first non-finite tensor is "
-            f"{names[0]}{also}", "Check the images, use a lower learning rate, or clip gradients: `cbs=GradientClip`.")
+            f"FRSKD: the loss was not finite in at least {self.limit} steps in a row. {found}",
+            "Check the images, use a lower learning rate, or clip gradients: `cbs=GradientClip`.")

@@ -22,7 +22,7 @@ Answers = namedtuple('Answers', 'right cls log_p keep asked')
 Answers.__doc__ = """How logits compare with targets: B×N tensors for N answers per image
 
 `right`: is the prediction right? `cls`: the class of the target. `log_p`: log-probability of the right answer.
-`keep`: does the answer count? `asked`: does trust average it? Like `keep`, but only the positive ones of several labels."""
+`keep`: does the answer count? `asked`: does trust average it? Like `keep`, but of several labels only the positive."""
 
 def mean_where(
     values:Tensor, # Any shape
