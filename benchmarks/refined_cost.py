@@ -10,7 +10,7 @@ gets in training from scratch, and with that of fine-tuning, if its `width` is s
 import argparse
 from fastai.vision.all import *
 from frskd_fastai.all import *
-from frskd_fastai.build import operations
+from frskd_fastai.width import operations
 from frskd_fastai.cli.measure import prediction_times
 
 def learner(arch, size, frozen, n_classes=10, bs=2):

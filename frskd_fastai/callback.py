@@ -28,11 +28,12 @@ from .step import *
 class _option:
     "Expose an option as an attribute; only `alpha`, `beta` and `temperature` can be changed"
     settable = 'alpha','beta','temperature'
+    filled_in = *settable,'finest','width','schedule' # Read from the module, which has the task's defaults
     def __set_name__(self, owner, name): self.name = name
 
     def __get__(self, cb, owner=None):
         if cb is None: return self
-        if hasattr(cb.trained, self.name): return getattr(cb.trained, self.name)
+        if self.name in self.filled_in and cb.trained is not None: return getattr(cb.trained, self.name)
         given = getattr(cb.options, self.name)
         if given is not None: return given
         task = Segmentation if cb.options.per==Segmentation.per else SingleLabel
@@ -43,7 +44,7 @@ class _option:
             raise AttributeError(f"FRSKD: {self.name} can't be changed once the callback is made. Remove the "
                                  f"callback and add a new one: `FRSKDCallback({self.name}=...)`.")
         cb.options = replace(cb.options, **{self.name:value}) # checks the value
-        if cb.trained is not None: setattr(cb.trained, self.name, value)
+        if cb.trained is not None: setattr(cb.trained, self.name, getattr(cb.options.for_task(cb.task), self.name))
 
 class FRSKDCallback(StudentReader):
     """Train a self-teacher on the student's feature maps and distill it into the student
@@ -82,7 +83,7 @@ class FRSKDCallback(StudentReader):
         columns:bool=False, # Show loss parts and self-teacher accuracy in the progress table?
     ):
         given = locals()
-        self._start(FRSKDOptions(**{f.name:given[f.name] for f in fields(FRSKDOptions) if f.name!='per'}))
+        self._start(FRSKDOptions(**{f.name:given[f.name] for f in fields(FRSKDOptions) if f.name in given}))
 
     def _start(self, options):
         shown = [*(f'{n}_loss' for n in self.loss_names),'teacher_accuracy'] if options.columns else []
@@ -192,7 +193,8 @@ class FRSKDCallback(StudentReader):
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before the self-teacher was built
-        (self.update_schedule if self.hooks is None else self.plan)() # `enter_train` will plan
+        if self.hooks is None: self.update_schedule() # `enter_train` will plan
+        else: self.plan()
 
 
 # %% ../nbs/callback.ipynb #call0002

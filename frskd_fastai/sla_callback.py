@@ -32,14 +32,14 @@ class FRSKDSLACallback(FRSKDCallback):
         **kwargs, # As for `FRSKDCallback`
     ):
         super().__init__(**kwargs)
-        check_number('sla_weight', sla_weight, zero=True)
-        self._sla_weight = sla_weight
+        self.sla_weight = sla_weight
 
     @property
     def sla_weight(self): return getattr(self.trained, 'sla_weight', self._sla_weight)
 
     @sla_weight.setter
     def sla_weight(self, value):
+        check_number('sla_weight', value, zero=True)
         self._sla_weight = value
         if self.trained is not None: self.trained.sla_weight = value
 

@@ -1,4 +1,4 @@
-"""Helpers for the training step of `FRSKDCallback`: checks, number of steps, labels, means and loss function
+"""Helpers for the training step of `FRSKDCallback`: checks, number of steps, labels, loss function, compilation
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/step.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/step.html.md"""
 
 # %% auto #0
 __all__ = ['check_fit', 'refuse_frozen_student', 'is_frozen', 'plan_schedule', 'short_run_note', 'say_if_short',
-           'single_position', 'unmixed', 'mixed_labels', 'mean_log_p', 'step_means', 'kept_state']
+           'single_position', 'unmixed', 'mixed_labels', 'mean_log_p', 'step_means', 'kept_state', 'Compiled']
 
 # %% ../nbs/step.ipynb #d4a02205
 from contextlib import contextmanager
@@ -102,7 +102,7 @@ def _mixers(learn): return [o for o in learn.cbs if isinstance(o, MixHandler) an
 def unmixed(
     learn:Learner, # In a training step
 )->tuple: # Targets
-    "Return the targets before mixing, if MixUp or CutMix has mixed them"
+    "Return the batch's targets as they are without mixing, in another order under MixUp and CutMix"
     mix = first(_mixers(learn))
     return learn.yb if mix is None else tuple(mix.yb1)
 
@@ -171,3 +171,18 @@ def kept_state(
         finally:
             for o,state in kept: vars(o).clear(); vars(o).update(state)
     return _call
+
+# %% ../nbs/step.ipynb #8e96e6dc
+class Compiled:
+    "Call `f` through `torch.compile`; if that fails, warn and call `f` itself"
+    def __init__(self,
+        f:Callable, # A module or function
+    ): self.f,self.fast = f,torch.compile(f)
+    def __call__(self, *args, **kwargs):
+        if self.fast is None: return self.f(*args, **kwargs)
+        try: return self.fast(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as e: # raised before `f` runs; includes inductor's errors
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            warn(f"FRSKD: torch.compile can't compile the self-teacher or its losses, so they run uncompiled ({why})")
+            self.fast = None
+            return self.f(*args, **kwargs)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from frskd_fastai.all import *
 from frskd_fastai.cli.bench import main, results
 from frskd_fastai.cli.measure import parts
-from frskd_fastai.build import Compiled
+from frskd_fastai.step import Compiled
 from conftest import SmallNet, child_env, n_hooks, same, weights
 
 SMALL = '--arch cifar_resnet18 --size 32 --bs 4 --rounds 1 --steps 1'

@@ -137,6 +137,90 @@ def test_lr_find_restores_student_and_teacher(make):
     assert left(learn)==clean(learn)
     learn.fit(1)
 
+CHANNELS = [8,16,32] # of `SmallNet`'s levels
+def own_parts(part):
+    "Return a module of the user's and the callback's option"
+    if part=='teacher': return (m := SelfTeacher(CHANNELS, 10)),dict(teacher=m)
+    return (m := HintLoss(CHANNELS, [2*c for c in CHANNELS])),dict(feature_loss=m, width=2.)
+
+@pytest.mark.parametrize('part', ['teacher','feature_loss'])
+def test_the_users_modules_begin_again(part, make, capsys):
+    "`lr_find` before the first fit, a checkpoint from before it and a replaced model leave no trace in them"
+    m,kw = own_parts(part)
+    learn,first = make(cbs=FRSKDCallback(**kw)),weights(m)
+    learn.create_opt(); learn.save('untrained')
+    learn.lr_find(show_plot=False, num_it=12)
+    starts = []
+    class Look(Callback):
+        def before_backward(self):
+            if not self.iter: starts.append({k:v.clone() for k,v in m.named_parameters()})
+    def begin(): learn.fit(1, 1e-2, cbs=Look())
+    begin()
+    assert not same(first, weights(m))
+    learn.load('untrained')
+    begin()
+    learn.model,learn.opt = SmallNet(),None
+    begin()
+    assert 'the model was replaced, so FRSKD starts with a new self-teacher' in capsys.readouterr().out
+    assert len(starts)==3 and all(torch.equal(first[k], v) for o in starts for k,v in o.items())
+
+def test_a_fit_continues_with_the_users_teacher(make):
+    t = SelfTeacher(CHANNELS, 10)
+    learn = make(cbs=FRSKDCallback(teacher=t))
+    learn.fit(1, 1e-2)
+    learn.frskd.alpha = 1. # makes new options
+    before,seen = weights(t),[]
+    class Look(Callback):
+        def before_batch(self):
+            if self.training: seen.append(weights(t))
+    learn.fit(1, 1e-2, cbs=Look())
+    assert same(before, seen[0]) and not same(before, seen[-1])
+
+def test_a_teacher_in_eval_mode_trains_from_the_first_step_on(make):
+    t,modes = SelfTeacher(CHANNELS, 10).eval(),[]
+    class Look(Callback):
+        order,run_valid = 99,False # after FRSKD
+        def after_loss(self): modes.append(t.training)
+    make(cbs=FRSKDCallback(teacher=t)).fit(2, 1e-2, cbs=Look())
+    assert modes==[True]*12
+
+def test_options_can_be_read_and_reset(make):
+    "Options are what was given, also after training; None restores the task's default"
+    learn = make(cbs=FRSKDCallback(alpha=3., feature_loss='hint'))
+    learn.fit(1, 1e-3)
+    cb = learn.frskd
+    assert (cb.compile,cb.columns,cb.feature_loss,cb.budget)==(False,False,'hint',.8)
+    assert (cb.alpha,cb.beta,cb.temperature,cb.finest)==(3.,1.,4.,1) and cb.width>0
+    cb.alpha=cb.beta=cb.temperature = None
+    assert (cb.alpha,cb.beta,cb.temperature)==(2.,1.,4.)
+    learn.fit(1, 1e-3)
+    for name in 'alpha','beta','temperature':
+        with pytest.raises(ValueError, match=name): setattr(cb, name, -1.)
+
+class Picky(SmallNet):
+    "Fails in training with images that require gradients, after BatchNorm and dropout have run"
+    def forward(self, x):
+        z = F.dropout(self.stem(x), .2, self.training)
+        if self.training and x.requires_grad: raise RuntimeError('no gradients of images, please')
+        return self.head(self.stages(z))
+
+def test_the_second_attempt_in_the_first_step_leaves_no_trace(make):
+    "Without it, BatchNorm would count the batch twice and dropout draw other numbers"
+    learn,states = make(model=Picky(), cbs=FRSKDCallback()),[]
+    class Look(Callback):
+        def after_batch(self):
+            if self.training: states.append((self.model.stem[1].num_batches_tracked.item(), torch.get_rng_state()))
+    set_seed(1)
+    learn.fit(1, 1e-3, cbs=Look())
+    assert [n for n,_ in states]==[1,2,3,4,5,6]
+    plain,alone = make(model=Picky()),[]
+    class LookToo(Look):
+        def after_batch(self):
+            if self.training: alone.append(torch.get_rng_state())
+    set_seed(1)
+    plain.fit(1, 1e-3, cbs=LookToo())
+    assert all(torch.equal(a, b) for (_,a),b in zip(states, alone, strict=True))
+
 def test_interrupted_lr_find_does_not_take_the_next_fit_back(make):
     learn = make(cbs=FRSKDCallback())
     with pytest.raises(KeyboardInterrupt):

@@ -78,6 +78,9 @@ def test_paper_preset():
     assert (cb.schedule,cb.feature_loss)==('constant','attention')
     assert FRSKDCallback.paper(alpha=1., width=.5).width==.5
     assert FRSKDSLACallback.paper(sla_weight=.5).sla_weight==.5
+    cb = FRSKDSLACallback()
+    with pytest.raises(ValueError, match='sla_weight'): cb.sla_weight = -3
+    assert cb.sla_weight==1
     assert [FRSKDCallback.paper(feature_loss=o).beta for o in ('hint','overhaul')]==[1.,1e-3]
     with pytest.raises(TypeError): FRSKDCallback.paper(widht=1)
 

@@ -6,6 +6,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.vision.core import TensorMask, TensorMultiCategory
 from torch import nn, tensor
 from frskd_fastai.method.dense_teacher import DenseSelfTeacher
+from frskd_fastai.method.losses import soft_label_loss
 from frskd_fastai.task.task import MultiLabel, Segmentation, SingleLabel, mean_where, task_of
 from frskd_fastai.method.teacher import SelfTeacher
 
@@ -109,3 +110,14 @@ def test_targets_without_labels():
     for task in TASKS:
         with pytest.raises(ValueError, match="FRSKD can't read labels from targets of shape"):
             task.answers(torch.zeros(2,4), torch.rand(2,3))
+
+def test_segmentation_leaves_unknown_targets_to_the_loss_function():
+    for targets in ({'mask':torch.zeros(2,4,4)},),(torch.zeros(2,4,4).long(),)*2:
+        assert Segmentation().keep(targets, 3) is None
+
+def test_an_infinite_logit_is_not_a_masked_class():
+    "−inf masks a class; +inf is a diverged logit, which must not pass for one"
+    z = torch.randn(4,5)
+    masked,diverged = z.clone(),z.clone()
+    masked[:,0],diverged[:,0] = -math.inf,math.inf
+    assert soft_label_loss(masked, z).isfinite() and not soft_label_loss(diverged, z).isfinite()

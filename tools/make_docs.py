@@ -26,7 +26,7 @@ GROUPS = {o:pages.split() for o,pages in {
     'Data': 'data',
     'Models': 'models',
     'Figures': 'show/attention show/losses show/agreement show/masks show',
-    'Inside the callback': 'build step reading . *',
+    'Inside the callback': 'build width step reading . *',
     'Commands': 'cli/train cli/bench cli'}.items()}
 ORDER = [(group,o) for group,pages in GROUPS.items() for o in pages]
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import matplotlib.pyplot as plt
 from fastai.vision.all import *
 from torch.profiler import ProfilerActivity, profile
-from ..build import operations
+from ..width import operations
 from ..callback import *
 from .command import markdown_table
 from .jobs import find_arch

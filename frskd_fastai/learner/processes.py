@@ -29,7 +29,8 @@ def prepare_like_model(
     sync_bn = trainer.sync_bn if trainer else synced
     if sync_bn and device.type!='cpu': nn.SyncBatchNorm.convert_sync_batchnorm(module) # it works only on GPUs
     settings = trainer and trainer.accelerator.ddp_handler # `distrib_ctx(kwargs_handlers=[...])`
-    ddp = DistributedDataParallel(module, **(settings.to_kwargs() if settings else {}))
+    kwargs = settings.to_kwargs() if settings else {}
+    ddp = DistributedDataParallel(module, **kwargs)
     if hasattr(settings, 'register_comm_hook'): settings.register_comm_hook(ddp) # not part of `to_kwargs`
     return ddp
 

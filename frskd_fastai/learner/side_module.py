@@ -53,6 +53,7 @@ class SideModuleCallback(FitScopes):
         "Train `module` beside the model from now on"
         if self.trained is not None and module is not self.trained: leave_opt(self.learn, self.trained)
         self.trained,self.prepared = module,None
+        if module is not None: module.train() # the user may have made it in eval mode
         self.join()
 
     def join(self):

@@ -112,8 +112,9 @@ class FRSKD(nn.Module):
 
     def teach(self, maps, factor=1.):
         "Run the self-teacher; its gradient reaches the student multiplied by `factor`"
-        kwargs = dict(preact=True) if getattr(self.feature_loss, 'preact', False) else {}
-        refined,logits = self.fast(self.teacher)([scale_grad(o, factor) for o in maps], **kwargs)
+        run,maps = self.fast(self.teacher),[scale_grad(o, factor) for o in maps]
+        preact = getattr(self.feature_loss, 'preact', False)
+        refined,logits = run(maps, preact=True) if preact else run(maps)
         return refined,logits.float()
 
     def distil(self, student, teacher, maps, refined, ratios, keep=None):

@@ -22,7 +22,7 @@ def _check_same(student, teacher, what):
 def _softened(student, teacher, temperature):
     "Divide both logits by K, in float32; mask the classes where the student's logit is −inf"
     _check_same(student.shape, teacher.shape, 'logits')
-    masked = student.detach().isinf()
+    masked = student.detach().isneginf()
     return [o.float().masked_fill(masked, -1e9)/temperature for o in (student,teacher.detach())]
 
 def soft_label_loss(

@@ -194,7 +194,7 @@ def check_teacher(
 )->list: # Channels d_i of the refined maps
     "Run `teacher` once; raise `ValueError` if it isn't a self-teacher for these levels"
     feats = [torch.zeros(2, o.channels, *o.size, device=device) for o in levels]
-    try: out = _evaluate(teacher, feats, **(dict(preact=True) if preact else {}))
+    try: out = _evaluate(teacher, feats, preact=True) if preact else _evaluate(teacher, feats)
     except Exception as e:
         shapes = [tuple(o.shape) for o in feats]
         _refuse(f"fails on feature maps of shapes {shapes}: {type(e).__name__}: {e}", e)

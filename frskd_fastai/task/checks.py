@@ -114,7 +114,8 @@ def check_pred(
         what = f'a tensor of shape {tuple(pred.shape)}' if is_tensor else f'a {type(pred).__name__}'
         _refuse(f"its model returns {what}", "Let `forward` return only the logits, B×C or B×C×H×W.")
     task = task_of(pred, yb, loss_func)
-    (_check_pixels if isinstance(task, Segmentation) else _check_images)(pred, yb, loss_func)
+    check = _check_pixels if isinstance(task, Segmentation) else _check_images
+    check(pred, yb, loss_func)
     return task
 
 # %% ../../nbs/task/checks.ipynb #chck0007

@@ -56,9 +56,8 @@ class Task:
         if y.shape==logits.shape: cls,log_p,keep = _of_probabilities(log_p, y.float())
         elif numbers: cls,log_p,keep = self._of_classes(log_p, y)
         else:
-            got = f"targets of shape {tuple(y.shape)}, {y.dtype}, for logits of shape {tuple(logits.shape)}"
-            raise ValueError(f"FRSKD can't read labels from {got}. Use class numbers, or a number for each "
-                             f"of the {logits.shape[1]} classes.")
+            raise ValueError(f"FRSKD can't read labels from targets of shape {tuple(y.shape)}, {y.dtype}, for logits "
+                             f"of shape {tuple(logits.shape)}. Use class numbers, or a number for each class.")
         right = logits.argmax(1)==cls
         right,cls,log_p,keep = (o.reshape(len(logits), -1) for o in (right,cls,log_p,keep))
         return Answers(right, cls, log_p, keep, keep)
@@ -183,8 +182,9 @@ class Segmentation(Task):
         return y[:,0] if y.ndim==4 and y.shape[1]==1 else y
 
     def keep(self, targets, n):
-        y = self.labels(targets[0]) # a loss function may skip labels that are no class, such as −100, by itself
-        return self.counts(y) & (y>=0) & (y<n) if len(targets)==1 else None
+        if len(targets)!=1 or not isinstance(targets[0], Tensor): return
+        y = self.labels(targets[0])
+        return self.counts(y) & (y>=0) & (y<n) # a loss may skip labels that are no class, such as −100, by itself
 
     def soft_labels(self, student, teacher, temperature, keep=None):
         return pixel_soft_label_loss(student, teacher, temperature, keep)
