@@ -78,7 +78,7 @@ class FRSKDOptions:
         return replace(self, **{k:v for k,v in defaults.items() if getattr(self, k) is None and k!='width'})
 
     def reset_modules(self):
-        "Give a `teacher` and `feature_loss` that are modules the weights back that they had when first built"
+        "Give modules in `teacher` and `feature_loss` the weights back that they had at first"
         for name in 'teacher','feature_loss':
             m = getattr(self, name)
             if not isinstance(m, nn.Module): continue

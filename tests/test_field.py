@@ -376,6 +376,31 @@ def test_activation_checkpointing(make):
         grads[kind] = at.result
     torch.testing.assert_close(grads['checkpointed'], grads['plain'])
 
+class Stages(nn.Module):
+    "Four stages of six layers each, checkpointed if asked"
+    def __init__(self, checkpointed):
+        super().__init__()
+        layers = lambda i,o: [ConvLayer(i, o, stride=2), *(ConvLayer(o, o) for _ in range(5))]
+        self.stages = nn.ModuleList(nn.Sequential(*layers(i, o)) for i,o in ((3,8),(8,8),(8,16),(16,32)))
+        self.head,self.checkpointed = nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(32, 10)),checkpointed
+    def forward(self, x):
+        for m in self.stages: x = checkpoint(m, x, use_reentrant=False) if self.checkpointed else m(x)
+        return self.head(x)
+
+@pytest.mark.parametrize('options', [dict(), dict(levels=['stages.1','stages.3']), dict(feature_loss='overhaul')])
+@pytest.mark.parametrize('checkpointed', [False,True])
+def test_the_first_step_keeps_no_more_maps_than_it_needs(checkpointed, options, make):
+    "It looks at every module, but keeps neither the maps of layers inside a stage nor those of unnamed modules"
+    kept = []
+    class Look(Callback):
+        order,run_valid = FRSKDCallback.order-1,False
+        def after_loss(self):
+            hooks = getattr(self.frskd.hooks, 'hooks', self.frskd.hooks)
+            kept.append({n for n,o in hooks._maps.items() if o.ndim==4 and n!='head.0'})
+    make(model=Stages(checkpointed), splitter=trainable_params, cbs=FRSKDCallback(**options)).fit(1, 1e-3, cbs=Look())
+    levels = set(options.get('levels', [f'stages.{i}' for i in range(4)]))
+    assert len(kept)==6 and kept==[levels]*6
+
 def test_reentrant_checkpointing_that_loses_the_gradient_is_refused(make):
     learn = make(model=Checkpointed(reentrant=True), cbs=FRSKDCallback())
     before = weights(learn.model)

@@ -151,6 +151,10 @@ class FeatureHooks:
         "Image (height, width) relative to that at which the levels were found"
         if self.size and self.seen_size: return tuple(a/b for a,b in zip(self.seen_size, self.size))
 
+    def drop(self, name):
+        "Forget the map of one module"
+        self._maps.pop(name, None)
+
     def clear(self):
         "Forget the maps"
         self._maps,self._twice,self.out = {},set(),None # `out`: the model's output
@@ -192,6 +196,10 @@ class PreactHooks(FeatureHooks):
         pre,scale,levels = dict(self._pre),self._scale,ifnone(levels, self.levels)
         maps = super().pop(levels)
         return maps,[as_map(pre[lv.name], lv, scale) if lv.name in pre else o for lv,o in zip(levels, maps)]
+
+    def drop(self, name):
+        super().drop(name)
+        self._pre.pop(name, None)
 
     def clear(self):
         super().clear()

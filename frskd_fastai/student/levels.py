@@ -33,8 +33,18 @@ def _may_trace(model):
     # There, images with gradients would hide that no parameter is trainable
     return not model.training or any(p.requires_grad for p in model.parameters())
 
+def _refuse_few(observer, found):
+    "Raise `ValueError` for a network with fewer than two levels"
+    dense = isinstance(observer.out, Tensor) and observer.out.ndim==4
+    if dense and isinstance(observer.levels, Integral): observer.refuse_dense()
+    h,w = observer.size
+    raise ValueError("FRSKD needs at least two feature levels (B×C×H×W maps of decreasing resolution), but the "
+                     f"model has {_listed(found) or 'none'} for {observer.bs} images of {h}×{w}. "
+                     "Modules that run more than once don't count. Use larger images, name the modules "
+                     "(`FRSKDCallback(levels=[...])`), or train without FRSKD: `learn.remove_cb(FRSKDCallback)`.")
+
 class Observer:
-    """Record what each module of a model returns in a forward pass, and keep these outputs
+    """Record what each module of a model returns in a forward pass, and keep the outputs that may be levels
 
     The images require a gradient there, so that autograd's graph leads back to them; no other gradient changes"""
     def __init__(self,
@@ -45,6 +55,8 @@ class Observer:
         self.model,self.levels = model,levels
         self.decoder = decoder_names(uncompiled(model), levels) if isinstance(levels, Integral) else []
         self.search = isinstance(levels, Integral) and len(self.decoder)<2
+        known = [*self.decoder, *(n for _,n in timm_levels(uncompiled(model)))]
+        self.kept = {*known} if isinstance(levels, Integral) else {*levels} # names of modules whose outputs are kept
         self.names = {m:n for n,m in uncompiled(model).named_modules()}
         self.hooks = hooks(model, [n for n in self.names.values() if n])
         self.trace = len(self.decoder)<2
@@ -82,7 +94,8 @@ class Observer:
     def clear(self):
         "Forget what was recorded"
         self.hooks.clear()
-        self.calls,self.grids,self.images,self.nodes,self.tokens,self.convs,self.operations = {},{},[],{},{},0,0
+        self.calls,self.grids,self.nodes,self.tokens = {},{},{},{}
+        self.images,self.convs,self.operations = [],0,0
 
     def remove(self):
         "Take the hooks off the model and forget what was recorded"
@@ -128,6 +141,9 @@ class Observer:
         if lv is not None: self.nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
         inp = read_level(name, first_map, bs, hw, grids)
         self.calls[name] = dict(order=len(self.calls), inp=inp, out=lv, convs=self.convs, trunk=None)
+        # Let go of outputs that can't be levels, so that checkpointing saves memory here, too
+        done = inside(name, m, self.calls) if isinstance(self.levels, Integral) else {name}
+        for n in done-self.kept: self.hooks.drop(n)
 
     def _see_trunk(self):
         """Set `trunk` of each call: do all paths from the images to the prediction pass through it?
@@ -154,7 +170,7 @@ class Observer:
             found = [self.calls[n]['out'] for n in self.decoder if self.calls[n]['out']]
             if len(found)<2: found,unsure = search(model, self.calls, levels)
         self.tokens,self.images = {},[] # they hold the graph
-        if len(found)<2: self._too_few(found)
+        if len(found)<2: _refuse_few(self, found)
         if unsure and not rank_distrib():
             warn_each_time("FRSKD: the network has side branches, so its levels are uncertain; using "
                            f"{_listed(found)}. To use others, name them: `FRSKDCallback(levels=[...])`.")
@@ -175,14 +191,6 @@ class Observer:
         found = [_level(n) for n in names]
         return sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of equal size keep the user's order
 
-    def _too_few(self, found):
-        dense = isinstance(self.out, Tensor) and self.out.ndim==4
-        if dense and isinstance(self.levels, Integral): self.refuse_dense()
-        h,w = self.size
-        raise ValueError("FRSKD needs at least two feature levels (B×C×H×W maps of decreasing resolution), but the "
-                         f"model has {_listed(found) or 'none'} for {self.bs} images of {h}×{w}. "
-                         "Modules that run more than once don't count. Use larger images, name the modules "
-                         "(`FRSKDCallback(levels=[...])`), or train without FRSKD: `learn.remove_cb(FRSKDCallback)`.")
 
 def refuse_inputs(
     inputs, # Inputs of a model
