@@ -19,6 +19,7 @@ from .method.schedule import *
 from .method.frskd import *
 from .task.task import *
 from .student.features import *
+from .student.names import *
 from .student.levels import *
 from .student.probe import *
 from .learner.checkpoint import *
@@ -55,9 +56,8 @@ class FRSKDOptions:
         check_number('finest', self.finest, zero=True, whole=True, optional=True)
         SelfTeacher.check_size(ifnone(self.width, 1.), self.depth)
         if self.schedule is not None: make_schedule(self.schedule)
-        levels,loss,teacher = self.levels,self.feature_loss,self.teacher
-        enough = levels>=2 if isinstance(levels, Integral) else is_listy(levels) and len(levels)>=2
-        _check(enough, "levels must be a number, 2 or more, or a list of at least two module names", levels)
+        check_levels(self.levels)
+        loss,teacher = self.feature_loss,self.teacher
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
         _check(known, f"feature_loss must be {', '.join(map(repr, feature_losses))}, a function or a module", loss)
         makes = teacher is None or callable(teacher)
@@ -242,7 +242,8 @@ def check_built(
     ours:dict, # The same of the current self-teacher
 ):
     "Raise `ValueError` if a checkpoint's self-teacher was built with other options"
-    differs = first(k for k in theirs if k in ours and theirs[k]!=ours[k])
-    if differs is None: return
-    raise ValueError(f"FRSKD: the self-teacher in {file} was trained with {differs}={theirs[differs]!r}, here it is "
-                     f"{ours[differs]!r}. {load_alone}")
+    differs = [k for k in theirs if k in ours and theirs[k]!=ours[k]]
+    if not differs: return
+    there,here = (', '.join(f'{k}={o[k]!r}' for k in differs) for o in (theirs,ours))
+    raise ValueError(f"FRSKD: the self-teacher in {file} was trained with {there}, but here it has {here}. "
+                     f"{load_alone}")

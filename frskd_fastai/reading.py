@@ -136,7 +136,7 @@ class StudentReader(StudentHooks):
         except Exception as e:
             if self.has_pred and not self.passed: self.refused()
             in_loss_func = self.since=='after_pred'
-            if in_loss_func and self.has_pred: check_task(self.learn.pred, self.targets, self.label_loss, e)
+            if in_loss_func and self.has_pred: check_task(self.learn.pred, self.targets, self.label_loss, cause=e)
             raise
 
     def read(self)->tuple: # Maps; the same before the ReLU, or None if the feature loss doesn't need them
@@ -160,7 +160,9 @@ class StudentReader(StudentHooks):
 
     def _look(self, hooks, xb, yb, pred, loss_func):
         "Read levels and task from a batch, and build the module unless the current one fits"
-        task,levels = check_task(pred, yb, loss_func),hooks.find()
+        task = check_task(pred, yb, loss_func, self.trained.task if self._same_model and self.trained else None)
+        say_if_several(yb, pred)
+        levels = hooks.find()
         if isinstance(hooks, Observer):
             if task.per=='pixel' and hooks.search: hooks.refuse_dense()
             operations,size = hooks.operations,hooks.size

@@ -102,7 +102,7 @@ def _mixers(learn): return [o for o in learn.cbs if isinstance(o, MixHandler) an
 def unmixed(
     learn:Learner, # In a training step
 )->tuple: # Targets
-    "Return the batch's targets as they are without mixing, in another order under MixUp and CutMix"
+    "Return the batch's targets without mixing, in another order under MixUp and CutMix"
     mix = first(_mixers(learn))
     return learn.yb if mix is None else tuple(mix.yb1)
 

@@ -92,11 +92,11 @@ def test_two_fits_are_one_longer_one_without_a_break(make):
     assert same(*ends)
 
 OTHERS = [
-    (dict(width=2), 'was trained with width=1.0, here it is 2.0. Use the options'),
-    (dict(depth=2), 'was trained with depth=1, here it is 2'),
-    (dict(finest=0), 'was trained with finest=1, here it is 0'), # its weights have the same shapes
+    (dict(width=2), 'was trained with width=1.0, but here it has width=2.0. Use the options'),
+    (dict(depth=2), 'was trained with depth=1, but here it has depth=2'),
+    (dict(finest=0), 'was trained with finest=1, but here it has finest=0'), # its weights have the same shapes
     (dict(levels=2), r"\['stages.0', 'stages.1', 'stages.2'\] in the file, \['stages.1', 'stages.2'\] here"),
-    (dict(feature_loss='hint'), "feature_loss='attention', here it is 'hint'"),
+    (dict(feature_loss='hint'), "feature_loss='attention', but here it has feature_loss='hint'"),
     (dict(teacher=partial(SelfTeacher, width=1, depth=1, repeat=2)), 'layers.1')]
 def test_a_checkpoint_of_another_self_teacher_is_refused(make, tmp_path):
     learn = make(cbs=FRSKDCallback(width=1))

@@ -456,3 +456,74 @@ def test_tokens_of_images_of_another_size_and_shape(make):
         def after_fit(self): del self.frskd.__dict__['_pop']
     learn.fit(1, cbs=[Resized(), Look()])
     assert sizes==[(6+2*(i%3), 10) for i in range(6)]
+
+# -- What only your own loss function can read ---------------------------------------------------
+def several(kind):
+    "Return digits with one to three labels each, a number per class"
+    def make(x, y):
+        hot = F.one_hot(y, 10)
+        return (hot | F.one_hot((y+1)%10, 10)*(y%2)[:,None]).to(kind)
+    return make
+
+def loaders_of(digits, *targets, bs=16):
+    x,y = digits
+    parts = [list(zip(x[s], *(f(x, y)[s] for f in targets))) for s in (slice(96),slice(96,160))]
+    dls = DataLoaders(DataLoader(parts[0], bs=bs), DataLoader(parts[1], bs=32))
+    dls.n_inp = 1
+    return dls
+
+@pytest.mark.parametrize('kind', [torch.float,torch.long,torch.bool])
+def test_labels_of_several_classes_in_any_type(kind, digits):
+    learn = Learner(loaders_of(digits, several(kind)), SmallNet(), cbs=FRSKDCallback(columns=True),
+                    loss_func=lambda p,y: F.binary_cross_entropy_with_logits(p, y.float()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert type(learn.frskd.task) is MultiLabel
+    x = learn.dls.valid.one_batch()[0]
+    both = [m(x).sigmoid() for m in (learn.model.eval(),learn.frskd.refined().model)]
+    mean = learn.frskd.refined(average=True).model(x).sigmoid()
+    torch.testing.assert_close(mean, sum(both)/2, atol=1e-5, rtol=0)
+
+def test_labels_stay_several_when_a_batch_has_one_each(digits, capsys):
+    "The first batch of a later fit doesn't turn the task back, which would discard the self-teacher"
+    single = lambda x,y: F.one_hot(y, 10).float()
+    learn = Learner(loaders_of(digits, several(torch.float)), SmallNet(), cbs=FRSKDCallback(),
+                    loss_func=lambda p,y: F.binary_cross_entropy_with_logits(p, y))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        teacher = learn.frskd.teacher
+        learn.dls = loaders_of(digits, single)
+        learn.fit(1, 1e-3)
+    assert type(learn.frskd.task) is MultiLabel and learn.frskd.teacher is teacher and learn.frskd.trust.steps==12
+    assert 'new self-teacher' not in capsys.readouterr().out
+
+def test_further_labels_are_told(digits):
+    "Two labels per image may belong to two heads; weights of the images, which are floats, are fine"
+    first,other = lambda x,y: y%5,lambda x,y: y%2
+    two = lambda p,a,b: F.cross_entropy(p[:,:5], a)+F.cross_entropy(p[:,5:7], b)
+    weighted = lambda p,a,w: (F.cross_entropy(p, a, reduction='none')*w).mean()
+    def fit(loss_func, *targets):
+        learn = Learner(loaders_of(digits, *targets), SmallNet(), loss_func=loss_func, cbs=FRSKDCallback())
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    with pytest.warns(UserWarning, match='has 2 targets, and FRSKD takes the first for its class among all 10 logits'):
+        fit(two, first, other)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit(weighted, first, lambda x,y: torch.ones(len(y)))
+
+def test_messages_for_labels_that_do_not_fit(digits):
+    multi = lambda x,y: TensorMultiCategory(several(torch.float)(x, y)[:,:6])
+    def fit(model, loss_func, target):
+        Learner(loaders_of(digits, target), model, loss_func=loss_func, cbs=FRSKDCallback()).fit(1)
+    with pytest.raises(ValueError, match='10\\), but its targets have 6 classes. Give the model 6 outputs'):
+        fit(SmallNet(), BCEWithLogitsLossFlat(), multi)
+    mine = lambda p,y: F.binary_cross_entropy_with_logits(p.squeeze(1), y.float())
+    with pytest.raises(ValueError, match='two or more classes, or BCEWithLogitsLossFlat'):
+        fit(SmallNet(1), mine, lambda x,y: y%2)
+
+def test_messages_are_short_and_true(make):
+    with pytest.raises(ValueError, match='the feature loss returns a list. ') as e:
+        make(cbs=FRSKDCallback(feature_loss=lambda student,refined: list(student))).fit(1)
+    assert len(str(e.value))<400
+    with pytest.raises(ValueError, match='levels must be a number, 2 or more'): list_levels(make(), levels=1)
+    one = nn.Sequential(ConvLayer(3, 8, stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 10))
+    with pytest.raises(ValueError, match="the model has '0' \\(8×16×16\\) for"): list_levels(make(model=one, splitter=trainable_params))

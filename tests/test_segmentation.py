@@ -11,7 +11,8 @@ from frskd_fastai.method.dense_teacher import DenseSelfTeacher
 from frskd_fastai.student.levels import find_levels, list_levels
 from frskd_fastai.method.losses import pixel_soft_label_loss
 from frskd_fastai.method.schedule import Constant, Ramp, Trust, late_ramp
-from frskd_fastai.task.task import Segmentation, ignored_labels
+from frskd_fastai.task.loss_func import ignored_labels
+from frskd_fastai.task.task import Segmentation
 from frskd_fastai.show.attention import * # adds the figures as methods
 from frskd_fastai.show.losses import *
 from conftest import VOID, masks, n_hooks, pickled_modules, same, small_unet, weights

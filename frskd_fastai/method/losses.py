@@ -189,6 +189,6 @@ def check_feature_loss(
         why = f"{type(e).__name__}: {e}"
         raise ValueError(f"FRSKD: the feature loss fails on maps of shapes {shapes}: {why}. {want}") from e
     if isinstance(v, Tensor) and v.ndim==0: return
-    got = f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else repr(v)
+    got = f'a tensor of shape {tuple(v.shape)}' if isinstance(v, Tensor) else f'a {type(v).__name__}'
     raise ValueError(f"FRSKD: the feature loss returns {got}. {want}")
 

@@ -9,6 +9,7 @@ __all__ = ['show_masks']
 
 # %% ../../nbs/show/masks.ipynb #3a5c0001
 from fastai.vision.all import *
+from ..task.loss_func import *
 from ..task.task import *
 from .drawing import *
 from .loaders import *

@@ -240,5 +240,5 @@ def search(
     found = _feature_info(model, calls, n)
     if len(found)>=2: return found,False
     found = _search(model, calls, n)
-    if len(found)<2: found = _blocks(model, calls, n)
+    if len(found)<2: found = _blocks(model, calls, n) or found
     return found,_uncertain(model, calls, found)
