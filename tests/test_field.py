@@ -526,4 +526,5 @@ def test_messages_are_short_and_true(make):
     assert len(str(e.value))<400
     with pytest.raises(ValueError, match='levels must be a number, 2 or more'): list_levels(make(), levels=1)
     one = nn.Sequential(ConvLayer(3, 8, stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 10))
-    with pytest.raises(ValueError, match="the model has '0' \\(8×16×16\\) for"): list_levels(make(model=one, splitter=trainable_params))
+    learn = make(model=one, splitter=trainable_params)
+    with pytest.raises(ValueError, match="the model has '0' \\(8×16×16\\) for"): list_levels(learn)

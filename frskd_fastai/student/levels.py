@@ -44,7 +44,7 @@ def _refuse_few(observer, found):
                      "(`FRSKDCallback(levels=[...])`), or train without FRSKD: `learn.remove_cb(FRSKDCallback)`.")
 
 class Observer:
-    """Record what each module of a model returns in a forward pass, and keep the outputs that may be levels
+    """Record what each module of a model returns in a forward pass; keep possible levels
 
     The images require a gradient there, so that autograd's graph leads back to them; no other gradient changes"""
     def __init__(self,

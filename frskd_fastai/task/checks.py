@@ -154,7 +154,7 @@ def say_if_several(
     yb:tuple, # A batch of targets
     pred:Tensor, # Logits, accepted by `check_pred`
 ):
-    "Warn if images have further labels than the first, of which only the loss function knows what they mean"
+    "Warn if images have further labels, whose meaning only the loss function knows"
     labels = [y for y in yb[1:] if isinstance(y, Tensor) and not y.is_floating_point()] # weights are floats
     if not labels or rank_distrib(): return
     warn_each_time(f"FRSKD: each image has {len(yb)} targets, and FRSKD takes the first for its class among all "
