@@ -1,5 +1,5 @@
 "What users do with a Learner while FRSKD trains: other losses and optimizers, copies during an epoch, checkpointing"
-import io, math, pickle, warnings
+import io, math, pickle, signal, warnings
 from types import SimpleNamespace
 import pytest, torch
 from fastai.vision.all import *
@@ -7,7 +7,7 @@ from fastai.callback.mixup import CutMix
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from frskd_fastai.all import *
-from conftest import VOID, SmallNet, masks, n_hooks, pickled_modules, small_unet, split, weights
+from conftest import VOID, SmallNet, masks, n_hooks, pickled_modules, same, small_unet, split, weights
 
 # -- Trust is a probability ----------------------------------------------------------------------
 class Spy:
@@ -528,3 +528,37 @@ def test_messages_are_short_and_true(make):
     one = nn.Sequential(ConvLayer(3, 8, stride=2), nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 10))
     learn = make(model=one, splitter=trainable_params)
     with pytest.raises(ValueError, match="the model has '0' \\(8×16×16\\) for"): list_levels(learn)
+
+# -- Figures during a fit ------------------------------------------------------------------------
+@pytest.fixture
+def in_time():
+    "Raise an error in a test that hangs"
+    def stop(*args): raise TimeoutError
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+def test_figures_after_each_epoch(make, in_time):
+    "Your own callback can ask for them; the training isn't changed. fastai's `validate` hangs there"
+    ends,counts = [],[]
+    class Draw(Callback):
+        order = 90
+        def after_epoch(self):
+            counts.append(self.frskd.agreement())
+            self.frskd.show_attention(n=1)
+            self.frskd.plot_agreement(n=2)
+            plt.close('all')
+    files = [f for i in range(10) for f in sorted((digits_data()/f'train/{i}').iterdir())[:12]]
+    for cbs in [],[Draw()]:
+        set_seed(3)
+        dls = ImageDataLoaders.from_path_func('.', files, parent_label, valid_pct=.2, seed=0, bs=32, num_workers=0)
+        learn = make(cbs=FRSKDCallback())
+        learn.dls = dls
+        set_seed(3)
+        learn.fit(3, 1e-2, cbs=cbs)
+        ends.append({**weights(learn.model), 'values':tensor([list(o) for o in learn.recorder.values]),
+                     'log':tensor(learn.frskd.steps.values)})
+    assert same(*ends) and len(counts)==3
+    assert counts[-1].equals(learn.frskd.agreement()) and counts[-1].sum().sum()==24

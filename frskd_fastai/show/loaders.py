@@ -107,7 +107,8 @@ def validate_on(
     "Call `collect` for each batch of `dl`, with the callbacks of `learn`, which doesn't change"
     hidden = [o for o in learn.cbs if isinstance(o, (Recorder,ProgressCallback))]
     cbs = [_Silent(),_Collect(collect)]
-    with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs):
+    inner = any(getattr(o, 'in_fit', False) for o in learn.cbs) # a fit's events would call a callback that asked again
+    with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs, inner=inner):
         learn._do_epoch_validate(dl=dl)
 
 # %% ../../nbs/show/loaders.ipynb #dbf63053
