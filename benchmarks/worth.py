@@ -469,6 +469,7 @@ if __name__=='__main__':
     args.device = default_device()
     args.device_name = torch.cuda.get_device_name() if args.device.type=='cuda' else 'one CPU thread'
     if args.bf16: args.device_name += ', bfloat16'
+    if args.bf16 and args.times: p.error('--times measures float32: leave out --bf16')
     unknown = set(args.settings)-set(SETTINGS)
     if unknown: p.error(f'no such setting: {", ".join(unknown)}')
     if args.table or args.overview or args.candidates or args.schedules or args.figure:

@@ -47,7 +47,7 @@ class FRSKDOptions:
     compile:bool=False
     columns:bool=False
     per:str|None=None # What has a label, 'image' or 'pixel', in the task of the paper's settings; `None` for others
-    initial:dict=field(default_factory=dict, repr=False) # States of the user's modules before their first training
+    initial:dict=field(default_factory=dict, repr=False, compare=False) # States of your modules before training
 
     def __post_init__(self):
         for name in 'alpha','beta': check_number(name, getattr(self, name), zero=True, optional=True)
@@ -79,11 +79,12 @@ class FRSKDOptions:
 
     def reset_modules(self):
         "Give modules in `teacher` and `feature_loss` the weights back that they had at first"
-        for name in 'teacher','feature_loss':
-            m = getattr(self, name)
-            if not isinstance(m, nn.Module): continue
-            if name in self.initial: m.load_state_dict(self.initial[name])
-            else: self.initial[name] = deepcopy(m.state_dict())
+        for name,state in self.initial.items(): getattr(self, name).load_state_dict(state)
+
+    def keep_modules(self):
+        "Keep these weights, if they aren't kept yet; lazy layers must have some"
+        given = {k:getattr(self, k) for k in ('teacher','feature_loss') if k not in self.initial}
+        self.initial.update({k:deepcopy(m.state_dict()) for k,m in given.items() if isinstance(m, nn.Module)})
 
 # %% ../nbs/build.ipynb #seen0002
 class Seen(NamedTuple):
@@ -129,7 +130,6 @@ def build_frskd(
     assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
 )->FRSKD: # With attributes `seen`, `width`, `schedule`, `refined_channels` (of the refined maps) and `built` (options)
     "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
-    options.reset_modules()
     o,task,n = options.for_task(seen.task, seen.pretrained),seen.task,len(seen.levels)
     if (options.finest or 0)>=n:
         raise ValueError(f"FRSKD: finest={options.finest} isn't the index of a level, since this model has {n} levels. "
@@ -147,6 +147,7 @@ def build_frskd(
         module = (assemble(seen, refined, *args) if assemble else FRSKD(*args)).to(device)
     module.seen,module.width,module.schedule,module.refined_channels = seen,width,o.schedule,refined
     module.built = _built(o, task, width, finest)
+    options.keep_modules()
     return module
 
 def _built(o, task, width, finest):

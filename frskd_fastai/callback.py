@@ -130,6 +130,7 @@ class FRSKDCallback(StudentReader):
     def build_for(self, seen, inputs, targets):
         pretrained = is_frozen(self.learn) or self.trained is None and self.trust.pretrained
         module = self.module_of(seen._replace(pretrained=pretrained))
+        self.options.reset_modules() # nothing can fail any more
         if self.trained is not None: self.trust = make_schedule(self.schedule)
         self.set_module(module)
         self.skipping.also_keep(module)

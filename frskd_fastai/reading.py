@@ -9,7 +9,6 @@ __all__ = ['StudentHooks', 'StudentReader', 'check_gradient']
 
 # %% ../nbs/reading.ipynb #0a0f3ddd
 import weakref
-from numbers import Integral
 from fastai.basics import *
 from .task.task import *
 from .task.checks import *
@@ -18,6 +17,7 @@ from .student.names import *
 from .student.levels import *
 from .student.probe import *
 from .learner.fit_scopes import *
+from .learner.nonfinite import *
 from .learner.checkpoint import *
 from .learner.processes import *
 from .learner.side_module import *
@@ -35,9 +35,7 @@ class StudentHooks(SideModuleCallback):
         self.has_pred=self.passed = False # Has this step a prediction? Has any step of this fit passed all checks?
         self.since = None # The last event that the fit has completed; None during an event
 
-    # To be implemented by a subclass
-    def reader(self): "Return the `FeatureHooks` or the `Observer` for the next step"
-    def refused(self): "Undo what a forward pass has changed in the model, before anything was trained"
+    def reader(self): "Return the `FeatureHooks` or the `Observer` for the next step; implemented by a subclass"
 
     student = property(lambda self: get_model(self.learn.model)) # Without the wrapper for several devices
     targets = property(lambda self: with_types(unmixed(self.learn), self._typed)) # Of this batch, with their types
@@ -54,12 +52,12 @@ class StudentHooks(SideModuleCallback):
     def _around_batch(self, one_batch):
         hooks = self.hooks
         if not isinstance(hooks, Observer) or not hooks.trace: return one_batch()
-        before = get_random_states()
+        before,buffers = get_random_states(),{n:b.clone() for n,b in self.student.named_buffers()}
         try: return one_batch()
         except (RuntimeError,TypeError) as e:
             if self.since!='before_batch' or isinstance(e, torch.OutOfMemoryError): raise # not in the forward pass
         hooks.trace = False # the network may not run with images that require gradients
-        self.refused()
+        restore_buffers(self.student, buffers)
         set_random_states(**before)
         one_batch()
 
@@ -97,10 +95,12 @@ class StudentReader(StudentHooks):
     ):
         super().__init__(siblings)
         self.options,self._model,self.looked = options,None,False
+        self.label_loss,self.same_loss = None,True # The loss function before MixUp swaps it; that of the last fit?
 
     # To be implemented by a subclass
     def module_of(self, seen): "Make a module that keeps `seen` as an attribute"
     def build_for(self, seen, inputs, targets): "Make a module and set it; `inputs` and `targets` are the batch"
+    def refused(self): "Clean up after an error in the first step, before anything was trained"
 
     found_levels = property(lambda self: L() if self.trained is None else self.trained.seen.levels)
     level_names  = property(lambda self: self.found_levels.attrgot('name')) # Largest map first
@@ -122,7 +122,8 @@ class StudentReader(StudentHooks):
 
     def enter_fit(self):
         super().enter_fit()
-        self.label_loss = self.learn.loss_func # before MixUp swaps it
+        self.same_loss = self.label_loss is None or self.label_loss is self.learn.loss_func
+        self.label_loss = self.learn.loss_func
         self.looked = False
         check_loss(self.label_loss)
 
@@ -160,7 +161,8 @@ class StudentReader(StudentHooks):
 
     def _look(self, hooks, xb, yb, pred, loss_func):
         "Read levels and task from a batch, and build the module unless the current one fits"
-        task = check_task(pred, yb, loss_func, self.trained.task if self._same_model and self.trained else None)
+        known = self.trained.task if self.trained is not None and self._same_model and self.same_loss else None
+        task = check_task(pred, yb, loss_func, known)
         say_if_several(yb, pred)
         levels = hooks.find()
         if isinstance(hooks, Observer):

@@ -154,7 +154,7 @@ def _stateful(f):
     return [m for o in holders for m in (o.modules() if isinstance(o, nn.Module) else [o])]
 
 def _copied(name, v):
-    "Copy the attribute `v` if it is a tensor, but no parameter, or a container"
+    "Copy the attribute `v` if it is a container, or a tensor that isn't a parameter"
     if name=='_buffers': return {k:_copied(k, o) for k,o in v.items()}
     if isinstance(v, Tensor) and not isinstance(v, nn.Parameter): return v.clone()
     return copy(v) if isinstance(v, (dict,list,set)) else v

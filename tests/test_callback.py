@@ -164,6 +164,38 @@ def test_the_users_modules_begin_again(part, make, capsys):
     assert 'the model was replaced, so FRSKD starts with a new self-teacher' in capsys.readouterr().out
     assert len(starts)==3 and all(torch.equal(first[k], v) for o in starts for k,v in o.items())
 
+def test_what_is_refused_leaves_the_users_teacher(make):
+    "A checkpoint or a model that doesn't fit is refused before the teacher gets its first weights back"
+    t = SelfTeacher(CHANNELS, 10)
+    learn = make(cbs=FRSKDCallback(teacher=t))
+    learn.fit(1, 1e-2)
+    trained,model,opt = weights(t),learn.model,learn.opt
+    other = make(cbs=FRSKDCallback(teacher=SelfTeacher(CHANNELS, 10), finest=0))
+    other.fit(1, 1e-2)
+    other.save('other')
+    with pytest.raises(ValueError, match='finest=0'): learn.load('other')
+    assert same(trained, weights(t))
+    learn.model,learn.opt = nn.Sequential(*(ConvLayer(i, o, stride=2) for i,o in ((3,4),(4,4),(4,8),(8,8)))),None
+    learn.model.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(8, 10)))
+    learn.splitter = trainable_params
+    with pytest.raises(ValueError, match='fails on feature maps'): learn.fit(1, 1e-2)
+    assert same(trained, weights(t))
+    learn.model,learn.opt = model,opt
+    assert learn.frskd.refined().validate()
+
+def test_a_lazy_teacher_begins_again(make):
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs,self.head = nn.ModuleList(nn.LazyConv2d(8, 1) for _ in range(3)),nn.LazyLinear(10)
+        def forward(self, feats):
+            maps = [c(o) for c,o in zip(self.convs, feats)]
+            return maps,self.head(maps[-1].mean((2,3)))
+    learn = make(cbs=FRSKDCallback(teacher=Lazy()))
+    learn.lr_find(show_plot=False, num_it=12)
+    learn.fit(1, 1e-2)
+    assert learn.frskd.trust.steps==6
+
 def test_a_fit_continues_with_the_users_teacher(make):
     t = SelfTeacher(CHANNELS, 10)
     learn = make(cbs=FRSKDCallback(teacher=t))

@@ -472,7 +472,7 @@ def loaders_of(digits, *targets, bs=16):
     dls.n_inp = 1
     return dls
 
-@pytest.mark.parametrize('kind', [torch.float,torch.long,torch.bool])
+@pytest.mark.parametrize('kind', [torch.float,torch.long,torch.uint8,torch.bool])
 def test_labels_of_several_classes_in_any_type(kind, digits):
     learn = Learner(loaders_of(digits, several(kind)), SmallNet(), cbs=FRSKDCallback(columns=True),
                     loss_func=lambda p,y: F.binary_cross_entropy_with_logits(p, y.float()))
@@ -509,6 +509,27 @@ def test_further_labels_are_told(digits):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         fit(weighted, first, lambda x,y: torch.ones(len(y)))
+
+def test_several_class_numbers_are_not_a_number_for_each_class(digits):
+    "Two binary heads with their labels in one tensor, which a schedule without labels can train"
+    two = lambda p,y: F.cross_entropy(p[:,:2], y[:,0])+F.cross_entropy(p[:,2:], y[:,1])
+    def fit(**kw):
+        dls = loaders_of(digits, lambda x,y: torch.stack([y%2, y//2%2], 1))
+        learn = Learner(dls, SmallNet(4), loss_func=two, cbs=FRSKDCallback(**kw))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        return learn
+    assert fit(schedule='ramp').frskd.trust.steps==6
+    with pytest.raises(ValueError, match=r"'trust' can't read labels .*schedule='ramp'"): fit()
+
+def test_another_loss_function_decides_again(digits):
+    learn = Learner(loaders_of(digits, several(torch.float)), SmallNet(), cbs=FRSKDCallback(),
+                    loss_func=lambda p,y: F.binary_cross_entropy_with_logits(p, y))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3)
+        learn.dls = loaders_of(digits, lambda x,y: F.one_hot(y, 10).float())
+        learn.loss_func = lambda p,y: -(F.log_softmax(p, 1)*y).sum(1).mean()
+        learn.fit(1, 1e-3)
+    assert type(learn.frskd.task) is SingleLabel
 
 def test_messages_for_labels_that_do_not_fit(digits):
     multi = lambda x,y: TensorMultiCategory(several(torch.float)(x, y)[:,:6])
@@ -562,3 +583,18 @@ def test_figures_after_each_epoch(make, in_time):
                      'log':tensor(learn.frskd.steps.values)})
     assert same(*ends) and len(counts)==3
     assert counts[-1].equals(learn.frskd.agreement()) and counts[-1].sum().sum()==24
+
+def test_agreement_in_the_middle_of_an_epoch(make, in_time):
+    "The rest of the epoch trains as it would have"
+    ends,steps = [],[]
+    class Ask(Callback):
+        run_valid = False
+        def after_batch(self):
+            steps.append(self.train_iter)
+            if self.iter==1: self.frskd.agreement()
+    for cbs in [],[Ask()]:
+        learn = make(cbs=FRSKDCallback())
+        set_seed(3)
+        learn.fit(2, 1e-2, cbs=cbs)
+        ends.append({**weights(learn.model), 'values':tensor([list(o) for o in learn.recorder.values])})
+    assert steps==list(range(1, 13)) and same(*ends)

@@ -374,6 +374,16 @@ def test_an_interrupt_after_a_skipped_step(make):
     learn.fit(1, 1e-3)
     assert sound(learn) and learn.frskd.skipped==0
 
+def test_an_interrupt_before_the_loss(make):
+    "The batch that has spoiled BatchNorm's statistics had no loss yet"
+    class Interrupt(Callback):
+        run_valid = False
+        def after_pred(self):
+            if self.train_iter==1: raise KeyboardInterrupt
+    learn = make(cbs=FRSKDCallback())
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, 1e-3, cbs=[Poison(1),Interrupt()])
+    assert sound(learn) and math.isfinite(learn.validate()[0])
+
 def test_an_interrupt_of_a_sound_fit_changes_no_statistics(make):
     learn,seen = make(cbs=FRSKDCallback()),[]
     class Look(Callback):

@@ -347,3 +347,23 @@ def test_list_levels(digits, capsys):
     assert len(list_levels(learn, levels=3))==3
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
     assert n_hooks(learn.model)==0 and learn.opt is None
+
+def test_parts_of_a_module_that_runs_several_times(digits):
+    "A module is no piece if it runs again with other parts: the levels are in it"
+    class Body(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(ConvLayer(i, o, stride=2) for i,o in ((8,8),(8,16),(16,32)))
+        def forward(self, x, i): return self.blocks[i](x)
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem,self.body = ConvLayer(3, 8),Body()
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(32, 10))
+        def forward(self, x):
+            x = self.stem(x)
+            for i in range(3): x = self.body(x, i)
+            return self.head(x)
+    learn = plain(loaders(images(digits, 32)), Net())(FRSKDCallback())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert list(learn.frskd.level_names)==['body.blocks.0','body.blocks.1','body.blocks.2']

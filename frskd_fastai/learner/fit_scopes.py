@@ -73,7 +73,7 @@ def own_attr(
     return vars(learn).get(name)
 
 class TrainingOnly(Callback):
-    "Base of callbacks that an exported Learner doesn't need: they pickle as a plain `Callback`"
+    "Base of callbacks that an export doesn't need: once attached, they pickle as a `Callback`"
     def __call__(self, event):
         if self.learn is None: return # another callback removed this one during the event
         if event in ('before_fit','before_epoch','after_fit') and sent_by(Learner.tta): return

@@ -10,6 +10,7 @@ __all__ = ['no_targets', 'Source', 'validate_on', 'same_items_for']
 # %% ../../nbs/show/loaders.ipynb #10ad0001
 from types import MethodType
 from fastai.vision.all import *
+from ..learner.fit_scopes import *
 from ..student.probe import *
 
 # %% ../../nbs/show/loaders.ipynb #ca6e1f93
@@ -99,6 +100,8 @@ class _Collect(Callback):
     def __init__(self, collect): self.collect = collect
     def after_pred(self): self.collect(self.pred, self.yb)
 
+_of_a_step = 'training','dl','iter','n_iter','xb','yb','pred','loss','loss_grad' # What a pass changes in a Learner
+
 def validate_on(
     learn:Learner,
     dl, # Data loader, or a list of batches
@@ -107,9 +110,12 @@ def validate_on(
     "Call `collect` for each batch of `dl`, with the callbacks of `learn`, which doesn't change"
     hidden = [o for o in learn.cbs if isinstance(o, (Recorder,ProgressCallback))]
     cbs = [_Silent(),_Collect(collect)]
-    inner = any(getattr(o, 'in_fit', False) for o in learn.cbs) # a fit's events would call a callback that asked again
+    # During a fit, a pass of its own would call the callback that asked for it again
+    inner = any(getattr(o, 'in_fit', False) for o in learn.cbs) and sent_by(Learner.fit)
+    step = {k:vars(learn)[k] for k in _of_a_step if k in vars(learn)}
     with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs, inner=inner):
-        learn._do_epoch_validate(dl=dl)
+        try: learn._do_epoch_validate(dl=dl)
+        finally: vars(learn).update(step)
 
 # %% ../../nbs/show/loaders.ipynb #dbf63053
 no_targets = ("FRSKD: the data loader to compare on has no targets. Create it with labels: "

@@ -141,7 +141,7 @@ class Observer:
         if lv is not None: self.nodes[name] = out.grad_fn if torch.is_grad_enabled() else 'hidden'
         inp = read_level(name, first_map, bs, hw, grids)
         self.calls[name] = dict(order=len(self.calls), inp=inp, out=lv, convs=self.convs, trunk=None)
-        # Let go of outputs that can't be levels, so that checkpointing saves memory here, too
+        # Let go of outputs that can't be levels, so that checkpointing saves memory in this step, too
         done = inside(name, m, self.calls) if isinstance(self.levels, Integral) else {name}
         for n in done-self.kept: self.hooks.drop(n)
 

@@ -152,7 +152,7 @@ def is_piece(
     call:dict, # What an `Observer` recorded of the module
     m:nn.Module,
 )->bool:
-    "Check whether a module returns a level and doesn't shrink its input by more than 2×, or has no children"
+    "Check whether a module returns a level, and has no children or shrinks its input at most 2×"
     if not call['out']: return False
     if not any(True for _ in m.children()): return True
     def _shrinks(inp, out): return any(i>2*o+1+(o>3) for i,o in zip(inp.size, out.size))
@@ -163,8 +163,9 @@ def inside(
     m:nn.Module, # The module, which has just run
     calls:dict, # What an `Observer` recorded so far, by name
 )->set: # Names of modules
-    "Return the modules in `m` that can't be levels if `m` is a piece: those without tokens"
-    if not is_piece(calls[name], m): return set()
+    "Return the modules in `m` that can't be levels, if `m` is a piece: those without tokens"
+    own = [n for n,o in m.named_modules() if n and any(True for _ in o.parameters(recurse=False))]
+    if not is_piece(calls[name], m) or not all(f'{name}.{n}' in calls for n in own): return set() # it may run again
     tokens = lambda o: o['out'] and o['out'].kind=='BNC' # may be transformer blocks
     return {n for n,o in calls.items() if n.startswith(f'{name}.') and not tokens(o)}
 

@@ -43,6 +43,7 @@ def is_multi_label(
     loss_func:Callable, # The Learner's
     yb:tuple=(), # A batch of targets, which decides for unknown loss functions
     before:bool=False, # Were earlier targets multi-label? A batch may happen to have one label per image
+    n_out:int|None=None, # Number of logits
 )->bool:
     "Tell if `loss_func` is for multi-label targets, with a sigmoid per class"
     if isinstance(loss_func, BaseLoss): # of zeros, sigmoid gives 1/2 and softmax 1/4; 0 means no activation
@@ -52,5 +53,6 @@ def is_multi_label(
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
     if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor): return False
     y = yb[0]
-    per_class = y.is_floating_point() or y.ndim==2 and y.shape[1]>1 and ((y>=-1) & (y<=1)).all() # else class numbers
+    hot = y.ndim==2 and y.shape[1]>1 and y.shape[1]==(n_out or y.shape[1]) and (y.long().abs()<=1).all()
+    per_class = y.is_floating_point() or hot # else class numbers
     return bool(per_class and (before or isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any()))

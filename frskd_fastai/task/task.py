@@ -19,7 +19,7 @@ Answers = namedtuple('Answers', 'right cls log_p keep asked')
 Answers.__doc__ = """How logits compare with targets: B×N tensors for N answers per image
 
 `right`: is the prediction right? `cls`: the class of the target. `log_p`: log-probability of the right answer.
-`keep`: does the answer count? `asked`: does trust average it? Like `keep`, but of several labels only the positive."""
+`keep`: does the answer count? `asked`: does trust average it? Like `keep`; of several labels, only the positive."""
 
 def mean_where(
     values:Tensor, # Any shape
@@ -203,7 +203,7 @@ def task_of(
     before:Task|None=None, # The Learner's task in earlier fits
 )->Task:
     "Find the task from the model's logits, the targets and the loss function"
-    multi = is_multi_label(loss_func, yb, isinstance(before, MultiLabel))
+    multi = is_multi_label(loss_func, yb, isinstance(before, MultiLabel), pred.shape[1])
     task = Segmentation if pred.ndim==Segmentation.ndim else MultiLabel if multi else SingleLabel
     task = task(ignored_labels(loss_func))
     if isinstance(task, MultiLabel): task.threshold = getattr(loss_func, 'thresh', .5) # of fastai's losses
