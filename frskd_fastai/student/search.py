@@ -152,7 +152,7 @@ def is_piece(
     call:dict, # What an `Observer` recorded of the module
     m:nn.Module,
 )->bool:
-    "Check whether a module returns a level, and has no children or shrinks its input at most 2×"
+    "Check if a module returns a level, and has no children or shrinks its input at most 2×"
     if not call['out']: return False
     if not any(True for _ in m.children()): return True
     def _shrinks(inp, out): return any(i>2*o+1+(o>3) for i,o in zip(inp.size, out.size))
