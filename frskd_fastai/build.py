@@ -69,7 +69,7 @@ class FRSKDOptions:
         task:Task, # The Learner's task
         pretrained:bool=False, # Has a fit begun with frozen layers?
     )->'FRSKDOptions':
-        "Fill in the defaults of `task`; raise `ValueError` if the paper's settings are for another"
+        "Fill in the task's defaults, except `width`; `ValueError` if the settings are for another"
         if self.per not in (None,task.per):
             kind,args = ('segmentation','') if self.per=='pixel' else ('classification','segmentation=True')
             raise ValueError(f"FRSKD: these are the paper's settings for {kind}, but the model labels {task.per}s. "
@@ -78,11 +78,11 @@ class FRSKDOptions:
         return replace(self, **{k:v for k,v in defaults.items() if getattr(self, k) is None and k!='width'})
 
     def reset_modules(self):
-        "Give modules in `teacher` and `feature_loss` the weights back that they had at first"
+        "Restore the initial weights of modules passed as `teacher` or `feature_loss`"
         for name,state in self.initial.items(): getattr(self, name).load_state_dict(state)
 
     def keep_modules(self):
-        "Keep these weights, if they aren't kept yet; lazy layers must have some"
+        "Copy these initial weights, once; lazy layers must be initialized by then"
         given = {k:getattr(self, k) for k in ('teacher','feature_loss') if k not in self.initial}
         self.initial.update({k:deepcopy(m.state_dict()) for k,m in given.items() if isinstance(m, nn.Module)})
 

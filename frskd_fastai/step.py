@@ -108,8 +108,8 @@ def unmixed(
 
 def mixed_labels(
     learn:Learner, # In a training step
-)->list: # Pairs `(targets, weight)`
-    "Return the targets that the loss function got: two under MixUp and CutMix, else one"
+)->list: # Pairs `(targets, weight)`; the weight is a number, or a tensor with one per image
+    "Return the targets that the loss function got: two if MixUp or CutMix mixes losses"
     mix = first(o for o in _mixers(learn) if getattr(o, 'stack_y', False))
     return [(learn.yb[0],1.)] if mix is None else [(learn.yb[0],mix.lam),(mix.yb1[0],1-mix.lam)]
 
@@ -119,7 +119,7 @@ def mean_log_p(
     logits:Tensor, # The self-teacher's
     distributed:bool=False, # Average over all processes?
 )->Tensor: # Scalar
-    "Compute the mean log-probability that `logits` give to the right answers"
+    "Compute the mean log-probability of the right answers; `ValueError` if it can't read them"
     sums = 0.
     for y,w in mixed_labels(learn):
         try: a = task.answers(logits, y)

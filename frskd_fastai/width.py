@@ -1,4 +1,4 @@
-"""How wide the self-teacher is, unless `FRSKDCallback` is told
+"""Choose the self-teacher's width if `FRSKDCallback(width=...)` isn't given
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/width.html.md"""
 
@@ -20,7 +20,7 @@ def operations(
     model:nn.Module,
     *inputs, # Tensors or lists of them
 )->int: # A multiply-add counts as two
-    "Count the FLOPs of the convolutions and linear layers in one forward pass"
+    "Count the FLOPs of convolutions, linear layers and attention's projections in a forward pass"
     counts = []
     note = lambda m,inputs,out: counts.append(module_operations(m, inputs, out))
     handles = [m.register_forward_hook(note) for m in model.modules()]
@@ -31,7 +31,7 @@ def operations(
     return sum(counts)
 
 def affordable_width(
-    levels:list, # `Level`s of the student
+    levels:list, # `Level`s of the student, with the sizes that the self-teacher gets
     n_out:int, # Number of logits
     depth:int, # The self-teacher's, as for `FRSKDCallback`
     most:float, # FLOPs allowed per image; 0 if unknown

@@ -504,7 +504,7 @@ def test_further_labels_are_told(digits):
     def fit(loss_func, *targets):
         learn = Learner(loaders_of(digits, *targets), SmallNet(), loss_func=loss_func, cbs=FRSKDCallback())
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    with pytest.warns(UserWarning, match='has 2 targets, and FRSKD takes the first for its class among all 10 logits'):
+    with pytest.warns(UserWarning, match='has 2 targets; FRSKD uses the first as its class, one of 10'):
         fit(two, first, other)
     with warnings.catch_warnings():
         warnings.simplefilter('error')

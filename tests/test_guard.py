@@ -150,6 +150,13 @@ def test_a_short_fit_in_which_no_step_is_finite(make, monkeypatch):
     learn.model.stages[1].add_module('bad', Bad())
     stops(learn, "level 1's map (stages.1)", epochs=1)
 
+def test_a_row_that_has_ended_does_not_count(make, monkeypatch):
+    "The length of the last row is known at the next look only; a later single step doesn't continue it"
+    monkeypatch.setattr(SkipNonFinite, 'every', 5); monkeypatch.setattr(SkipNonFinite, 'limit', 3)
+    learn = make(cbs=FRSKDCallback())
+    with pytest.warns(UserWarning, match='skipped 4 steps'): learn.fit(2, 1e-3, cbs=Poison(2, 3, 4, 8))
+    assert sound(learn) and learn.frskd.skipped==4
+
 def test_a_fit_of_fewer_steps_than_the_limit(make):
     "A warning says that none of its steps was finite"
     learn = make(cbs=FRSKDCallback())

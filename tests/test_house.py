@@ -106,6 +106,13 @@ def test_lines():
         assert not long, '\n'.join(long)
         if texts is not scripts: assert sum(len(l)>110 for _,l in lines) <= .05*len(lines)
 
+def test_lines_of_notebooks():
+    "No line of code in a notebook exceeds 120 characters"
+    read = lambda f: json.loads(f.read_text(encoding='utf-8'))['cells']
+    cells = [(f.name,o) for f in root.glob('nbs/**/*.ipynb') for o in read(f)]
+    lines = [(name,l) for name,o in cells if o['cell_type']=='code' for l in ''.join(o['source']).splitlines()]
+    assert len(lines)>5000 and not [o for o in lines if len(o[1])>120]
+
 def test_docstrings():
     "The first line of a docstring has at most 90 characters and doesn't end with a full stop"
     defs = [(name,o) for name,t in trees.items() for o in ast.walk(t) if type(o) in LIMITS]

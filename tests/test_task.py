@@ -121,3 +121,7 @@ def test_an_infinite_logit_is_not_a_masked_class():
     masked,diverged = z.clone(),z.clone()
     masked[:,0],diverged[:,0] = -math.inf,math.inf
     assert soft_label_loss(masked, z).isfinite() and not soft_label_loss(diverged, z).isfinite()
+
+def test_the_width_of_segmentation_is_a_number():
+    with pytest.raises(ValueError, match=r"width=\[1, 2\] isn't for segmentation"):
+        Segmentation().self_teacher([1,2], 1)

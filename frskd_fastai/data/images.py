@@ -147,7 +147,7 @@ def image_dls(
     valid:list, # Validation items
     item_tfms:list|Callable, # Transforms of one image; they must bring all images to the same size
     batch_tfms:list|Callable|None=None, # Transforms of a batch
-    bs:int=64, # Batch size; reduced to the number of training images if they are fewer
+    bs:int=64, # Batch size; reduced to the number of training images if there are fewer
     num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
     "Make `DataLoaders` from labeled image files"

@@ -121,7 +121,7 @@ def mask_dls(
     codes:list, # Class names
     item_tfms:list|Callable, # Transforms of one image and its mask; they must bring all to the same size
     batch_tfms:list|Callable|None=None, # Transforms of a batch
-    bs:int=8, # Batch size; reduced to the number of training images if they are fewer
+    bs:int=8, # Batch size; reduced to the number of training images if there are fewer
     num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
     "Make `DataLoaders` from images and masks; palette masks are read as class numbers"

@@ -191,7 +191,9 @@ class SkipNonFinite(FitScopes):
 
     def _stop(self):
         "Raise `NotFinite` on all processes if this step isn't finite either"
-        if not self.bad: return
+        if not self.bad: # the row ended with the last step
+            self.in_a_row = 0
+            return
         names = not_finite({'the batch of images':self.xb, **self.suspects()}) or not_finite({'the loss':self.loss})
         also = f" (then {', '.join(names[1:])})" if names[1:] else ''
         found = f"The first non-finite tensor is {names[0]}{also}" if names else "It was not finite on another process"

@@ -98,7 +98,7 @@ def check_labels(
     yb:tuple, # A batch of targets
     task:Task, # From `check_pred`
 ):
-    "Raise `ValueError` if a label isn't the number of a class, and isn't ignored"
+    "Raise `ValueError` if a label is neither a class nor ignored; checks nothing on a GPU"
     if len(yb)!=1 or not isinstance(yb[0], Tensor) or isinstance(task, MultiLabel): return
     y,c = yb[0].as_subclass(Tensor),pred.shape[1]
     if y.is_cuda: return # after the loss has failed on a GPU, nothing can be computed there
@@ -157,5 +157,5 @@ def say_if_several(
     "Warn if images have further labels, whose meaning only the loss function knows"
     labels = [y for y in yb[1:] if isinstance(y, Tensor) and not y.is_floating_point()] # weights are floats
     if not labels or rank_distrib(): return
-    warn_each_time(f"FRSKD: each image has {len(yb)} targets, and FRSKD takes the first for its class among all "
-                   f"{pred.shape[1]} logits. If your model has a head for each target, train it without FRSKD.")
+    warn_each_time(f"FRSKD: each image has {len(yb)} targets; FRSKD uses the first as its class, one of "
+                   f"{pred.shape[1]}. If your model has a head for each target, train it without FRSKD.")

@@ -19,7 +19,7 @@ Answers = namedtuple('Answers', 'right cls log_p keep asked')
 Answers.__doc__ = """How logits compare with targets: B×N tensors for N answers per image
 
 `right`: is the prediction right? `cls`: the class of the target. `log_p`: log-probability of the right answer.
-`keep`: does the answer count? `asked`: does trust average it? Like `keep`; of several labels, only the positive."""
+`keep`: does the answer count? `asked`: does trust average it? As `keep`; of several labels, only an image's own."""
 
 def mean_where(
     values:Tensor, # Any shape
@@ -44,9 +44,9 @@ class Task:
 
     def answers(self,
         logits:Tensor, # B×C, or B×C×H×W
-        y:Tensor, # Targets: class numbers, or a number per class
+        y:Tensor, # Targets: class numbers, B or B×H×W, or a number per class, in the shape of the logits
     )->Answers:
-        "Compare `logits` with `y`; skips labels that aren't a class (−1, −100, NaN)"
+        "Compare `logits` with `y`, skipping labels that are no class (−1, −100, NaN); may raise `ValueError`"
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         log_p = F.log_softmax(logits, dim=1)
         numbers = not y.is_floating_point() and y.numel()==log_p[:,:1].numel()
@@ -76,7 +76,7 @@ class Task:
     def keep(self,
         targets:tuple, # A batch of targets
         n:int, # Number of classes
-    )->Tensor|None: # bool, for `soft_labels`
+    )->Tensor|None: # bool B×H×W, for `soft_labels`
         "Tell which pixels the soft-label loss counts; `None` for all"
 
     def soft_labels(self,
@@ -113,7 +113,7 @@ class Task:
     def defaults(cls,
         feature_loss:str|Callable='attention', # As for `FRSKDCallback`
         pretrained:bool=False, # Has a fit begun with frozen layers?
-    )->dict: # `alpha`, `beta`, `temperature`, `width`, `finest` and `schedule`
+    )->dict: # `alpha`, `beta`, `temperature`, `width` (at most), `finest`, `schedule`
         "Return the default settings: the paper's weights, and a cheaper self-teacher"
         beta = feature_losses[feature_loss].beta*cls.beta if isinstance(feature_loss, str) else 1.
         weights = dict(alpha=cls.alpha, beta=beta, temperature=cls.temperature)
@@ -121,7 +121,7 @@ class Task:
         return dict(weights, width=cls.width, finest=cls.finest, schedule=schedule)
 
     def self_teacher(self,
-        width:float|list, # Channels per channel of the student; for segmentation, channels divided by 64
+        width:float|list, # Channels per channel of the student, also per level; segmentation: a number, in 64 channels
         depth:int, # Depthwise-separable convolutions per node; 1 for segmentation
     )->Callable: # Takes the levels' channels and the number of logits, returns a module
         "Return a function that makes the default self-teacher"
@@ -189,6 +189,9 @@ class Segmentation(Task):
     def fit_size(self, logits, like): return resize(logits, like.shape[-2:])
 
     def self_teacher(self, width, depth):
+        if is_listy(width):
+            raise ValueError(f"FRSKD: width={width!r} isn't for segmentation, whose refined maps all have the same "
+                             "channels. Give one number: the channels divided by 64.")
         if depth==1: return partial(DenseSelfTeacher, n_channels=max(1, round(64*width)))
         raise ValueError(f"FRSKD: depth={depth} isn't for segmentation, whose self-teacher has no such option. Leave "
                          "it out, or use `width` for a larger self-teacher.")
