@@ -46,7 +46,7 @@ class Task:
         logits:Tensor, # B×C, or B×C×H×W
         y:Tensor, # Targets: class numbers, B or B×H×W, or a number per class, in the shape of the logits
     )->Answers:
-        "Compare `logits` with `y`, skipping labels that are no class (−1, −100, NaN); may raise `ValueError`"
+        "Compare `logits` with `y`, skipping labels that are no class, such as −1, −100 or NaN"
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         log_p = F.log_softmax(logits, dim=1)
         numbers = not y.is_floating_point() and y.numel()==log_p[:,:1].numel()
