@@ -20,7 +20,7 @@ def operations(
     model:nn.Module,
     *inputs, # Tensors or lists of them
 )->int: # A multiply-add counts as two
-    "Count the FLOPs of convolutions, linear layers and attention's projections in a forward pass"
+    "Count a forward pass's FLOPs: convolutions, linear layers and attention's projections"
     counts = []
     note = lambda m,inputs,out: counts.append(module_operations(m, inputs, out))
     handles = [m.register_forward_hook(note) for m in model.modules()]
