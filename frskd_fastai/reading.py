@@ -52,7 +52,7 @@ class StudentHooks(SideModuleCallback):
     def _around_batch(self, one_batch):
         hooks = self.hooks
         if not isinstance(hooks, Observer) or not hooks.trace: return one_batch()
-        before,buffers = get_random_states(),{n:b.clone() for n,b in self.student.named_buffers()}
+        before,buffers = get_random_states(),copied_buffers(self.student)
         try: return one_batch()
         except (RuntimeError,TypeError) as e:
             if self.since!='before_batch' or isinstance(e, torch.OutOfMemoryError): raise # not in the forward pass

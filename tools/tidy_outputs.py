@@ -13,6 +13,10 @@ def screen(line):
 def is_foreign_warning(output):
     return output.get('name')=='stderr' and 'site-packages' in ''.join(output['text'])
 
+def as_saved(nb):
+    "Return the text of a notebook as nbdev-clean writes it"
+    return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+
 def main():
     for f in sorted(Path(__file__).resolve().parent.parent.glob('nbs/**/*.ipynb')):
         text = f.read_text()
@@ -22,7 +26,7 @@ def main():
         for o in (o for c in nb['cells'] for o in c.get('outputs', []) if o['output_type']=='stream'):
             lines = ''.join(o['text']).split('\n')
             o['text'] = '\n'.join(map(screen, lines)).splitlines(True)
-        new = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n' # as nbdev-clean writes them
+        new = as_saved(nb)
         if new!=text: f.write_text(new)
 
 if __name__=='__main__': main()

@@ -4,6 +4,7 @@ The sentences around the tables stay as they are: read them again. Then save the
 and run `make export`."""
 import json, re, sys
 from pathlib import Path
+from tidy_outputs import as_saved
 
 root = Path(__file__).resolve().parent.parent
 results = root/'benchmarks/results'
@@ -23,7 +24,7 @@ def put_in_page(tables, file):
         nb = json.loads(text)
         for c in nb['cells']:
             if c['cell_type']=='markdown': c['source'] = put(tables, ''.join(c['source'])).splitlines(True)
-        new = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n' # as nbdev-clean writes them
+        new = as_saved(nb)
     file.write_text(new, encoding='utf-8')
 
 def main():

@@ -191,7 +191,6 @@ class Observer:
         found = [_level(n) for n in names]
         return sorted(found, key=lambda o: -o.size[0]*o.size[1]) # stable: levels of equal size keep the user's order
 
-
 def refuse_inputs(
     inputs, # Inputs of a model
 ):

@@ -164,8 +164,9 @@ def inside(
     calls:dict, # What an `Observer` recorded so far, by name
 )->set: # Names of modules
     "Return the modules in `m` that can't be levels, if `m` is a piece: those without tokens"
+    if not is_piece(calls[name], m): return set()
     own = [n for n,o in m.named_modules() if n and any(True for _ in o.parameters(recurse=False))]
-    if not is_piece(calls[name], m) or not all(f'{name}.{n}' in calls for n in own): return set() # it may run again
+    if not all(f'{name}.{n}' in calls for n in own): return set() # it may run again
     tokens = lambda o: o['out'] and o['out'].kind=='BNC' # may be transformer blocks
     return {n for n,o in calls.items() if n.startswith(f'{name}.') and not tokens(o)}
 
