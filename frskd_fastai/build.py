@@ -168,6 +168,7 @@ def _width(o, task, levels, seen):
     largest = 1. if seen.pretrained else widths[0]
     return affordable_width(levels, seen.n_out, o.depth, o.budget*seen.operations, largest)
 
+# %% ../nbs/build.ipynb #buil0003
 def build_parts(
     levels:list, # `Level`s of the student
     n_out:int, # Number of the student's logits
@@ -196,6 +197,7 @@ def _make_teacher(make, channels, n_out):
     if isinstance(teacher, nn.Module): return teacher
     raise ValueError(f"FRSKD: teacher={make!r} returned {teacher!r}. It must return a module.")
 
+# %% ../nbs/build.ipynb #buil0005
 def takes_preact(
     feature_loss:str|Callable, # As for `FRSKDCallback`
 )->bool:

@@ -131,23 +131,7 @@ def decoder_names(
     if hasattr(model, 'level_names'): return list(model.level_names)
     return [name for name,m in model.named_modules() if isinstance(m, UnetBlock)][::-1][:n]
 
-def _blocks(model, calls, n):
-    """Return `n` evenly spaced transformer blocks
-
-    They are the longest row of children of the same class, with the same output shape. If they don't return tokens
-    themselves, the last module inside each that does is taken"""
-    found = []
-    tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # as they finish
-    for name,m in model.named_modules():
-        for _,kids in itertools.groupby(m.named_children(), key=lambda o: type(o[1])):
-            kids = [f'{name}.{k}' if name else k for k,m in kids if any(True for _ in m.parameters())]
-            lvs = [tokens[k] for k in kids if k in tokens]
-            if len(lvs)<2:
-                inner = [last(o for k,o in tokens.items() if k.startswith(f'{kid}.')) for kid in kids]
-                lvs = [o for o in inner if o is not None]
-            if len(lvs)>len(found) and len({o[1:] for o in lvs})==1: found = lvs
-    return _spread(found, n)
-
+# %% ../../nbs/student/search.ipynb #srch0002
 def is_piece(
     call:dict, # What an `Observer` recorded of the module
     m:nn.Module,
@@ -175,6 +159,25 @@ def _pieces(name, m, calls):
     if name in calls and is_piece(calls[name], m): return [(name,m)]
     return [p for n,k in m.named_children() for p in _pieces(f'{name}.{n}' if name else n, k, calls)]
 
+# %% ../../nbs/student/search.ipynb #srch0004
+def _blocks(model, calls, n):
+    """Return `n` evenly spaced transformer blocks
+
+    They are the longest row of children of the same class, with the same output shape. If they don't return tokens
+    themselves, the last module inside each that does is taken"""
+    found = []
+    tokens = {k:c['out'] for k,c in calls.items() if c['out'] and c['out'].kind=='BNC'} # as they finish
+    for name,m in model.named_modules():
+        for _,kids in itertools.groupby(m.named_children(), key=lambda o: type(o[1])):
+            kids = [f'{name}.{k}' if name else k for k,m in kids if any(True for _ in m.parameters())]
+            lvs = [tokens[k] for k in kids if k in tokens]
+            if len(lvs)<2:
+                inner = [last(o for k,o in tokens.items() if k.startswith(f'{kid}.')) for kid in kids]
+                lvs = [o for o in inner if o is not None]
+            if len(lvs)>len(found) and len({o[1:] for o in lvs})==1: found = lvs
+    return _spread(found, n)
+
+# %% ../../nbs/student/search.ipynb #srch0006
 def _falling(pieces):
     """Return the pieces of decreasing resolution, without the stem
 
@@ -208,6 +211,7 @@ def _ordered(model, calls):
         res.append(dict(c, convs=sum(k for o,k in own if leads(o)) if c['trunk'] else convs))
     return res
 
+# %% ../../nbs/student/search.ipynb #srch0007
 def _in_attention(c, tokens):
     "Check whether a module beside the trunk returns B×heads×N×..., where N is one of `tokens`"
     return c['trunk'] is False and c['out'].kind=='BCHW' and c['out'].size[0] in tokens

@@ -37,6 +37,7 @@ def check_loss(
         raise ValueError(f"FRSKD needs a loss function that takes logits, but {name} takes {takes}. "
                          f"Remove the model's last activation and use {instead}.")
 
+# %% ../../nbs/task/checks.ipynb #chck0009
 def check_targets(
     yb:tuple, # A batch of targets
 ):
@@ -50,6 +51,7 @@ def check_targets(
     if known is not None and not ((y>=0)&(y<=1) | ~known).all():
         _refuse(f"its targets, numbers from {y.min().item():.3g} to {y.max().item():.3g}, are for regression")
 
+# %% ../../nbs/task/checks.ipynb #chck0010
 def _check_pixels(pred, yb, loss_func):
     loss,shape = loss_name(loss_func),tuple(pred.shape)
     if pred.shape[1]==1 or is_multi_label(loss_func, yb):
@@ -93,6 +95,7 @@ def _check_images(pred, yb, loss_func, multi):
         _refuse(f"its loss function, {loss}, is for multi-label targets, a number for each of the {c} classes, "
                 f"but its targets have shape {tuple(y.shape)}", "For a single label, use CrossEntropyLossFlat.")
 
+# %% ../../nbs/task/checks.ipynb #chck0012
 def check_labels(
     pred, # Logits, accepted by `check_pred`
     yb:tuple, # A batch of targets
@@ -108,6 +111,7 @@ def check_labels(
     _refuse(f"its targets have the label {wrong[0].item()}, but its model has {c} logits, for the classes 0 to {c-1}",
             "Give the model a logit for each class, or let the loss function ignore the label (`ignore_index=...`).")
 
+# %% ../../nbs/task/checks.ipynb #chck0013
 def check_pred(
     pred, # The model's output
     yb:tuple, # A batch of targets
