@@ -46,7 +46,7 @@ class FRSKDOptions:
     teacher:nn.Module|Callable|None=None
     compile:bool=False
     columns:bool=False
-    per:str|None=None # What has a label, 'image' or 'pixel', in the task of the paper's settings; `None` for others
+    per:str|None=None # 'image' or 'pixel' for the paper's settings for classification or segmentation; otherwise `None`
     initial:dict=field(default_factory=dict, repr=False, compare=False) # States of your modules before training
 
     def __post_init__(self):
@@ -129,13 +129,12 @@ def build_frskd(
     device, # The student's
     assemble:Callable|None=None, # Makes the module, from `seen`, refined channels and `FRSKD`'s arguments
 )->FRSKD: # With attributes `seen`, `width`, `schedule`, `refined_channels` (of the refined maps) and `built` (options)
-    "Build the module to train beside the student; raise `ValueError` if its parts don't fit"
+    "Build the module to train alongside the student; raise `ValueError` if its parts don't fit"
     o,task,n = options.for_task(seen.task, seen.pretrained),seen.task,len(seen.levels)
     if (options.finest or 0)>=n:
         raise ValueError(f"FRSKD: finest={options.finest} isn't the index of a level, since this model has {n} levels. "
                          f"Use {n-1} or less.")
-    finest = min(o.finest, n-1) # the default may be larger
-    levels = _pooled_levels(seen.levels, finest)
+    levels = _pooled_levels(seen.levels, finest := min(o.finest, n-1)) # the default may be larger
     if o.beta and o.feature_loss=='attention' and all(lv.size==(1,1) for lv in levels):
         warn_each_time("FRSKD: every feature map that is compared has a single position, so the feature loss is "
                        "always 0. Use larger images, or `finest=0`.")
@@ -153,9 +152,8 @@ def build_frskd(
 def _built(o, task, width, finest):
     "Return the options on which the module's weights depend, as plain numbers and strings"
     width = [*map(float, width)] if is_listy(width) else float(width)
+    built = dict(finest=finest, feature_loss=o.feature_loss if isinstance(o.feature_loss, str) else None)
     depth = o.depth if task.ndim==2 else None # segmentation doesn't use it
-    loss = o.feature_loss if isinstance(o.feature_loss, str) else None
-    built = dict(finest=finest, feature_loss=loss)
     return built if o.teacher else dict(built, width=width, depth=depth)
 
 def _pooled_levels(levels, finest):

@@ -224,7 +224,7 @@ def check_trained(self:FRSKDCallback,
         raise ValueError(f"FRSKD: this callback isn't attached to a Learner, so there is no {what}. Pass it to the "
                          "Learner, not to a single fit: `vision_learner(..., cbs=FRSKDCallback())`.")
     if self.teacher is not None and not self._same_model:
-        raise ValueError(f"FRSKD: the self-teacher was trained with another model than `learn.model`, so there is no "
+        raise ValueError(f"FRSKD: the self-teacher was trained with a model other than `learn.model`, so there is no "
                          f"{what}. Train it again, or put the earlier model back.")
     if self.teacher is None or not self.trust.steps:
         raise ValueError(f"FRSKD: this Learner has no trained self-teacher, so there is no {what}. Train it first, "

@@ -47,7 +47,7 @@ class FRSKDSLACallback(FRSKDCallback):
         _check_square(inputs)
         single = isinstance(seen.task, SingleLabel) and len(targets)==1 and not targets[0].is_floating_point()
         if not single or targets[0].numel()!=len(targets[0]):
-            raise ValueError("FRSKD: label augmentation needs single-label classification, with one class number per "
+            raise ValueError("FRSKD: label augmentation needs single-label classification, with one class index per "
                              "image as target. Use `FRSKDCallback` for other tasks.")
         super().build_for(seen, inputs, targets)
 

@@ -290,7 +290,7 @@ def test_masks_whose_numbers_a_file_format_changes(scenes):
     mask = scenes/'labels/0.png'
     Image.open(mask).save(mask.with_suffix('.jpg'))
     mask.unlink()
-    with pytest.raises(DataError, match='JPEG file, whose compression changes class numbers'): find_masks(scenes)
+    with pytest.raises(DataError, match='JPEG file, whose compression changes class indices'): find_masks(scenes)
 
 def test_masks_split_below_the_images(scenes):
     "As in ADE20K; a random split would mix both parts"

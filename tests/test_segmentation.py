@@ -368,9 +368,9 @@ def test_what_is_refused(what, seg, items):
     if what=='label augmentation': cb,match = FRSKDSLACallback(),'single-label classification'
     learn = seg(**kw)
     if what=='float masks':
-        data,match = [(x,TensorMask(y.float()/10)) for x,y in items[:16]],'class number for each pixel'
+        data,match = [(x,TensorMask(y.float()/10)) for x,y in items[:16]],'class index for each pixel'
     if what=='other size': data,match = [(x,y[:16,:16]) for x,y in items[:16]],r'\(8, 16, 16\).*B×32×32'
-    if what=='classes': data,match = [(x,tensor(1)) for x,y in items[:16]],'class number for each pixel'
+    if what=='classes': data,match = [(x,tensor(1)) for x,y in items[:16]],'class index for each pixel'
     if what in ('float masks','other size','classes'):
         learn.dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8))
     before = weights(learn.model)

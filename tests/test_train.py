@@ -339,8 +339,8 @@ SPOILED = {
     'no image':'mask without an image: {mask}. Add the image',
     'no mask':'image without a mask: {im}. Add the mask',
     'other size':'{mask} is 5×5 pixels, but its image is 36×32',
-    'class':'{mask} has class number 9, but codes.txt names 3 classes, 0 to 2',
-    '255 beside void':'has class number 255',
+    'class':'{mask} has class index 9, but codes.txt names 3 classes, 0 to 2',
+    '255 beside void':'has class index 255',
     'mode 1':'an image of mode 1',
     '0 and 255':'contain only the class paper, but training needs two or more. Class numbers are line numbers of '
                 'codes.txt, counted from 0, and 255 is for',

@@ -124,7 +124,7 @@ class ImageJob:
         n = len(self.valid)
         error = 100*(.25/n)**.5
         return (f"Accuracy on {n:,} images has a standard error of up to {error:.1f} points, so small differences "
-                "may be chance.")
+                "may be due to chance.")
     def pictures(self, learn): return {}
 
 # %% ../../nbs/cli/jobs.ipynb #5bb78962
@@ -132,7 +132,7 @@ class MaskJob(ImageJob):
     "Train a U-Net on a folder of images and masks"
     metrics = {'mean_iou':'mean IoU','pixel_accuracy':'pixel accuracy'}
     kind = 'U-Net'
-    caution = "Another seed can change the mean IoU by several points, so differences may be chance."
+    caution = "Another seed can change the mean IoU by several points, so differences may be due to chance."
 
     def check_arch(self):
         if isinstance(find_arch(self.opts.arch), str):

@@ -33,7 +33,7 @@ def _lr(s):
 _path_help = (
     "folder of images: one folder per class, or train/ and valid/ (or test/) with one folder per class in "
     "each; without PATH, the built-in handwritten digits. For segmentation: codes.txt, images/ and labels/ "
-    "(the last two may be in train/ and valid/); labels are gray or palette images of class numbers, and "
+    "(the last two may be in train/ and valid/); labels are gray or palette images of class indices, and "
     "pixels of a class called void, unlabeled or ignore, or with value 255 if there is none, are ignored")
 
 def parser()->argparse.ArgumentParser:

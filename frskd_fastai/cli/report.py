@@ -136,8 +136,8 @@ class Report:
         where = 'They are in `refined.pkl` and `average.pkl`.' if self.opts.keep_refined else \
             'A training run with `--keep-refined` exports them.'
         return [f"`frskd` is the student, an ordinary {self.job.kind} with {self.opts.arch}. `frskd, refined` is "
-                "student and self-teacher as one network, for when predictions may take longer; `frskd, average` "
-                f"is the mean of both networks' probabilities. {where}"]
+                "student and self-teacher as one network, for use where slower predictions are acceptable; "
+                f"`frskd, average` is the mean of both networks' probabilities. {where}"]
 
     def _compared(self):
         if not self.comparison: return

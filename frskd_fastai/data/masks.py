@@ -61,7 +61,7 @@ def _read_codes(file):
         names = '1 class' if codes else '0 classes'
         raise DataError(f"{file} names {names}. List two or more, one per line.")
     if '' in codes:
-        raise DataError(f"line {codes.index('')+1} of {file} is empty, but class numbers are line numbers. Name the "
+        raise DataError(f"line {codes.index('')+1} of {file} is empty, but class indices are line numbers. Name the "
                         "class.")
     twice = first(o for i,o in enumerate(codes) if o in codes[:i])
     if twice: raise DataError(f"{file} names {twice!r} twice. Give each class a name of its own.")
@@ -92,9 +92,9 @@ def _check_mask(image, mask, codes):
     if deep: raise DataError(f"{image} has more than 8 bits per channel, which fastai would clip to white. Convert it.")
     if mode not in ('L','P'):
         raise DataError(f"{mask} is not a mask, but an image of mode {mode}. Masks are gray or palette images "
-                        "(mode L or P) of class numbers.")
+                        "(mode L or P) of class indices.")
     if format=='JPEG':
-        raise DataError(f"{mask} is a JPEG file, whose compression changes class numbers. Save the masks as PNG.")
+        raise DataError(f"{mask} is a JPEG file, whose compression changes class indices. Save the masks as PNG.")
     h,w = values.shape
     if size!=(w,h):
         raise DataError(f"{mask} is {w}×{h} pixels, but its image is {size[0]}×{size[1]}. Make them the same size.")
@@ -102,7 +102,7 @@ def _check_mask(image, mask, codes):
     top = max(labels-{void}, default=0)
     if top>=len(codes):
         hint = f" ({void} is for pixels without a label)" if 255 in (void,top) else ''
-        raise DataError(f"{mask} has class number {top}, but codes.txt names {len(codes)} classes, 0 to "
+        raise DataError(f"{mask} has class index {top}, but codes.txt names {len(codes)} classes, 0 to "
                         f"{len(codes)-1}{hint}. Correct the mask, or add the class to codes.txt.")
     return labels
 
@@ -124,7 +124,7 @@ def mask_dls(
     bs:int=8, # Batch size; reduced to the number of training images if there are fewer
     num_workers:int|None=None, # Worker processes; default: fastai's
 )->DataLoaders:
-    "Make `DataLoaders` from images and masks; palette masks are read as class numbers"
+    "Make `DataLoaders` from images and masks; palette masks are read as class indices"
     read = Pipeline([ItemGetter(1), load_image, np.asarray])
     block = pair_block(train, valid, MaskBlock(codes), read, item_tfms=item_tfms, batch_tfms=batch_tfms)
     return block.dataloaders([*train,*valid], bs=min(bs, len(train)), num_workers=num_workers)

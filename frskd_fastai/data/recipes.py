@@ -89,13 +89,13 @@ def small_tfms(
 def large_tfms(
     size:int, # Size of the crop in pixels
 )->list: # Item transforms
-    "Crop to at least 8% and flip, at random; for validation, squeeze and crop the center"
+    "Crop to at least 8% and flip, at random; for validation, squish and crop the center"
     return [RandomResizedCrop(size, min_scale=0.08), FlipItem()]
 
 def mask_tfms(
     size:int, # Size of the crop in pixels
 )->list: # Item transforms of image and mask
-    "Crop to at least 25% and flip, at random; for validation, squeeze to a square"
+    "Crop to at least 25% and flip, at random; for validation, squish to a square"
     return [RandomResizedCrop(size, min_scale=0.25, val_xtra=0), FlipItem()]
 
 # %% ../../nbs/data/recipes.ipynb #f0cc473f

@@ -16,7 +16,7 @@ from .fit_scopes import own_attr
 # %% ../../nbs/learner/processes.ipynb #81564c5f
 def prepare_like_model(
     learn:Learner, # Learner in a fit
-    module:nn.Module, # Module that trains beside `learn.model`
+    module:nn.Module, # Module that trains alongside `learn.model`
 )->nn.Module: # `module`, or its `DistributedDataParallel`
     """Move `module` to the model's device and, if the model is distributed, wrap it in DDP too
 

@@ -1,4 +1,4 @@
-"""Train a second module beside any Learner's model
+"""Train a second module alongside any Learner's model
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/learner/side_module.html.md"""
 
@@ -19,7 +19,7 @@ from .processes import *
 
 # %% ../../nbs/learner/side_module.ipynb #a42c3bf0
 class SideModuleCallback(FitScopes):
-    "Train the module `trained` beside the model"
+    "Train the module `trained` alongside the model"
     # Before `GradientAccumulation` divides the loss, after `MixUp` has swapped the loss function, inside
     # `MixedPrecision`'s autocast; before `DistributedTrainer` wraps the model
     order,run_valid = GradientAccumulation.order-1,False
@@ -50,7 +50,7 @@ class SideModuleCallback(FitScopes):
     def set_module(self,
         module:nn.Module|None, # Replaces the current module; None removes it
     ):
-        "Train `module` beside the model from now on"
+        "Train `module` alongside the model from now on"
         if self.trained is not None and module is not self.trained: leave_opt(self.learn, self.trained)
         self.trained,self.prepared = module,None
         if module is not None: module.train() # the user may have made it in eval mode

@@ -22,7 +22,7 @@ def resize(
     return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False if mode=='bilinear' else None)
 
 class DenseNode(nn.Sequential):
-    "Compute N without its ReLU: sum of the inputs → per-channel 1×1 convolution → BatchNorm"
+    "Compute N without its ReLU: sum of the inputs → depthwise 1×1 convolution → BatchNorm"
     def __init__(self,
         d:int, # Channels
     ): super().__init__(nn.Conv2d(d, d, 1, groups=d), nn.BatchNorm2d(d))

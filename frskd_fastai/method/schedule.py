@@ -1,4 +1,4 @@
-"""How much the student follows the self-teacher in the course of training
+"""How strongly the student follows the self-teacher during training
 
 Docs: https://frskd-fastai.github.io/frskd_fastai/method/schedule.html.md"""
 

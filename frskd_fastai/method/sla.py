@@ -53,7 +53,7 @@ class FRSKDSLA(FRSKD):
         pre:list|None=None, # As for `FRSKD`
         *,
         rotated:tuple, # `maps` and `pre` of the rotated images, 4B×c_i×H_i×W_i
-        labels:list|None=None, # Pairs of class numbers and weight, two for mixed labels. Default: `targets`
+        labels:list|None=None, # Pairs of class indices and weight, two for mixed labels. Default: `targets`
     )->FRSKDOutput:
         "Compute all losses of one step except the student's own label loss"
         (small,read),(rotated,read_rotated) = self.pool(maps, pre),self.pool(*rotated)

@@ -176,7 +176,7 @@ def _check_levels(
     levels:list, # Channels or maps of the student's levels
     built:list|None=None, # An entry per level that the self-teacher was built for
 ):
-    "Raise `ValueError` for fewer than two levels, or for another number than in `built`"
+    "Raise `ValueError` for fewer than two levels, or another number of them than in `built`"
     if built is None and len(levels)<2:
         raise ValueError(f"FRSKD: the self-teacher needs at least two levels, got channels={list(levels)}")
     if built is not None and len(levels)!=len(built):

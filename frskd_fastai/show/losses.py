@@ -46,7 +46,7 @@ def plot_curves(
     metric:str='accuracy', # Column to plot on the right
 )->plt.Figure:
     "Plot losses and a metric per epoch, one color per run"
-    # fastai's `train_loss` is a running mean over epochs, and with FRSKD it has all terms: not comparable with this one
+    # fastai's `train_loss` is a moving average over batches, and with FRSKD it has all terms: not comparable
     train = 'student_loss' if 'student_loss' in history.dropna(axis=1, how='all') else 'train_loss'
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), itertools.cycle(okabe_ito)):

@@ -62,7 +62,7 @@ def _check_pixels(pred, yb, loss_func):
     if y.is_floating_point() or Segmentation.labels(y).shape[1:]!=pred.shape[2:]:
         h,w = pred.shape[2:]
         _refuse(f"its targets have shape {tuple(y.shape)} and type {y.dtype}",
-                f"Segmentation needs a class number for each pixel, B×{h}×{w} for logits of shape {shape}.")
+                f"Segmentation needs a class index for each pixel, B×{h}×{w} for logits of shape {shape}.")
 
 def _check_images(pred, yb, loss_func, multi):
     loss,shape = loss_name(loss_func),tuple(pred.shape)

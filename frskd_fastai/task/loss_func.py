@@ -54,5 +54,5 @@ def is_multi_label(
     if name.startswith('cross') or len(yb)!=1 or not isinstance(yb[0], Tensor): return False
     y = yb[0]
     two_axes = y.ndim==2 and y.shape[1]>1 and n_out in (None,y.shape[1])
-    per_class = y.is_floating_point() or two_axes and (y.long().abs()<=1).all() # else class numbers
+    per_class = y.is_floating_point() or two_axes and (y.long().abs()<=1).all() # else class indices
     return bool(per_class and (before or isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any()))

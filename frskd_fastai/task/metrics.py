@@ -21,7 +21,7 @@ class _PixelMetric(Metric):
     ):
         for o in L(ignored):
             if not isinstance(o, Integral):
-                raise ValueError(f"{type(self).__name__}: ignored takes class numbers, got {o!r}. "
+                raise ValueError(f"{type(self).__name__}: ignored takes class indices, got {o!r}. "
                                  "Use the class's index in the list of codes: `codes.index('void')`.")
         self.task = Segmentation(L(ignored))
 

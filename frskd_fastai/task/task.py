@@ -19,7 +19,8 @@ Answers = namedtuple('Answers', 'right cls log_p keep asked')
 Answers.__doc__ = """How logits compare with targets: B×N tensors for N answers per image
 
 `right`: is the prediction right? `cls`: the class of the target. `log_p`: log-probability of the right answer.
-`keep`: does the answer count? `asked`: does trust average it? As `keep`; of several labels, only an image's own."""
+`keep`: does the answer count? `asked`: does trust average it? Same as `keep`, but with several labels only those that
+the image has."""
 
 def mean_where(
     values:Tensor, # Any shape
@@ -44,7 +45,7 @@ class Task:
 
     def answers(self,
         logits:Tensor, # B×C, or B×C×H×W
-        y:Tensor, # Targets: class numbers, B or B×H×W, or a number per class, in the shape of the logits
+        y:Tensor, # Targets: class indices, B or B×H×W, or a number per class, in the shape of the logits
     )->Answers:
         "Compare `logits` with `y`, skipping labels that are no class, such as −1, −100 or NaN"
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
@@ -54,7 +55,7 @@ class Task:
         elif numbers: cls,log_p,keep = self._of_classes(log_p, y)
         else:
             raise ValueError(f"FRSKD can't read labels from targets of shape {tuple(y.shape)}, {y.dtype}, for logits "
-                             f"of shape {tuple(logits.shape)}. Use class numbers, or a number for each class.")
+                             f"of shape {tuple(logits.shape)}. Use class indices, or a number for each class.")
         right = logits.argmax(1)==cls
         right,cls,log_p,keep = (o.reshape(len(logits), -1) for o in (right,cls,log_p,keep))
         return Answers(right, cls, log_p, keep, keep)
