@@ -116,7 +116,8 @@ class StudentReader(StudentHooks):
         if b is None: return self
         check_loss(self.learn.loss_func)
         observer = self._observer()
-        self._look(observer, *b, observer.probe(*b[0]), self.learn.loss_func)
+        pred = own_pred(self.learn, observer.probe(*b[0]), b[0])
+        self._look(observer, *b, pred, self.learn.loss_func)
         self._pop(observer) # checks the maps
         return self
 
@@ -164,6 +165,7 @@ class StudentReader(StudentHooks):
         known = self.trained.task if self.trained is not None and self._same_model and self.same_loss else None
         task = check_task(pred, yb, loss_func, known)
         say_if_several(yb, pred)
+        if task.per=='image': say_if_no_logits(pred, loss_func, getattr(self.learn.dls, 'c', None))
         levels = hooks.find()
         if isinstance(hooks, Observer):
             if task.per=='pixel' and hooks.search: hooks.refuse_dense()

@@ -75,26 +75,31 @@ def traced_student(
             logits,maps,out = student(*example),hooks.outputs(),graph(*example)
     except Exception: return # e.g. control flow, inputs that aren't tensors, a module that runs twice
     wanted = [*zip(names, maps), ('logits',logits)]
-    return graph if all(torch.allclose(out[n], o, rtol=1e-4, atol=1e-5) for n,o in wanted) else None
+    def _same(a, b): return (a.shape,a.dtype)==(b.shape,b.dtype) and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    return graph if all(_same(out[n], o) for n,o in wanted) else None # autocast in `forward` isn't traced
 
 # %% ../nbs/refined.ipynb #a1c00009
 def input_callbacks(
     learn:Learner,
 )->L: # Copies that aren't attached to a Learner
     "Copy your own callbacks that may change inputs or predictions in validation"
-    def _changes(cb):
-        own = type(cb).__module__.partition('.')[0] not in ('fastai','frskd_fastai')
-        return own and cb.run_valid and any(callable(getattr(type(cb), o, None)) for o in ('before_batch','after_pred'))
     def _detached(cb):
         new = copy(cb)
         new.__dict__.pop('learn', None)
         return new
-    return L(learn.cbs).filter(_changes).map(_detached)
+    return own_callbacks(learn, 'before_batch', 'after_pred').map(_detached)
 
-def _check_n_out(student, xb, expected):
-    with probing(student): n = student(*xb).shape[1]
-    if n!=expected: raise ValueError(f"FRSKD: the model has {n} logits, but its self-teacher {expected}. Train again, "
-                                     "which builds a new self-teacher.")
+def _check_pred(learn, student, xb, expected):
+    "Raise `ValueError` if the student's output isn't what the self-teacher has learned"
+    with probing(student): out = student(*xb)
+    pred = own_pred(learn, out, xb)
+    if pred is not out and not (isinstance(out, Tensor) and torch.equal(pred, out)):
+        names = ', '.join(type(o).__name__ for o in own_callbacks(learn, 'after_pred'))
+        raise ValueError(f"FRSKD: your callback ({names}) changes the model's predictions in training, which a refined "
+                         "model can't do. Make this change in the model's `forward`, and train again.")
+    if out.shape[1]!=expected:
+        raise ValueError(f"FRSKD: the model has {out.shape[1]} logits, but its self-teacher {expected}. Train again, "
+                         "which builds a new self-teacher.")
 
 @patch
 def refined(self:FRSKDCallback,
@@ -105,7 +110,7 @@ def refined(self:FRSKDCallback,
     learn = self.learn
     student,teacher = deepcopy(uncompiled(self.student)).eval(),deepcopy(self.build().teacher).eval()
     levels,b = self.found_levels,sample_batch(learn)
-    if b: _check_n_out(student, b[0], self.trained.seen.n_out)
+    if b: _check_pred(learn, student, b[0], self.trained.seen.n_out)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
     metrics = [o for o in learn.metrics if not isinstance(o, Column)] # a fit adds columns

@@ -12,6 +12,7 @@ from frskd_fastai.cli.command import UsageError, first_line, folder as folder_na
 from frskd_fastai.cli.options import TrainOptions, parser
 from frskd_fastai.data.images import DataError, find_images, image_files
 from frskd_fastai.data.masks import find_masks
+from frskd_fastai.cli.run_folder import RunFolder, check_out, make_folder
 from conftest import same, weights
 
 def picture(seed=0, size=(20,20)):
@@ -238,6 +239,16 @@ def test_results_do_not_become_images(out, folder, monkeypatch):
     if out.startswith('link'): monkeypatch.chdir(folder.parent)
     with pytest.raises(UsageError, match='is inside the folder of the images'):
         TrainOptions.from_argv([str(folder), '--out', out])
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    "Without permission, or if the system refuses, one line says so before anything is trained"
+    def _refuse(*args, **kwargs): raise OSError(30, 'Read-only file system')
+    with monkeypatch.context() as m:
+        m.setattr(Path, 'mkdir', _refuse)
+        with pytest.raises(UsageError, match="can't be created .Read-only file system"): make_folder(tmp_path/'r')
+        with pytest.raises(UsageError, match="can't be created"): RunFolder(tmp_path/'r').lock().__enter__()
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    with pytest.raises(UsageError, match='no permission to write to'): check_out(tmp_path/'r'/'s', False, ())
 
 def test_results_beside_the_images_of_a_split(folder, monkeypatch):
     "Only `train/` and `valid/` are read here; the default `--out` is in the current folder"

@@ -598,3 +598,48 @@ def test_agreement_in_the_middle_of_an_epoch(make, in_time):
         learn.fit(2, 1e-2, cbs=cbs)
         ends.append({**weights(learn.model), 'values':tensor([list(o) for o in learn.recorder.values])})
     assert steps==list(range(1, 13)) and same(*ends)
+
+# -- The record of the losses --------------------------------------------------------------------
+class Interrupt(Callback):
+    def after_backward(self):
+        if self.training and self.train_iter==4: raise KeyboardInterrupt
+
+def test_steps_of_an_interrupted_epoch_can_be_read(make):
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    steps = learn.frskd.steps
+    learn.lr_find(num_it=8, show_plot=False)
+    assert learn.frskd.steps.equals(steps) and len(steps)==6
+    with pytest.raises(KeyboardInterrupt): learn.fit(3, 1e-2, cbs=Interrupt())
+    assert len(learn.frskd.steps)==5 # the fifth was interrupted after its loss
+    learn.frskd.plot_losses(); plt.close('all')
+    class EndEpoch(Callback):
+        def after_step(self):
+            if self.epoch==0 and self.iter==2: raise CancelEpochException
+    learn.fit(2, 1e-2, cbs=EndEpoch())
+    assert len(learn.frskd.steps)==3+6
+
+def test_steps_in_the_middle_of_an_epoch(make):
+    seen = []
+    class Look(Callback):
+        def after_step(self): seen.append(len(self.frskd.steps))
+    learn = make(cbs=FRSKDCallback())
+    learn.fit(2, 1e-2, cbs=Look())
+    assert seen==[*range(1, 13)] and len(learn.frskd.steps)==12
+
+def test_embeddings_are_told_from_logits(make):
+    "Only of your own loss function, and only if their number isn't the data's number of classes"
+    def contrastive(e, y):
+        s = F.normalize(e, dim=1)@F.normalize(e, dim=1).T/.1
+        return -(s.log_softmax(1)*(y[:,None]==y[None])).sum(1).mean()
+    for n,loss,c in (10,contrastive,10),(24,CrossEntropyLossFlat(),10),(24,F.cross_entropy,10),(24,contrastive,None):
+        learn = make(model=SmallNet(n), cbs=FRSKDCallback())
+        learn.loss_func = loss
+        if c: learn.dls.c = c
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            learn.fit(1, 1e-3)
+        if c: del learn.dls.c
+    learn.dls.c = 10
+    with pytest.warns(UserWarning, match='returns 24 numbers for each image, but the data have 10 classes'):
+        learn.fit(1, 1e-3)

@@ -305,3 +305,19 @@ def test_torchs_own_data_loaders(make, digits):
         said = StudentComparison(learn, other, **kw)
         assert len(said.right)==(48 if kw else 32)
     assert abs(StudentComparison(learn, other).right[:,0].mean().item()-learn.validate()[1])<1e-6
+
+# -- Attention of other images -------------------------------------------------------------------
+def test_attention_over_images_of_another_loader():
+    "With labels or without"
+    import frskd_fastai.show.attention
+    learn = Learner(data(), SmallNet(4), loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
+    learn.remove_cb(ProgressCallback)
+    with learn.no_logging(): learn.fit(1, 1e-2)
+    files = images()[:5]
+    for labeled in True,False:
+        dl = learn.dls.test_dl(files, with_labels=labeled)
+        fig = learn.frskd.show_attention(n=3, dl=dl)
+        shown = fig.axes[0].images[0].get_array()
+        assert [bool(o.get_title()) for o in fig.axes[:1]]==[labeled]
+        assert np.array_equal(shown, dl.decode_batch(dl.one_batch())[0][0].permute(1,2,0).cpu())
+        plt.close(fig)

@@ -155,3 +155,87 @@ def test_a_student_without_its_self_teacher_is_told(make, tmp_path, schedule):
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='FRSKD')
         learn.frskd.refined()
+
+# -- Your own callbacks that change inputs or predictions ----------------------------------------
+class Flip(Callback):
+    def after_pred(self): self.learn.pred = self.pred.flip(1)
+
+class Groups(Callback):
+    "20 outputs, two for each class"
+    def after_pred(self): self.learn.pred = self.pred.view(len(self.pred), 10, 2).logsumexp(2)
+
+class FirstOfTwo(Callback):
+    def after_pred(self): self.learn.pred = self.pred[0]
+
+class Sharpened(Callback):
+    "Acts in validation only"
+    def after_pred(self):
+        if not self.training: self.learn.pred = self.pred*2
+
+class Coordinates(Callback):
+    def before_batch(self):
+        across = torch.linspace(-1, 1, self.x.shape[-1]).expand_as(self.x[:,:1])
+        self.learn.xb = (torch.cat([self.x, across], dim=1),)
+
+class Two(SmallNet):
+    def forward(self, x): return super().forward(x),x
+
+@pytest.mark.parametrize('cb,model', [(Flip,SmallNet), (Groups,partial(SmallNet, 20)), (FirstOfTwo,Two)])
+def test_predictions_that_a_callback_changes_in_training(cb, model, make):
+    "The self-teacher has learned the changed predictions: they are compared, but can't be a model's"
+    learn = make(model=model(), cbs=[cb(),FRSKDCallback()])
+    learn.frskd.build()
+    teacher = learn.frskd.teacher
+    learn.fit(4, 1e-2)
+    assert learn.frskd.teacher is teacher
+    d = learn.frskd.agreement().sum()/64
+    assert abs(d['both right']+d['only student']-learn.validate()[1])<1e-6
+    right = [(learn.frskd.run_both(x)[3].argmax(1)==y).sum().item() for x,y in learn.dls.valid]
+    assert abs(d['both right']+d['only self-teacher']-sum(right)/64)<1e-6
+    for average in False,True:
+        with pytest.raises(ValueError, match=f'callback .{cb.__name__}. changes'): learn.frskd.refined(average)
+
+def test_predictions_that_a_callback_changes_in_validation_only(make, digits):
+    learn = make(cbs=[Sharpened(),FRSKDCallback()])
+    learn.fit(4, 1e-2)
+    refined,_ = check(learn, digits[0][:8])
+    assert [type(o).__name__ for o in refined.cbs][-1]=='Sharpened'
+    d = learn.frskd.agreement().sum()/64
+    assert abs(d['both right']+d['only student']-learn.validate()[1])<1e-6
+    assert abs(d['both right']+d['only self-teacher']-refined.validate()[1])<1e-6
+
+def test_inputs_that_a_callback_changes(make, capsys):
+    "Levels are found, and models built and combined, on the images that the model gets"
+    def model():
+        m = SmallNet()
+        m.stem = ConvLayer(4, 8)
+        return m
+    learn = make(model=model(), cbs=[Coordinates(),FRSKDCallback()])
+    assert learn.frskd.build().teacher is not None and len(list_levels(learn))==3
+    learn.fit(4, 1e-2)
+    assert len(list_levels(learn))==3
+    refined = learn.frskd.refined()
+    d = learn.frskd.agreement().sum()/64
+    assert refined.model.traced and abs(d['both right']+d['only self-teacher']-refined.validate()[1])<1e-6
+
+def test_a_callback_that_needs_a_fit(make):
+    "Before a fit, such a callback is left out"
+    class Late(Callback):
+        def before_batch(self): self.learn.xb = (self.xb[0]*self.pct_train,)
+    learn = make(cbs=[Late(),FRSKDCallback()])
+    had = set(vars(learn))
+    assert learn.frskd.build().teacher is not None and set(vars(learn))==had
+
+@pytest.mark.parametrize('inside', [False,True])
+def test_autocast_in_forward(inside, make, digits):
+    "A traced student would lose it, so hooks read the maps"
+    cast = torch.autocast('cpu', torch.bfloat16)
+    class Half(SmallNet):
+        def forward(self, x):
+            with cast: out = super().forward(x)
+            return out.float() if inside else out
+    learn = make(model=Half(), cbs=FRSKDCallback())
+    learn.fit(1, 1e-2)
+    x,refined = digits[0][:8],learn.frskd.refined()
+    with torch.no_grad(): torch.testing.assert_close(refined.model(x), learn.frskd.run_both(x)[3])
+    assert not refined.model.traced and learn.frskd.refined(average=True).validate()[0]>0

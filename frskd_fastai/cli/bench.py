@@ -13,7 +13,7 @@ from pathlib import Path
 import frskd_fastai
 from ..messages import plural
 from .command import *
-from .run_folder import check_out
+from .run_folder import check_out, make_folder
 
 # %% ../../nbs/cli/bench.ipynb #8f2911af
 results = 'bench.csv','bench.png','bench.md'
@@ -120,7 +120,7 @@ def run_bench(
     about = f'{opts.arch}, {opts.size} px, batch size {opts.bs}; {where}; {versions}; {date}'
     command = shlex.join(['frskd-bench', *opts.argv])
     text = f'`{command}`\n\n{about}\n\n{table(d)}\n'
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     columns = {k:getattr(opts, k) for k in ('arch','size','bs','amp','channels_last')}
     d = d.assign(**columns, device=where, torch=torch.__version__, date=date)
     d.to_csv(out/'bench.csv', index=False, float_format='%.6g')

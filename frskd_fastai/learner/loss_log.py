@@ -33,12 +33,14 @@ class LossLog(FitScopes):
         self.fit_ctx.enter_context(_Columns(self.learn, [Column(partial(self.mean, n), n) for n in self.columns]))
 
     def enter_train(self):
-        if not self.began: self.recorded = [] # only now: `learn.summary()` begins a fit without training
+        self.sums,self.counts = {},defaultdict(int)
+        if own_attr(self.learn, 'lr_finder'): return
+        if not self.began: self.recorded,self._steps = [],[] # only now: `learn.summary()` begins a fit without training
         self.began = True
-        self._steps,self.sums,self.counts = [],{},defaultdict(int)
+        self._store() # what a cancelled epoch has left
 
     def after_loss(self):
-        values = self.read()
+        values = None if own_attr(self.learn, 'lr_finder') else self.read()
         if values is None: return
         self._steps.append(torch.stack([_scalar(values.get(k, math.nan), self.loss.device) for k in self.names]))
         if not self.columns: return
@@ -48,6 +50,9 @@ class LossLog(FitScopes):
 
     def after_train(self):
         if num_distrib()>1: self.sums,self.counts = _gathered(self.sums),defaultdict(int, _gathered(self.counts))
+        self._store()
+
+    def _store(self):
         if self._steps: self.recorded.append(torch.stack(self._steps).cpu()) # the only copy from the device
         self._steps = []
 
@@ -61,11 +66,14 @@ class LossLog(FitScopes):
     def steps(self):
         """Scalars of each step of the last fit, one row a step
 
-        Up to its last complete epoch; with several processes, those of this process"""
+        `lr_find` isn't a fit here. With several processes, these are the steps of this one"""
+        self._store()
         return pd.DataFrame(torch.cat(self.recorded).numpy() if self.recorded else None, columns=self.names)
 
-    def state_dict(self): return dict(recorded=list(self.recorded), began=self.began) # for `Resumable`
-    def load_state_dict(self, state): self.recorded,self.began = list(state['recorded']),state['began']
+    def state_dict(self): # for `Resumable`
+        self._store()
+        return dict(recorded=list(self.recorded), began=self.began)
+    def load_state_dict(self, state): self.recorded,self._steps,self.began = list(state['recorded']),[],state['began']
 
 def _scalar(v, device):
     "Return `v` as a float32 scalar on `device`; `full` makes one there without a copy"

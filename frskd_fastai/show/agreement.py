@@ -10,11 +10,17 @@ __all__ = []
 # %% ../../nbs/show/agreement.ipynb #a94e0001
 from fastai.vision.all import *
 from ..callback import *
+from ..student.probe import *
 from .drawing import *
 from .loaders import *
 
 # %% ../../nbs/show/agreement.ipynb #f0cf9cd8
 _outcomes = ['both right','only student','only self-teacher','both wrong']
+
+def _as_validated(learn, logits):
+    "Apply your own callbacks to the self-teacher's logits, unless it learned their effect"
+    if own_pred(learn, logits, learn.xb) is not logits: return logits
+    return own_pred(learn, logits, learn.xb, training=False)
 
 @patch
 def agreement(self:FRSKDCallback,
@@ -26,9 +32,9 @@ def agreement(self:FRSKDCallback,
     def _count(pred, yb):
         if len(yb)!=1:
             raise ValueError(f"FRSKD: agreement needs one tensor of targets, got {len(yb)}. Pass a `dl` that has one.")
-        _,student,_,teacher = self.run_both(*self.learn.xb)
-        y,n = to_device(yb[0], student.device),student.shape[1]
-        s,t = (self.task.answers(o, y) for o in (student,teacher))
+        teacher = _as_validated(self.learn, self.run_both(*self.learn.xb)[3])
+        y,n = to_device(yb[0], pred.device),pred.shape[1]
+        s,t = (self.task.answers(o, y) for o in (pred,teacher))
         outcome = 2*~s.right + ~t.right # index into `_outcomes`
         found.append(torch.bincount((4*s.cls+outcome)[s.keep], minlength=4*n).view(n, 4).cpu())
     validate_on(self.learn, dl, _count)

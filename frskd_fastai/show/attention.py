@@ -45,13 +45,14 @@ def _overlay(ax, gray, attention, style):
 def show_attention(self:FRSKDCallback,
     n:int=3, # Number of images
     size:float=1.9, # Width and height of one picture, in inches
+    dl=None, # Data loader, for example `learn.dls.test_dl(files)`. Default: the validation set
 )->plt.Figure:
     """Show the attention of student and self-teacher, and their difference, over images
 
-    These are evenly spaced over the validation set. There is one column for each level; levels of four positions or
+    These are evenly spaced over `dl`. There is one column for each level; levels of four positions or
     fewer are left out. 1 means uniform attention."""
     self.check_trained('attention to show')
-    b,images = validation_samples(self.learn, n)
+    b,images = validation_samples(self.learn, n, dl)
     seen = []
     validate_on(self.learn, [b], lambda pred,yb: seen.append(attention_maps(self.learn, *self.learn.xb)))
     both = [[o*o[0].numel()**.5 for o in maps] for maps in seen[0]]
@@ -69,7 +70,7 @@ def show_attention(self:FRSKDCallback,
     for ax in axs.flat: ax.axis('off')
     for i,(image,*label) in enumerate(images):
         show_image(image, ctx=axs[3*i,0], cmap='gray')
-        if self.task.per=='image': axs[3*i,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
+        if label and self.task.per=='image': axs[3*i,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
         for (who,maps,style),row in zip(rows, axs[3*i:]):
             row[0].text(1.05, .5, who, transform=row[0].transAxes, rotation=90, va='center', fontsize=8)
             for ax,m in zip(row[1:], maps): _overlay(ax, _gray(image), m[i], style)

@@ -41,16 +41,17 @@ def check_n(
 def validation_samples(
     learn:Learner,
     n:int, # Number of samples
+    dl=None, # Data loader. Default: the validation set
 )->tuple: # A batch, and the decoded samples
-    "Take evenly spaced samples of the validation set"
+    "Take evenly spaced samples of a data loader"
     check_n(n)
-    dl = learn.dls.valid
+    dl = ifnone(dl, learn.dls.valid)
     if not hasattr(dl, 'decode_batch'):
         raise ValueError(f"FRSKD: showing images needs a fastai `TfmdDL`, which can decode them, got a "
                          f"{type(dl).__name__}. Set `learn.dls` to data from a `DataBlock` or `ImageDataLoaders`.")
     size = len(dl.dataset)
-    if not size: raise ValueError("FRSKD: this Learner has no validation images, as after `load_learner`. "
-                               "Set `learn.dls` to data with a validation set.")
+    if not size: raise ValueError("FRSKD: there are no images to show. A Learner from `load_learner` has no validation "
+                               "images: set `learn.dls` to data that has some.")
     idxs = np.linspace(0, size-1, min(n, size)).astype(int).tolist()
     dl = dl.new(shuffle=False, bs=len(idxs), num_workers=0, get_idxs=lambda: idxs)
     b = dl.one_batch()

@@ -23,8 +23,8 @@ def plot_losses(self:FRSKDCallback,
     `fine_tune`, the last fit is the one that trains all layers."""
     d = self.steps.dropna(axis=1, how='all')
     if not len(d):
-        raise ValueError("FRSKD: no training epoch has ended in this session, so there are no losses to plot. "
-                         "Train first, e.g. `learn.fit_one_cycle(5)`; checkpoints don't keep losses.")
+        raise ValueError("FRSKD: there are no losses to plot, since no step was trained in this session. Train first, "
+                         "e.g. `learn.fit_one_cycle(5)`; checkpoints don't keep losses.")
     weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(okabe_ito), itertools.cycle(('-','--','-.',':'))):
