@@ -149,12 +149,12 @@ poolformer_s12 edgenext_xx_small pvt_v2_b0 mobilevit_xxs mobilevitv2_050 coatnet
 swin_tiny_patch4_window7_224 davit_tiny focalnet_tiny_srf vit_tiny_patch16_224 deit_tiny_patch16_224
 deit_tiny_distilled_patch16_224 beit_base_patch16_224 xcit_nano_12_p16_224 mixer_s32_224'''.split()
 
-def seen_calls(m, x):
-    "Record the calls that the search for levels reads"
+def calls_and_levels(m, x):
+    "Record the calls that the search for levels reads; return them and the levels found"
     observer = Observer(m)
     observer.probe(x)
-    observer._see_trunk()
-    return observer.calls
+    found = observer.find()
+    return observer.calls,found
 
 def test_levels_against_feature_info():
     "If a network lists its levels, FRSKD uses those; the table shows next to them what the search would find"
@@ -166,10 +166,9 @@ def test_levels_against_feature_info():
         m = timm.create_model(arch, num_classes=0).eval()
         size = 299 if arch.startswith('inception') else 224
         x = torch.randn(1,3,size,size)
-        calls = seen_calls(m, x)
+        calls,found = calls_and_levels(m, x)
         info,search = _feature_info(m, calls, 4),_search(m, calls, 4)
         assert len(info)==4, arch
-        found,_ = find_levels(m, x)
         assert [o.name for o in found]==[o.name for o in info]
         agree = [o[1:3] for o in info]==[o[1:3] for o in search]
         same += agree
