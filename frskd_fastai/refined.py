@@ -92,8 +92,7 @@ def input_callbacks(
 def _check_pred(learn, student, xb, expected):
     "Raise `ValueError` if the student's output isn't what the self-teacher has learned"
     with probing(student): out = student(*xb)
-    pred = own_pred(learn, out, xb)
-    if pred is not out and not (isinstance(out, Tensor) and torch.equal(pred, out)):
+    if acts_in_training(learn, out, xb):
         names = ', '.join(type(o).__name__ for o in own_callbacks(learn, 'after_pred'))
         raise ValueError(f"FRSKD: your callback ({names}) changes the model's predictions in training, which a refined "
                          "model can't do. Make this change in the model's `forward`, and train again.")

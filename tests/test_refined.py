@@ -195,6 +195,15 @@ def test_predictions_that_a_callback_changes_in_training(cb, model, make):
     for average in False,True:
         with pytest.raises(ValueError, match=f'callback .{cb.__name__}. changes'): learn.frskd.refined(average)
 
+class Copied(Callback):
+    "Changes no value"
+    def after_pred(self): self.learn.pred = self.pred+0 if self.training else self.pred.clone()
+
+def test_predictions_that_a_callback_only_copies(make, digits):
+    learn = make(cbs=[Copied(),FRSKDCallback()])
+    learn.fit(1, 1e-2)
+    check(learn, digits[0][:8])
+
 def test_predictions_that_a_callback_changes_in_validation_only(make, digits):
     learn = make(cbs=[Sharpened(),FRSKDCallback()])
     learn.fit(4, 1e-2)

@@ -19,7 +19,7 @@ _outcomes = ['both right','only student','only self-teacher','both wrong']
 
 def _as_validated(learn, logits):
     "Apply your own callbacks to the self-teacher's logits, unless it learned their effect"
-    if own_pred(learn, logits, learn.xb) is not logits: return logits
+    if acts_in_training(learn, logits, learn.xb): return logits
     return own_pred(learn, logits, learn.xb, training=False)
 
 @patch

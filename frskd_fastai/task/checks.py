@@ -173,7 +173,7 @@ def say_if_no_logits(
     "Warn if outputs that only your own loss function can read aren't one for each class"
     func = getattr(loss_func, 'func', loss_func) # of a `partial`
     module = getattr(func, '__module__', type(func).__module__).partition('.')[0]
-    known = module in ('fastai','torch') or not isinstance(classes, int) or pred.shape[1]==classes
+    known = module in ('fastai','torch') or not isinstance(classes, int) or pred.shape[1] in (1,classes)
     if known or rank_distrib(): return
     warn_each_time(f"FRSKD: the model returns {pred.shape[1]} numbers for each image, but the data have {classes} "
                    "classes. FRSKD takes them for logits; if they are embeddings, train without it.")
