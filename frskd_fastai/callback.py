@@ -239,12 +239,12 @@ def run_both(self:FRSKDCallback,
 )->tuple: # Student's feature maps and logits (as your callbacks change them), refined maps, self-teacher's logits
     "Run student and self-teacher in eval mode, without gradients or changes to either"
     if self.learn is None or self.build().trained is None:
-        raise ValueError("FRSKD: this Learner has no self-teacher yet. Train it first. An exported Learner has only "
-                         "the student.")
+        raise ValueError("FRSKD: this Learner has no self-teacher yet. Train it first; an export has only the student.")
     xb = to_device(xb, one_param(self.student).device)
     hooks = FeatureHooks(self.student, self.found_levels, self.trained.seen.size)
     with Eagerly(self.student), hooks, probing(self.student, self.trained):
-        pred = own_pred(self.learn, self.student(*xb), xb)
+        pred = self.student(*xb)
         maps = to_float(pool_to(hooks.pop(), self.finest)) # the self-teacher's weights are always float32
         refined,logits = self.teacher(maps)
+    pred = own_pred(self.learn, pred, xb)
     return maps,pred,refined,self.trained.task.fit_size(logits, pred)

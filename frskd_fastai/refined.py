@@ -84,18 +84,19 @@ def input_callbacks(
 )->L: # Copies that aren't attached to a Learner
     "Copy your own callbacks that may change inputs or predictions in validation"
     def _detached(cb):
-        new = copy(cb)
-        new.__dict__.pop('learn', None)
+        new = copied_callback(cb)
+        vars(new).pop('learn', None)
         return new
     return own_callbacks(learn, 'before_batch', 'after_pred').map(_detached)
 
 def _check_pred(learn, student, xb, expected):
     "Raise `ValueError` if the student's output isn't what the self-teacher has learned"
     with probing(student): out = student(*xb)
-    if acts_in_training(learn, out, xb):
-        names = ', '.join(type(o).__name__ for o in own_callbacks(learn, 'after_pred'))
-        raise ValueError(f"FRSKD: your callback ({names}) changes the model's predictions in training, which a refined "
-                         "model can't do. Make this change in the model's `forward`, and train again.")
+    if not isinstance(out, Tensor) or acts_in_training(learn, out, xb):
+        names = [type(o).__name__ for o in own_callbacks(learn, 'after_pred', training=True)]
+        one = f"your callback ({names[0]})" if len(names)==1 else f"one of your callbacks ({', '.join(names)})"
+        raise ValueError(f"FRSKD: {one} changes the model's predictions in training, which a refined model can't do. "
+                         "Make this change in the model's `forward`, and train again.")
     if out.shape[1]!=expected:
         raise ValueError(f"FRSKD: the model has {out.shape[1]} logits, but its self-teacher {expected}. Train again, "
                          "which builds a new self-teacher.")

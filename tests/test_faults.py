@@ -247,6 +247,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         m.setattr(Path, 'mkdir', _refuse)
         with pytest.raises(UsageError, match="can't be created .Read-only file system"): make_folder(tmp_path/'r')
         with pytest.raises(UsageError, match="can't be created"): RunFolder(tmp_path/'r').lock().__enter__()
+    def _deny(self): raise PermissionError(13, 'Permission denied')
+    with monkeypatch.context() as m:
+        m.setattr(Path, 'exists', _deny)
+        with pytest.raises(UsageError, match="can't be used .Permission denied"): check_out(tmp_path/'r', False, ())
+    with pytest.raises(UsageError, match="can't be used .File name too long"): check_out(tmp_path/('n'*300), False, ())
     monkeypatch.setattr(os, 'access', lambda *args: False)
     with pytest.raises(UsageError, match='no permission to write to'): check_out(tmp_path/'r'/'s', False, ())
 

@@ -641,5 +641,6 @@ def test_embeddings_are_told_from_logits(make):
             learn.fit(1, 1e-3)
         if c: del learn.dls.c
     learn.dls.c = 10
-    with pytest.warns(UserWarning, match='returns 24 numbers for each image, but the data have 10 classes'):
+    with pytest.warns(UserWarning, match='returns 24 numbers for each image, but the data have 10 classes') as w:
         learn.fit(1, 1e-3)
+    assert any('train without it: `learn.remove_cb(FRSKDCallback)`' in str(o.message) for o in w)

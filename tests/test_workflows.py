@@ -73,7 +73,7 @@ def test_refined_model_needs_the_model_that_the_self_teacher_knows(make, capsys)
     learn.fit(1, 1e-3)
     model,teacher,head = learn.model,learn.frskd.teacher,learn.model.head[-1]
     learn.model = SmallNet()
-    with pytest.raises(ValueError, match='trained with another model'): learn.frskd.refined()
+    with pytest.raises(ValueError, match='trained with a model other than'): learn.frskd.refined()
     learn.model = model
     model.head[-1] = nn.Linear(32, 7)
     with pytest.raises(ValueError, match='the model has 7 logits, but its self-teacher 10'): learn.frskd.refined()
@@ -218,7 +218,11 @@ def test_label_augmentation_checks_every_fit(make):
 def test_attention_needs_data_that_can_be_decoded(make):
     learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-3)
-    with pytest.raises(ValueError, match='showing images needs a fastai `TfmdDL`'): learn.frskd.show_attention()
+    with pytest.raises(ValueError, match='showing images needs a fastai `TfmdDL`.*Set `learn.dls`'):
+        learn.frskd.show_attention()
+    learn.dls = SimpleNamespace(valid=[1], test_dl=noop)
+    with pytest.raises(ValueError, match='a list. Pass `dl=learn.dls.test_dl.files.`'):
+        learn.frskd.show_attention(dl=[learn.dls])
 
 # -- Callbacks, checkpoints, frozen layers --------------------------------------------------------
 def test_removing_and_adding_all_callbacks(make):
@@ -355,6 +359,7 @@ def test_figures_of_a_model_with_two_inputs(digits, tmp_path):
     assert learn.frskd.agreement().values.sum()==10
     fig = learn.frskd.show_attention(2)
     assert [ax.get_title() for ax in fig.axes[1:3]]==['level 0 · stages.0 · 8×8','level 1 · stages.1 · 8×8']
+    assert fig.axes[0].get_title()==str(y[30].item())
     plt.close(fig)
 
 def test_attention_over_images_with_transparency():

@@ -22,11 +22,14 @@ def check_out(
     results:tuple, # Names of the result files
 ):
     "Raise a `UsageError` if `out` can't be a folder, or holds results and `force` is False"
-    there = next(o for o in (out,*out.parents) if o.exists())
+    try:
+        there = next(o for o in (out,*out.parents) if o.exists())
+        old = next((o for o in results if (out/o).exists()), None)
+    except OSError as e: # no permission to look, or the name is too long
+        raise UsageError(f"--out {out} can't be used ({e.strerror or e}). Name another folder.") from e
     if not there.is_dir(): raise UsageError(f"--out {out}: {there} is a file. Name a folder.")
     if not os.access(there, os.W_OK|os.X_OK):
         raise UsageError(f"--out {out}: no permission to write to {there}. Name another folder.")
-    old = next((o for o in results if (out/o).exists()), None)
     if old and not force:
         raise UsageError(f"--out {out} already holds results ({old}). Name another folder, or use --force to "
                          "overwrite them.")

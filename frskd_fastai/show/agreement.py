@@ -17,11 +17,6 @@ from .loaders import *
 # %% ../../nbs/show/agreement.ipynb #f0cf9cd8
 _outcomes = ['both right','only student','only self-teacher','both wrong']
 
-def _as_validated(learn, logits):
-    "Apply your own callbacks to the self-teacher's logits, unless it learned their effect"
-    if acts_in_training(learn, logits, learn.xb): return logits
-    return own_pred(learn, logits, learn.xb, training=False)
-
 @patch
 def agreement(self:FRSKDCallback,
     dl=None, # Data loader with targets. Default: the validation set
@@ -29,10 +24,14 @@ def agreement(self:FRSKDCallback,
     "Count the answers per class that both networks, one of them or neither get right"
     self.check_trained('agreement to compute')
     found,dl = [],ifnone(dl, self.learn.dls.valid)
+    learned = None # Has the self-teacher learned what your own callbacks do to predictions?
     def _count(pred, yb):
+        nonlocal learned
         if len(yb)!=1:
             raise ValueError(f"FRSKD: agreement needs one tensor of targets, got {len(yb)}. Pass a `dl` that has one.")
-        teacher = _as_validated(self.learn, self.run_both(*self.learn.xb)[3])
+        xb,teacher = self.learn.xb,self.run_both(*self.learn.xb)[3]
+        if learned is None: learned = acts_in_training(self.learn, teacher, xb)
+        if not learned: teacher = own_pred(self.learn, teacher, xb, training=False)
         y,n = to_device(yb[0], pred.device),pred.shape[1]
         s,t = (self.task.answers(o, y) for o in (pred,teacher))
         outcome = 2*~s.right + ~t.right # index into `_outcomes`

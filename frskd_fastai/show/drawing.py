@@ -45,13 +45,17 @@ def validation_samples(
 )->tuple: # A batch, and the decoded samples
     "Take evenly spaced samples of a data loader"
     check_n(n)
-    dl = ifnone(dl, learn.dls.valid)
+    given,dl = dl is not None,ifnone(dl, learn.dls.valid)
     if not hasattr(dl, 'decode_batch'):
-        raise ValueError(f"FRSKD: showing images needs a fastai `TfmdDL`, which can decode them, got a "
-                         f"{type(dl).__name__}. Set `learn.dls` to data from a `DataBlock` or `ImageDataLoaders`.")
+        do = ("Pass `dl=learn.dls.test_dl(files)`" if given and hasattr(learn.dls, 'test_dl') else
+              "Set `learn.dls` to data from a `DataBlock` or `ImageDataLoaders`")
+        raise ValueError("FRSKD: showing images needs a fastai `TfmdDL`, which can decode them, got a "
+                         f"{type(dl).__name__}. {do}.")
     size = len(dl.dataset)
-    if not size: raise ValueError("FRSKD: there are no images to show. A Learner from `load_learner` has no validation "
-                               "images: set `learn.dls` to data that has some.")
+    if not size:
+        do = ("Pass a `dl` that has some." if given else
+              "A Learner from `load_learner` has no validation images: set `learn.dls` to data that has some.")
+        raise ValueError(f"FRSKD: there are no images to show. {do}")
     idxs = np.linspace(0, size-1, min(n, size)).astype(int).tolist()
     dl = dl.new(shuffle=False, bs=len(idxs), num_workers=0, get_idxs=lambda: idxs)
     b = dl.one_batch()

@@ -176,4 +176,5 @@ def say_if_no_logits(
     known = module in ('fastai','torch') or not isinstance(classes, int) or pred.shape[1] in (1,classes)
     if known or rank_distrib(): return
     warn_each_time(f"FRSKD: the model returns {pred.shape[1]} numbers for each image, but the data have {classes} "
-                   "classes. FRSKD takes them for logits; if they are embeddings, train without it.")
+                   "classes. FRSKD takes them for logits; if they aren't, train without it: "
+                   "`learn.remove_cb(FRSKDCallback)`.")
