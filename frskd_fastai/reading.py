@@ -112,11 +112,12 @@ class StudentReader(StudentHooks):
         "Build the module before training, from one batch; leaves the Learner's state unchanged"
         # A fit without steps (resumed after its end) has moved only the model to the device
         if self.trained is not None: self.trained.to(one_param(self.student).device)
-        b = None if self._serves else sample_batch(self.learn)
+        copies = copied_callbacks(self.learn, 'before_batch', 'after_pred')
+        b = None if self._serves else sample_batch(self.learn, copies=copies)
         if b is None: return self
         check_loss(self.learn.loss_func)
         observer = self._observer()
-        pred = own_pred(self.learn, observer.probe(*b[0]), b[0])
+        pred = own_pred(self.learn, observer.probe(*b[0]), *b, copies=copies)
         self._look(observer, *b, pred, self.learn.loss_func)
         self._pop(observer) # checks the maps
         return self

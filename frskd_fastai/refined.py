@@ -83,18 +83,17 @@ def input_callbacks(
     learn:Learner,
 )->L: # Copies that aren't attached to a Learner
     "Copy your own callbacks that may change inputs or predictions in validation"
-    def _detached(cb):
-        new = copied_callback(cb)
-        vars(new).pop('learn', None)
-        return new
-    return own_callbacks(learn, 'before_batch', 'after_pred').map(_detached)
+    copies = copied_callbacks(learn, 'before_batch', 'after_pred')
+    for cb in copies: vars(cb).pop('learn', None)
+    return copies.filter(lambda cb: cb.run_valid)
 
-def _check_pred(learn, student, xb, expected):
+def _check_pred(learn, student, xb, yb, expected, copies):
     "Raise `ValueError` if the student's output isn't what the self-teacher has learned"
     with probing(student): out = student(*xb)
-    if not isinstance(out, Tensor) or acts_in_training(learn, out, xb):
+    if not isinstance(out, Tensor) or acts_in_training(learn, out, xb, yb, copies):
         names = [type(o).__name__ for o in own_callbacks(learn, 'after_pred', training=True)]
-        one = f"your callback ({names[0]})" if len(names)==1 else f"one of your callbacks ({', '.join(names)})"
+        one = (f"one of your callbacks ({', '.join(names)})" if len(names)>1 else
+               f"your callback ({names[0]})" if names else "a callback that this Learner no longer has")
         raise ValueError(f"FRSKD: {one} changes the model's predictions in training, which a refined model can't do. "
                          "Make this change in the model's `forward`, and train again.")
     if out.shape[1]!=expected:
@@ -109,8 +108,9 @@ def refined(self:FRSKDCallback,
     self.check_trained('refined model')
     learn = self.learn
     student,teacher = deepcopy(uncompiled(self.student)).eval(),deepcopy(self.build().teacher).eval()
-    levels,b = self.found_levels,sample_batch(learn)
-    if b: _check_pred(learn, student, b[0], self.trained.seen.n_out)
+    copies = copied_callbacks(learn, 'before_batch', 'after_pred')
+    levels,b = self.found_levels,sample_batch(learn, copies=copies)
+    if b: _check_pred(learn, student, *b, self.trained.seen.n_out, copies)
     size = self.trained.seen.size if any(o.kind=='BNC' for o in levels) else None
     model = RefinedStudent(student, teacher, levels, self.finest, size, average, self.task, b[0] if b else ())
     metrics = [o for o in learn.metrics if not isinstance(o, Column)] # a fit adds columns

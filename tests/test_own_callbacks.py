@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from frskd_fastai.student.probe import *
-from conftest import SmallNet
+from conftest import SmallNet, small_unet
 from test_refined import check
 
 class Flip(Callback):
@@ -101,6 +101,12 @@ class Recording(Callback):
         self.learn.pred = self.pred+1e-9*noise
         self.learn.noise = noise
 
+class Nested(Callback):
+    "Keeps what it has seen deep inside, and runs a network of its own in training mode"
+    def __init__(self): self.seen,self.net = SimpleNamespace(sums={'all':[torch.zeros(1)]}),nn.BatchNorm2d(3)
+    def before_batch(self): self.learn.xb = (self.net(self.x),)
+    def after_pred(self): self.seen.sums['all'][0] += 1
+
 def state(cb):
     generators = cb.drawn.getstate(),str(cb.numpy.bit_generator.state),cb.torch.get_state().tolist()
     return list(cb.seen),dict(cb.calls),cb.total.item(),generators,torch.get_rng_state().tolist()
@@ -121,6 +127,93 @@ def test_asking_changes_neither_callback_nor_learner(make, digits):
     assert state(cb)[:4]==before[:4], 'the refined model has a copy of the callback'
     learn.frskd.agreement()
     assert len(cb.seen)==len(before[0])+len(learn.dls.valid), 'one real pass over the validation set'
+
+def test_asking_changes_nothing_inside_a_callback(make, digits):
+    cb = Nested()
+    learn = make(cbs=[cb,FRSKDCallback()])
+    learn.frskd.build()
+    list_levels(learn)
+    assert cb.seen.sums['all'][0]==0 and cb.net.num_batches_tracked==0
+    learn.fit(1, 1e-3)
+    before = cb.seen.sums['all'][0].item(),cb.net.num_batches_tracked.item()
+    learn.frskd.run_both(digits[0][:4])
+    learn.frskd.refined()
+    assert before==(cb.seen.sums['all'][0].item(),cb.net.num_batches_tracked.item()) and cb.net.training
+
+class Adversarial(Callback):
+    "Steps along the gradient of the images, which reaches the parameters too"
+    def before_batch(self):
+        x = self.x.clone().requires_grad_()
+        with torch.enable_grad(): F.cross_entropy(self.learn.model(x), self.y).backward()
+        self.learn.xb = ((self.x+.01*x.grad.sign()).detach(),)
+
+def test_asking_leaves_no_gradients(make):
+    learn = make(cbs=[Adversarial(),FRSKDCallback()])
+    p = first(learn.model.parameters())
+    p.grad = torch.ones_like(p)
+    grad = p.grad
+    learn.frskd.build()
+    list_levels(learn)
+    assert p.grad is grad and (grad==1).all() and all(o.grad is None for o in learn.model.parameters() if o is not p)
+
+# -- Callbacks that work together ------------------------------------------------------------------
+class Put(Callback):
+    def __init__(self, shared): self.shared = shared
+    def before_batch(self): self.shared['mean'] = self.mean = self.x.mean().item()
+
+class Get(Callback):
+    run_train,order = False,1
+    def __init__(self, shared, put): self.shared,self.put = shared,put
+    def after_pred(self):
+        assert self.shared['mean']==self.put.mean==self.x.mean().item()
+        self.learn.pred = self.pred*2
+
+def test_callbacks_that_share_state(make):
+    "Their copies share it too"
+    shared = {}
+    put = Put(shared)
+    learn = make(cbs=[Get(shared, put),put,FRSKDCallback()])
+    learn.fit(1, 1e-3)
+    refined = learn.frskd.refined()
+    before = dict(shared)
+    acc,d = refined.validate()[1],learn.frskd.agreement().sum()/64
+    assert abs(d['both right']+d['only self-teacher']-acc)<1e-6
+    get,new = refined.get,refined.put
+    assert get.put is new is not put and get.shared is new.shared is not shared
+    refined.validate()
+    assert shared['mean']==before['mean']
+
+class Pad(Callback):
+    "Pads the images to a multiple of eight, and crops the predictions"
+    def before_batch(self):
+        self.size = self.x.shape[-1]
+        n = -self.size%8
+        self.learn.xb = (F.pad(self.x, (0,n,0,n)),)
+    def after_pred(self): self.learn.pred = self.pred[...,:self.size,:self.size]
+
+def test_a_callback_that_pads_and_crops(digits, tmp_path):
+    "The copy that has padded the images crops the predictions for them"
+    x,y = F.interpolate(digits[0][:32], size=36),digits[1][:32]
+    target = (x[:,0]>.5).long()
+    dl = DataLoader(list(zip(x, target)), bs=8)
+    learn = Learner(DataLoaders(dl, dl), small_unet(size=(40,40)), path=tmp_path, cbs=[Pad(),FRSKDCallback()],
+                    loss_func=CrossEntropyLossFlat(axis=1))
+    teacher = learn.frskd.build().teacher
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.frskd.teacher is teacher
+    with pytest.raises(ValueError, match='your callback .Pad. changes'): learn.frskd.refined()
+
+class Told(Callback):
+    "Reads the targets, in validation only"
+    run_train = False
+    def after_pred(self): self.learn.pred = self.pred+5*F.one_hot((self.y+self.y%2)%10, 10)
+
+def test_a_callback_that_reads_the_targets(make):
+    learn = make(cbs=[Told(),FRSKDCallback()])
+    learn.fit(1, 1e-3)
+    d = learn.frskd.agreement().sum()/64
+    assert abs(d['both right']+d['only student']-learn.validate()[1])<1e-6
+    assert abs(d['both right']+d['only self-teacher']-learn.frskd.refined().validate()[1])<1e-6
 
 class InPlace(Callback):
     def after_pred(self): self.pred.data.copy_(self.pred.data.flip(1).clone())
@@ -171,6 +264,12 @@ class FirstInTraining(Callback):
 
 class Logits(Callback):
     def after_pred(self): self.learn.pred = self.pred.logits
+
+def test_a_callback_that_was_removed(make):
+    learn = make(model=Two(), cbs=[FirstOfTwo(),FRSKDCallback()])
+    learn.fit(1, 1e-3)
+    learn.remove_cb(FirstOfTwo)
+    with pytest.raises(ValueError, match='a callback that this Learner no longer has changes'): learn.frskd.refined()
 
 @pytest.mark.parametrize('model,cb,refines', [(Auxiliary,FirstInTraining,True), (Named,Logits,False)])
 def test_outputs_that_are_not_logits(model, cb, refines, make, digits):

@@ -220,7 +220,7 @@ def test_attention_needs_data_that_can_be_decoded(make):
     learn.fit(1, 1e-3)
     with pytest.raises(ValueError, match='showing images needs a fastai `TfmdDL`.*Set `learn.dls`'):
         learn.frskd.show_attention()
-    learn.dls = SimpleNamespace(valid=[1], test_dl=noop)
+    learn.dls = SimpleNamespace(valid=SimpleNamespace(decode_batch=noop))
     with pytest.raises(ValueError, match='a list. Pass `dl=learn.dls.test_dl.files.`'):
         learn.frskd.show_attention(dl=[learn.dls])
 

@@ -30,8 +30,8 @@ def agreement(self:FRSKDCallback,
         if len(yb)!=1:
             raise ValueError(f"FRSKD: agreement needs one tensor of targets, got {len(yb)}. Pass a `dl` that has one.")
         xb,teacher = self.learn.xb,self.run_both(*self.learn.xb)[3]
-        if learned is None: learned = acts_in_training(self.learn, teacher, xb)
-        if not learned: teacher = own_pred(self.learn, teacher, xb, training=False)
+        if learned is None: learned = acts_in_training(self.learn, teacher, xb, yb)
+        if not learned: teacher = own_pred(self.learn, teacher, xb, yb, training=False)
         y,n = to_device(yb[0], pred.device),pred.shape[1]
         s,t = (self.task.answers(o, y) for o in (pred,teacher))
         outcome = 2*~s.right + ~t.right # index into `_outcomes`

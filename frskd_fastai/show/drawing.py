@@ -47,7 +47,7 @@ def validation_samples(
     check_n(n)
     given,dl = dl is not None,ifnone(dl, learn.dls.valid)
     if not hasattr(dl, 'decode_batch'):
-        do = ("Pass `dl=learn.dls.test_dl(files)`" if given and hasattr(learn.dls, 'test_dl') else
+        do = ("Pass `dl=learn.dls.test_dl(files)`" if given and hasattr(learn.dls.valid, 'decode_batch') else
               "Set `learn.dls` to data from a `DataBlock` or `ImageDataLoaders`")
         raise ValueError("FRSKD: showing images needs a fastai `TfmdDL`, which can decode them, got a "
                          f"{type(dl).__name__}. {do}.")
