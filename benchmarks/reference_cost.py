@@ -2,6 +2,7 @@
 
     python benchmarks/reference_cost.py resnet18 --before f2a1ed1 --out benchmarks/results/bench_resnet18.csv
     python benchmarks/reference_cost.py candidates --out benchmarks/results/candidates.csv
+    python benchmarks/reference_cost.py resnet18 --cheaper --out benchmarks/results/bench_cheaper.csv
 
 This is `frskd-bench` with other variants:
 
@@ -10,7 +11,8 @@ This is `frskd-bench` with other variants:
 - `before`: the paper's settings with the modules of an earlier commit, read from git
 - `default, compiled`: the default with `compile=True`
 
-With `candidates` in place of a network, it measures the self-teachers of `schedule_study.py` on that script's student.
+With `--cheaper`, it measures the default and cheaper options of `FRSKDCallback` instead. With `candidates` in place of a
+network, it measures the self-teachers of `schedule_study.py` on that script's student.
 """
 import argparse, io, subprocess, sys, tarfile, tempfile
 from importlib import import_module
@@ -23,6 +25,14 @@ from frskd_fastai.callback import FRSKDCallback
 
 CANDIDATES = ['plain','paper','w2','w2 d1','w2 d1 f1','w1.5 d1 f1','w2 d1 l3','w2 d1 l2','deep d1','w1','w1 d1',
     'w1 d1 f1','w1 d1 f2','shared f1','bottle f1','w1122 d1 f1','w.5 d1 f1']
+
+CHEAPER = {
+    'plain':None,
+    'default':FRSKDCallback,
+    'levels=3, width=2., finest=0':partial(FRSKDCallback, levels=3, width=2., finest=0),
+    'budget=0.15':partial(FRSKDCallback, budget=.15),
+    'levels=2, width=2., finest=0':partial(FRSKDCallback, levels=2, width=2., finest=0),
+    'width=1., finest=2':partial(FRSKDCallback, width=1., finest=2)}
 
 def before(commit):
     "Build the paper's settings with `SelfTeacher` and `attention_loss` of `commit`"
@@ -43,6 +53,7 @@ if __name__=='__main__':
     p.add_argument('arch', help="network, as for `frskd-bench`, or 'candidates'")
     for o,n in dict(size=224, bs=8, rounds=4, steps=1).items(): p.add_argument(f'--{o}', type=int, default=n)
     p.add_argument('--before', metavar='COMMIT', help='also measure the modules of this commit')
+    p.add_argument('--cheaper', action='store_true', help='measure cheaper options of FRSKDCallback instead')
     p.add_argument('--compile', action='store_true', help='also measure the compiled default')
     p.add_argument('--out', type=Path)
     a = p.parse_args()
@@ -51,6 +62,7 @@ if __name__=='__main__':
         from schedule_study import ARMS, small_resnet
         arch,kw = small_resnet,dict(size=32, bs=64, n_out=33, channels_last=True)
         variants = {k:None if ARMS[k] is None else partial(FRSKDCallback, **ARMS[k]) for k in CANDIDATES}
+    elif a.cheaper: arch,variants = a.arch,CHEAPER
     else:
         import reference
         paper = partial(FRSKDCallback.paper, teacher=reference.Reference, feature_loss=reference.attention, beta=100.)

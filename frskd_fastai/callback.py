@@ -52,7 +52,7 @@ class FRSKDCallback(StudentReader):
     FRSKD is Feature Refinement via Self-Knowledge Distillation ([paper](https://arxiv.org/abs/2103.08273)).
     You validate and export the plain student."""
     key,loss_names = 'frskd',['student',*FRSKD.loss_names]
-    advice = 'compare with `learn.frskd.refined().validate()`' # After a short training run
+    advice = 'compare `learn.validate()` with `learn.frskd.refined().validate()`' # After a short training run
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (_option() for _ in range(10))
     compile,columns = _option(),_option()
     def __init__(self,

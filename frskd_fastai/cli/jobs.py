@@ -123,8 +123,8 @@ class ImageJob:
     def caution(self):
         n = len(self.valid)
         error = 100*(.25/n)**.5
-        return (f"Accuracy on {n:,} images has a standard error of up to {error:.1f} points, so small differences "
-                "may be due to chance.")
+        return (f"Accuracy on {n:,} images has a standard error of up to {error:.1f} points, and another seed can "
+                "change it further. Compare several seeds before you believe a difference.")
     def pictures(self, learn): return {}
 
 # %% ../../nbs/cli/jobs.ipynb #5bb78962
