@@ -11,8 +11,8 @@ This is `frskd-bench` with other variants:
 - `before`: the paper's settings with the modules of an earlier commit, read from git
 - `default, compiled`: the default with `compile=True`
 
-With `--cheaper`, it measures the default and cheaper options of `FRSKDCallback` instead. With `candidates` in place of a
-network, it measures the self-teachers of `schedule_study.py` on that script's student.
+With `--cheaper`, it measures the default and cheaper options of `FRSKDCallback` instead. With `candidates` in place
+of a network, it measures the self-teachers of `schedule_study.py` on that script's student.
 """
 import argparse, io, subprocess, sys, tarfile, tempfile
 from importlib import import_module
