@@ -112,8 +112,9 @@ class StudentReader(StudentHooks):
         "Build the module before training, from one batch; leaves the Learner's state unchanged"
         # A fit without steps (resumed after its end) has moved only the model to the device
         if self.trained is not None: self.trained.to(one_param(self.student).device)
+        if self._serves: return self
         copies = copied_callbacks(self.learn, 'before_batch', 'after_pred')
-        b = None if self._serves else sample_batch(self.learn, copies=copies)
+        b = sample_batch(self.learn, copies=copies)
         if b is None: return self
         check_loss(self.learn.loss_func)
         observer = self._observer()
