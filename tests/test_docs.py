@@ -253,9 +253,9 @@ def browser():
         yield b
         b.quit()
 
-def wait(browser, f):
+def wait(browser, f, message=''):
     from selenium.webdriver.support.ui import WebDriverWait
-    return WebDriverWait(browser, 20, .1).until(lambda _: f())
+    return WebDriverWait(browser, 20, .1).until(lambda _: f(), message)
 
 def shown(browser, width, scheme='light'):
     "Show pages in a window of `width` pixels, with the reader's preferred color `scheme`"
@@ -303,14 +303,15 @@ def test_browser_search(browser, url, words, page):
     shown(browser, 1280)
     browser.get(url)
     wait(browser, lambda: browser.find_element('css selector', '.md-search__button')).click()
-    shadows = '''return [...document.querySelectorAll("body > div")].filter(e => e.shadowRoot)
-        .flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])])'''
-    field = wait(browser, lambda: browser.execute_script(shadows, 'input'))[0]
+    find = """return [...document.querySelectorAll("body > div")].filter(e => e.shadowRoot)
+        .flatMap(e => [...e.shadowRoot.querySelectorAll(arguments[0])])"""
+    field = wait(browser, lambda: browser.execute_script(find, 'input'))[0]
     field.send_keys(words)
-    def links(): return [a.get_attribute('href') for a in browser.execute_script(shadows, 'a[role=option]')]
-    found = wait(browser, links)
+    # Read the addresses in the page: the results change as it reads the words, and an element may be gone by then
+    links = lambda: browser.execute_script(find+'.map(e => e.href)', 'a[role=option]')
     path,_,anchor = page.partition('#')
-    assert any(f.startswith(url+path) and f.endswith(anchor) for f in found[:3]), found
+    def found(): return any(o.startswith(url+path) and o.endswith(anchor) for o in links()[:3])
+    wait(browser, found, f'{page} is not among the first three results')
 
 def test_browser_scheme(browser, url):
     "The button switches to the dark scheme, which the next page keeps; readers who prefer dark start with it"
