@@ -60,8 +60,9 @@ class FRSKDOptions:
         loss,teacher = self.feature_loss,self.teacher
         known = loss in feature_losses if isinstance(loss, str) else callable(loss)
         _check(known, f"feature_loss must be {', '.join(map(repr, feature_losses))}, a function or a module", loss)
-        makes = teacher is None or callable(teacher)
-        _check(makes, "teacher must be a module, or a function that returns one", teacher)
+        _check(teacher is None or callable(teacher), "teacher must be a module or a function that returns one", teacher)
+        own = {o:getattr(self, o) for o in ('width','depth','budget') if getattr(self, o)!=getattr(FRSKDOptions, o)}
+        _check(teacher is None or not own, "leave out width, depth and budget, which aren't for `teacher=...`", own)
         for name in 'compile','columns':
             _check(isinstance(getattr(self, name), bool), f"{name} must be True or False", getattr(self, name))
 
@@ -132,8 +133,7 @@ def build_frskd(
     "Build the module to train alongside the student; raise `ValueError` if its parts don't fit"
     o,task,n = options.for_task(seen.task, seen.pretrained),seen.task,len(seen.levels)
     if (options.finest or 0)>=n:
-        raise ValueError(f"FRSKD: finest={options.finest} isn't the index of a level, since this model has {n} levels. "
-                         f"Use {n-1} or less.")
+        raise ValueError(f"FRSKD: finest={options.finest} isn't one of this model's {n} levels. Use 0 to {n-1}.")
     levels = _pooled_levels(seen.levels, finest := min(o.finest, n-1)) # the default may be larger
     if o.beta and o.feature_loss=='attention' and all(lv.size==(1,1) for lv in levels):
         warn_each_time("FRSKD: every feature map that is compared has a single position, so the feature loss is "

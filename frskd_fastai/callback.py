@@ -103,7 +103,8 @@ class FRSKDCallback(StudentReader):
 
         CIFAR-100: α = 2, β = 100 for attention, K = 4, constant schedule, width 2, depth 2. Segmentation (VOC):
         α = 1, β = 50, K = 1, ramp schedule, 256 channels in the head."""
-        settings = dict(alpha=2., temperature=4., width=2., depth=2, levels=4, finest=0, schedule='constant')
+        settings = dict(alpha=2., temperature=4., levels=4, finest=0, schedule='constant')
+        if kwargs.get('teacher') is None: settings.update(width=2., depth=2)
         teacher = partial(DenseSelfTeacher, n_channels=64, head_channels=256)
         if segmentation: settings = dict(alpha=1., temperature=1., schedule='ramp', teacher=teacher)
         cb = cls(**{**settings, **kwargs})
@@ -194,8 +195,7 @@ class FRSKDCallback(StudentReader):
         self.student_alone = entry is None and self.trained is not None
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before the self-teacher was built
-        if self.hooks is None: self.update_schedule() # `enter_train` will plan
-        else: self.plan()
+        self.update_schedule() if self.hooks is None else self.plan() # before a fit, `enter_train` will plan
 
 
 # %% ../nbs/callback.ipynb #call0002

@@ -54,9 +54,10 @@ class StudentHooks(SideModuleCallback):
         if not isinstance(hooks, Observer) or not hooks.trace: return one_batch()
         before,buffers = get_random_states(),copied_buffers(self.student)
         try: return one_batch()
-        except (RuntimeError,TypeError) as e:
-            if self.since!='before_batch' or isinstance(e, torch.OutOfMemoryError): raise # not in the forward pass
-        hooks.trace = False # the network may not run with images that require gradients
+        except (RuntimeError,TypeError):
+            if self.since!='before_batch': raise # not in the forward pass
+        # It may not run with images that require gradients, or need too much memory where its body is frozen
+        hooks.trace = False
         restore_buffers(self.student, buffers)
         set_random_states(**before)
         one_batch()
@@ -194,7 +195,7 @@ class StudentReader(StudentHooks):
     def module_for(self, entry, file):
         if not entry: return
         seen = Seen.from_state(entry['seen'])
-        check_saved_levels(file, seen.level_names, self.options.levels, self.level_names)
+        check_saved_levels(file, seen.level_names, own_levels(self.student, self.options.levels), self.level_names)
         module = self.trained if can_load(self.trained, entry, seen) else self.module_of(seen)
         check_built(file, entry.get('built', {}), module.built)
         check_saved(file, entry['trained'], module.state_dict(), 'self-teacher')

@@ -45,8 +45,8 @@ class RefinedStudent(nn.Module):
 
     def _read(self, *xb):
         "Run the student; return its maps and logits"
-        scale = None if self.size is None else tuple(a/b for a,b in zip(xb[0].shape[-2:], self.size))
         if self.traced:
+            scale = None if self.size is None else tuple(a/b for a,b in zip(image_size(xb), self.size))
             out = self.student(*xb)
             return [as_map(out[lv.name], lv, scale) for lv in self.levels],out['logits']
         with FeatureHooks(self.student, self.levels, self.size) as hooks:

@@ -11,6 +11,7 @@ __all__ = ['check_fit', 'refuse_frozen_student', 'is_frozen', 'plan_schedule', '
 # %% ../nbs/step.ipynb #d4a02205
 from contextlib import contextmanager
 from types import ModuleType
+from torch.nn.parameter import is_lazy
 from fastai.basics import *
 from fastai.callback.fp16 import ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
@@ -28,9 +29,8 @@ def check_fit(
         for cb in learn.cbs:
             if isinstance(cb, ModelToHalf): cb.after_fit() # converts the model back
         raise ValueError("FRSKD does not support `to_non_native_fp16`. Use `to_fp16`.")
-    try: n = len(learn.dls.train)
-    except TypeError: return # an iterable data set has no length
-    if n==0: raise ValueError("FRSKD: the training data loader has no batch. Use more images or a smaller batch size.")
+    if len(learn.dls.train): return
+    raise ValueError("FRSKD: the training data loader has no batch. Use more images or a smaller batch size.")
 
 def refuse_frozen_student(
     learn:Learner, # In `after_loss`
@@ -44,8 +44,13 @@ def refuse_frozen_student(
 def is_frozen(
     learn:Learner,
 )->bool:
-    "Return whether some layers are frozen, which indicates a pretrained body"
+    """Return whether some layers are frozen, which indicates a pretrained body
+
+    That is a parameter group, as after `learn.freeze()`, or most of the parameters"""
     if learn.opt is None: return False
+    params = [p for p in learn.model.parameters() if not is_lazy(p)]
+    fixed = sum(p.numel() for p in params if not p.requires_grad)
+    if 2*fixed>sum(p.numel() for p in params): return True # by hand; fastai's default splitter leaves them out
     norms = {id(p) for p in norm_bias_params(learn.model, with_bias=False)} # `freeze` leaves them trainable
     groups = [[p for p in o if id(p) not in norms] for o in learn.opt.param_lists]
     # A new optimizer doesn't know what is frozen
@@ -57,8 +62,7 @@ def plan_schedule(
 ):
     "Tell `schedule` how many steps are left in the fit, and whether some layers are frozen"
     skipped = getattr(own_attr(learn, 'skip_to_epoch'), '_skip_to', 0) # of `fit(start_epoch=...)`
-    try: n = (learn.n_epoch-max(learn.epoch, skipped))*len(learn.dls.train)
-    except TypeError: n = math.inf # no length: treated as a long fit
+    n = (learn.n_epoch-max(learn.epoch, skipped))*len(learn.dls.train)
     schedule.will_train(n, is_frozen(learn))
 
 def short_run_note(

@@ -300,7 +300,7 @@ def test_errors_leave_the_learner_as_it_was(make):
 
 def test_errors_of_a_first_step_leave_the_learner_as_it_was(make):
     "Errors that only a batch can reveal are raised before the first step trains anything"
-    bad = (dict(levels=['stages.1','head']),'shape'), (dict(finest=3),'this model has 3 levels. Use 2 or less')
+    bad = (dict(levels=['stages.1','head']),'shape'), (dict(finest=3),"isn't one of this model's 3 levels. Use 0 to 2")
     for kw,msg in bad:
         learn = make(cbs=FRSKDCallback(**kw)); learn.create_opt()
         before,params = groups(learn.opt),weights(learn.model)

@@ -7,6 +7,7 @@ from fastai.callback.mixup import CutMix
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from frskd_fastai.all import *
+from frskd_fastai.task.checks import check_task
 from conftest import VOID, SmallNet, masks, n_hooks, pickled_modules, same, small_unet, split, weights
 
 # -- Trust is a probability ----------------------------------------------------------------------
@@ -644,3 +645,25 @@ def test_embeddings_are_told_from_logits(make):
     with pytest.warns(UserWarning, match='returns 24 numbers for each image, but the data have 10 classes') as w:
         learn.fit(1, 1e-3)
     assert any('train without it: `learn.remove_cb(FRSKDCallback)`' in str(o.message) for o in w)
+
+def test_weights_of_the_images_leave_the_task_as_it_is(digits):
+    "Labels of several classes with a weight for each image"
+    def weighted(p, y, w): return (F.binary_cross_entropy_with_logits(p, y, reduction='none').mean(1)*w).mean()
+    dls = loaders_of(digits, several(torch.float), lambda x,y: torch.ones(len(y)))
+    learn = Learner(dls, SmallNet(), loss_func=weighted, cbs=FRSKDCallback())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert type(learn.frskd.task) is MultiLabel
+    learn = Learner(dls, SmallNet(9), loss_func=weighted, cbs=FRSKDCallback())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(Exception, match='logits'): learn.fit(1, 1e-3)
+
+def test_ignored_pixels_with_a_weight_map(digits):
+    "A loss function that takes a weight for each pixel: pixels that it ignores don't count in the soft-label loss"
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = nn.CrossEntropyLoss(ignore_index=VOID, reduction='none')
+        def forward(self, p, y, w): return (self.loss(p, y)*w).mean()
+    task = check_task(torch.randn(2,5,8,8), (m := torch.randint(0, 5, (2,8,8)),w := torch.rand(2,8,8)), Weighted())
+    assert torch.equal(task.keep((m,w), 5), m!=VOID) and task.keep((m,m), 5) is None
+    with pytest.raises(ValueError, match='a class index for each pixel'):
+        check_task(torch.randn(2,5,8,8), (m[:,:4],w), Weighted())

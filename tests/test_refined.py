@@ -109,6 +109,29 @@ def test_tokens_of_another_size(make, digits):
     learn.fit(1, 1e-3)
     for size in (32,32),(48,32): check(learn, F.interpolate(digits[0][:4], size=size))
 
+class Tokens(nn.Module):
+    "Takes numbers before the image, and returns tokens from its levels"
+    def __init__(self):
+        super().__init__()
+        self.embed,self.numbers,self.head = nn.Conv2d(3, 8, 8, 8),nn.Linear(6, 8),nn.Linear(8, 10)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+    def forward(self, numbers, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for m in self.blocks: x = m(x)
+        return self.head(x.mean(1)+self.numbers(numbers))
+
+def test_tokens_of_an_image_that_is_not_the_first_input(make, digits):
+    x,y = digits
+    data = list(zip(torch.rand(48, 6), x[:48], y[:48]))
+    learn = make(model=Tokens(), splitter=trainable_params, cbs=FRSKDCallback(width=.5))
+    learn.dls = DataLoaders(DataLoader(data[:32], bs=8, n_inp=2), DataLoader(data[32:], bs=8, n_inp=2))
+    learn.dls.n_inp = 2
+    learn.fit(1, 1e-3)
+    refined = learn.frskd.refined()
+    assert refined.model.traced
+    b = torch.rand(4, 6),F.interpolate(x[:4], size=(48,32))
+    torch.testing.assert_close(refined.model(*b), learn.frskd.run_both(*b)[3], rtol=1e-4, atol=1e-5)
+
 def test_in_the_middle_of_a_fit(make):
     "It has your metrics without FRSKD's columns, and no progress bar if you have removed yours"
     refined = []

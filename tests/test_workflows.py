@@ -7,7 +7,7 @@ from frskd_fastai.learner.loss_log import LossLog
 from frskd_fastai.learner.nonfinite import SkipNonFinite
 from frskd_fastai.learner.resume import CheckpointError
 from frskd_fastai.learner.side_module import SideModuleCallback
-from conftest import At, SmallNet, Stop, n_hooks, same, split, weights
+from conftest import VOID, At, SmallNet, Stop, masks, n_hooks, same, split, weights
 
 def fails(*args): raise RuntimeError('my disk is full')
 def training(cb): return cb.learn.training
@@ -86,6 +86,57 @@ def test_refuses_torchscript_and_wrong_level_names(make):
     model = SmallNet()
     model.level_names = ['stages.0','nothing']
     with pytest.raises(ValueError, match="no module named 'nothing'"): make(model=model, cbs=FRSKDCallback())
+
+class NamedLevels(nn.Module):
+    "Names five levels, one more than the default number, from the coarsest to the finest"
+    level_names = [f'stages.{i}' for i in (4,3,2,1,0)]
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(ConvLayer(i, 8, stride=1 if i==3 else 2) for i in (3,8,8,8,8))
+        self.head = nn.Conv2d(8, 4, 1)
+    def forward(self, x):
+        maps = []
+        for m in self.stages: maps.append(x := m(x))
+        return self.head(sum(F.interpolate(o, size=maps[0].shape[-2:]) for o in maps))
+
+@pytest.fixture
+def make_named(digits, tmp_path):
+    x,y = digits
+    items = list(zip(x[:48], masks(x[:48], y[:48])))
+    dls = DataLoaders(DataLoader(items[:32], bs=8), DataLoader(items[32:], bs=8))
+    def _make(**kw):
+        loss = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
+        learn = Learner(dls, NamedLevels(), loss_func=loss, cbs=FRSKDCallback(**kw), path=tmp_path)
+        learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
+        learn.logger = noop
+        return learn
+    return _make
+
+def test_named_levels_may_be_more_than_the_number(make_named):
+    "All of them are used, finest first, and checkpoints, `lr_find` and `Resumable` accept them"
+    learn = make_named()
+    learn.fit(1, 1e-3, cbs=SaveModelCallback(with_opt=True))
+    assert learn.frskd.level_names==NamedLevels.level_names[::-1]
+    refined = learn.frskd.run_both(torch.rand(2,3,32,32))[2]
+    assert [o.shape[-1] for o in refined]==[32,16,8,4,2]
+    learn.save('five')
+    trained = weights(learn.frskd.trained)
+    learn.fit(1, 1e-3)
+    for o in learn,make_named():
+        o.load('five')
+        assert same(weights(o.frskd.trained), trained)
+    learn.lr_find(num_it=4, show_plot=False, suggest_funcs=None)
+    assert same(weights(learn.frskd.trained), trained)
+
+def test_named_levels_resume(make_named, tmp_path):
+    with pytest.raises(KeyboardInterrupt): make_named().fit(2, 1e-3, cbs=[Resumable(tmp_path/'r'), Stop(1)])
+    learn = make_named()
+    learn.fit(2, 1e-3, cbs=Resumable(tmp_path/'r'))
+    assert len(learn.frskd.steps)==learn.frskd.trust.steps==8 # four of them before
+
+def test_named_levels_that_never_run(make_named, monkeypatch):
+    monkeypatch.setattr(NamedLevels, 'level_names', ['stages','stages.0'])
+    with pytest.raises(RuntimeError, match="'stages'.* not reached"): make_named().fit(1, 1e-3)
 
 class ByKeyword(SmallNet):
     def __init__(self):
@@ -487,3 +538,55 @@ def test_skipped_step_with_sparse_gradients(tmp_path):
         learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
         learn.fit(1, 1e-2, cbs=bad)
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+def test_a_body_frozen_by_hand(make):
+    "fastai's default splitter leaves frozen parameters out of the optimizer's groups"
+    for splitter in trainable_params,split:
+        learn = make(cbs=FRSKDCallback(budget=100.), splitter=splitter)
+        for p in params(nn.ModuleList([learn.model.stem,learn.model.stages])): p.requires_grad_(False)
+        learn.fit(1, 1e-3)
+        assert learn.frskd.trust.pretrained and learn.frskd.width==1. and learn.frskd.trust.share==1.
+    learn = make(cbs=FRSKDCallback(budget=100.), splitter=trainable_params)
+    for p in learn.model.stem.parameters(): p.requires_grad_(False) # a small part
+    learn.fit(1, 1e-3)
+    assert not learn.frskd.trust.pretrained and learn.frskd.width==2.
+
+class Perceptual(nn.Module):
+    "A feature loss with a fixed convolution"
+    def __init__(self):
+        super().__init__()
+        self.fixed,self.scale = nn.Conv2d(1, 4, 3, padding=1).requires_grad_(False),nn.Parameter(torch.ones(()))
+    def forward(self, student, refined):
+        seen = ([self.fixed(o.mean(1, keepdim=True)) for o in maps] for maps in (student,refined))
+        return self.scale*sum(F.mse_loss(a, b) for a,b in zip(*seen))
+
+def test_frozen_parts_of_your_own_loss_stay_frozen(make):
+    loss = Perceptual()
+    before,scale = loss.fixed.weight.clone(),loss.scale.clone()
+    learn = make(cbs=FRSKDCallback(feature_loss=loss, schedule='constant'))
+    learn.fine_tune(1)
+    assert not loss.fixed.weight.requires_grad and torch.equal(loss.fixed.weight, before)
+    assert not torch.equal(loss.scale, scale)
+    loss.fixed.requires_grad_(True) # trainable from now on
+    learn.fit(1, 1e-3)
+    assert not torch.equal(loss.fixed.weight, before)
+
+class Needs(Callback):
+    "Out of memory in the forward pass if the images require gradients, as a frozen body may be"
+    run_valid = False
+    def before_fit(self): self.handle = self.learn.model.head.register_forward_pre_hook(self.check)
+    def after_fit(self): self.handle.remove()
+    def check(self, m, inputs):
+        if inputs[0].requires_grad and self.learn.model.training: raise torch.OutOfMemoryError('out of memory')
+
+def test_a_frozen_body_needs_no_more_memory_in_the_first_step(make):
+    learn = make(cbs=FRSKDCallback(), splitter=split, train_bn=False)
+    learn.freeze()
+    learn.fit(1, 1e-3, cbs=Needs())
+    assert learn.frskd.trust.steps==6
+
+def test_options_of_the_default_self_teacher(make):
+    for kw in dict(width=3.),dict(depth=2),dict(budget=.5):
+        with pytest.raises(ValueError, match='leave out'): FRSKDCallback(teacher=SelfTeacher, **kw)
+    with pytest.raises(ValueError, match='leave out'): FRSKDCallback.paper(segmentation=True, width=2.)
+    make(cbs=FRSKDCallback.paper(teacher=partial(SelfTeacher, width=1., depth=1))).fit(1, 1e-3)

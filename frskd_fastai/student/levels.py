@@ -73,7 +73,7 @@ class Observer:
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or a list of module names
         hooks:type=FeatureHooks, # Class that keeps the outputs
     ):
-        self.model,self.levels = model,levels
+        self.model,self.levels = model,(levels := own_levels(model, levels))
         self.decoder = decoder_names(uncompiled(model), levels) if isinstance(levels, Integral) else []
         self.search = isinstance(levels, Integral) and len(self.decoder)<2
         known = [*self.decoder, *(n for _,n in timm_levels(uncompiled(model)))]
@@ -220,7 +220,7 @@ def find_levels(
 )->tuple: # `L` of `Level`s, largest map first, and the model's output
     """Find the feature levels of `model` in one forward pass on `xb`, without changing the model
 
-    The model runs in eval mode. Raises `ValueError` if there are fewer than two levels"""
+    Runs in eval mode. The model's `level_names` replace a number. `ValueError` if there are fewer than two levels"""
     check_names(model, levels)
     observer = Observer(model, levels)
     pred = observer.probe(*xb)

@@ -127,8 +127,7 @@ def decoder_names(
     model:nn.Module, # The student
     n:int, # How many
 )->list: # Module names, largest map first
-    "Return a network's own `level_names`, or the last `n` decoder blocks of a `DynamicUnet`"
-    if hasattr(model, 'level_names'): return list(model.level_names)
+    "Return the last `n` decoder blocks of a `DynamicUnet`"
     return [name for name,m in model.named_modules() if isinstance(m, UnetBlock)][::-1][:n]
 
 # %% ../../nbs/student/search.ipynb #srch0002

@@ -180,8 +180,9 @@ class Segmentation(Task):
         return y[:,0] if y.ndim==4 and y.shape[1]==1 else y
 
     def keep(self, targets, n):
-        if len(targets)!=1 or not isinstance(targets[0], Tensor): return
-        y = self.labels(targets[0])
+        y = labels_in(targets)
+        if y is None: return
+        y = self.labels(y)
         return self.counts(y) & (y>=0) & (y<n) # a loss may skip labels that are no class, such as −100, by itself
 
     def soft_labels(self, student, teacher, temperature, keep=None):
