@@ -54,10 +54,9 @@ class StudentHooks(SideModuleCallback):
         if not isinstance(hooks, Observer) or not hooks.trace: return one_batch()
         before,buffers = get_random_states(),copied_buffers(self.student)
         try: return one_batch()
-        except (RuntimeError,TypeError):
-            if self.since!='before_batch': raise # not in the forward pass
-        # It may not run with images that require gradients, or need too much memory where its body is frozen
-        hooks.trace = False
+        except (RuntimeError,TypeError) as e:
+            if self.since!='before_batch' or isinstance(e, torch.OutOfMemoryError): raise # not in the forward pass
+        hooks.trace = False # the network may not run with images that require gradients
         restore_buffers(self.student, buffers)
         set_random_states(**before)
         one_batch()

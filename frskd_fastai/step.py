@@ -47,10 +47,10 @@ def is_frozen(
     """Return whether some layers are frozen, which indicates a pretrained body
 
     That is a parameter group, as after `learn.freeze()`, or most of the parameters"""
-    if learn.opt is None: return False
     params = [p for p in learn.model.parameters() if not is_lazy(p)]
     fixed = sum(p.numel() for p in params if not p.requires_grad)
     if 2*fixed>sum(p.numel() for p in params): return True # by hand; fastai's default splitter leaves them out
+    if learn.opt is None: return False
     norms = {id(p) for p in norm_bias_params(learn.model, with_bias=False)} # `freeze` leaves them trainable
     groups = [[p for p in o if id(p) not in norms] for o in learn.opt.param_lists]
     # A new optimizer doesn't know what is frozen

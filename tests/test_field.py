@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest, torch
 from fastai.vision.all import *
 from fastai.callback.mixup import CutMix
+from fastcore.test import test_eq, test_ne
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from frskd_fastai.all import *
@@ -653,8 +654,18 @@ def test_weights_of_the_images_leave_the_task_as_it_is(digits):
     learn = Learner(dls, SmallNet(), loss_func=weighted, cbs=FRSKDCallback())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert type(learn.frskd.task) is MultiLabel
-    learn = Learner(dls, SmallNet(9), loss_func=weighted, cbs=FRSKDCallback())
-    with learn.no_bar(), learn.no_logging(), pytest.raises(Exception, match='logits'): learn.fit(1, 1e-3)
+
+def test_targets_that_only_the_loss_function_can_read(digits):
+    "Weights before the labels, and two sets of labels for one output"
+    def first(p, w, y): return (F.binary_cross_entropy_with_logits(p, y, reduction='none').mean(1)*w).mean()
+    def heads(p, a, b): return F.binary_cross_entropy_with_logits(p, torch.cat([a,b], 1))
+    hot = several(torch.float)
+    weights,halves = lambda x,y: 1.+torch.arange(len(y))%3,(lambda x,y: hot(x, y)[:,:4],lambda x,y: hot(x, y)[:,4:])
+    for loss_func,targets in (first,(weights,hot)),(heads,halves):
+        cb = FRSKDCallback(schedule='ramp')
+        learn = Learner(loaders_of(digits, *targets), SmallNet(), loss_func=loss_func, cbs=cb)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+        assert type(cb.task) is SingleLabel and cb.trust.steps==6
 
 def test_ignored_pixels_with_a_weight_map(digits):
     "A loss function that takes a weight for each pixel: pixels that it ignores don't count in the soft-label loss"
@@ -664,6 +675,8 @@ def test_ignored_pixels_with_a_weight_map(digits):
             self.loss = nn.CrossEntropyLoss(ignore_index=VOID, reduction='none')
         def forward(self, p, y, w): return (self.loss(p, y)*w).mean()
     task = check_task(torch.randn(2,5,8,8), (m := torch.randint(0, 5, (2,8,8)),w := torch.rand(2,8,8)), Weighted())
-    assert torch.equal(task.keep((m,w), 5), m!=VOID) and task.keep((m,m), 5) is None
-    with pytest.raises(ValueError, match='a class index for each pixel'):
-        check_task(torch.randn(2,5,8,8), (m[:,:4],w), Weighted())
+    assert torch.equal(task.keep((m,w), 5), m!=VOID) and task.keep((m,m), 5) is task.keep((w,m), 5) is None
+    a,b = torch.randn(2,2,5,8,8)
+    some = task.soft_labels(a, b, 1., m!=VOID)
+    test_ne(some, task.soft_labels(a, b, 1.))
+    test_eq(task.soft_labels(a, b, 1., m[:,:4]!=VOID), task.soft_labels(a, b, 1.)) # the loss function resizes them

@@ -134,6 +134,13 @@ def test_named_levels_resume(make_named, tmp_path):
     learn.fit(2, 1e-3, cbs=Resumable(tmp_path/'r'))
     assert len(learn.frskd.steps)==learn.frskd.trust.steps==8 # four of them before
 
+def test_one_named_level_is_not_enough(make):
+    model = SmallNet()
+    model.level_names = ['stages.1']
+    learn = make(model=model, cbs=FRSKDCallback())
+    learn.fit(1, 1e-3)
+    assert learn.frskd.level_names==['stages.0','stages.1','stages.2']
+
 def test_named_levels_that_never_run(make_named, monkeypatch):
     monkeypatch.setattr(NamedLevels, 'level_names', ['stages','stages.0'])
     with pytest.raises(RuntimeError, match="'stages'.* not reached"): make_named().fit(1, 1e-3)
@@ -547,6 +554,9 @@ def test_a_body_frozen_by_hand(make):
         learn.fit(1, 1e-3)
         assert learn.frskd.trust.pretrained and learn.frskd.width==1. and learn.frskd.trust.share==1.
     learn = make(cbs=FRSKDCallback(budget=100.), splitter=trainable_params)
+    for p in params(nn.ModuleList([learn.model.stem,learn.model.stages])): p.requires_grad_(False)
+    assert learn.frskd.build().width==1.
+    learn = make(cbs=FRSKDCallback(budget=100.), splitter=trainable_params)
     for p in learn.model.stem.parameters(): p.requires_grad_(False) # a small part
     learn.fit(1, 1e-3)
     assert not learn.frskd.trust.pretrained and learn.frskd.width==2.
@@ -568,22 +578,26 @@ def test_frozen_parts_of_your_own_loss_stay_frozen(make):
     assert not loss.fixed.weight.requires_grad and torch.equal(loss.fixed.weight, before)
     assert not torch.equal(loss.scale, scale)
     loss.fixed.requires_grad_(True) # trainable from now on
+    learn.fine_tune(1)
+    assert loss.fixed.weight.requires_grad and not torch.equal(loss.fixed.weight, before)
+    learn.save('thawed')
+    again = make(cbs=FRSKDCallback(feature_loss=Perceptual(), schedule='constant'), path=learn.path)
+    again.load('thawed')
+    state = lambda l,p: l.opt.state[p]['grad_avg']
+    ours,theirs = (l.frskd.trained.feature_loss for l in (learn,again))
+    for a,b in zip(ours.parameters(), theirs.parameters()): assert torch.equal(state(learn, a), state(again, b))
+
+def test_all_layers_frozen_and_a_new_optimizer(make):
+    "The self-teacher trains again after `unfreeze`, as the student does"
+    learn = make(cbs=FRSKDCallback())
     learn.fit(1, 1e-3)
-    assert not torch.equal(loss.fixed.weight, before)
-
-class Needs(Callback):
-    "Out of memory in the forward pass if the images require gradients, as a frozen body may be"
-    run_valid = False
-    def before_fit(self): self.handle = self.learn.model.head.register_forward_pre_hook(self.check)
-    def after_fit(self): self.handle.remove()
-    def check(self, m, inputs):
-        if inputs[0].requires_grad and self.learn.model.training: raise torch.OutOfMemoryError('out of memory')
-
-def test_a_frozen_body_needs_no_more_memory_in_the_first_step(make):
-    learn = make(cbs=FRSKDCallback(), splitter=split, train_bn=False)
-    learn.freeze()
-    learn.fit(1, 1e-3, cbs=Needs())
-    assert learn.frskd.trust.steps==6
+    learn.freeze_to(3)
+    learn.create_opt()
+    learn.unfreeze()
+    assert all(p.requires_grad for p in learn.frskd.trained.parameters())
+    before = weights(learn.frskd.teacher)
+    learn.fit(1, 1e-3)
+    assert not any(torch.equal(p, before[k]) for k,p in learn.frskd.teacher.named_parameters())
 
 def test_options_of_the_default_self_teacher(make):
     for kw in dict(width=3.),dict(depth=2),dict(budget=.5):

@@ -15,12 +15,10 @@ def join_opt(
     learn:Learner, # Learner with an optimizer
     module:nn.Module, # Module whose parameters join, unless they are already there
 ):
-    """Add the trainable parameters of `module` to the optimizer's last group, like `create_opt`
-
-    Frozen ones stay out: `unfreeze` makes all of the optimizer's parameters trainable"""
+    "Add the parameters of `module` to the optimizer's last group, as `create_opt` would"
     opt = learn.opt
     have = {id(p) for pg in opt.param_lists for p in pg}
-    new = [p for p in module.parameters() if p.requires_grad and id(p) not in have]
+    new = [p for p in module.parameters() if id(p) not in have]
     if new: _append(learn, new, module)
     slow = getattr(opt, 'slow_weights', None) # fastai's `Lookahead` pairs them with the parameters by position
     if slow:

@@ -30,12 +30,13 @@ class SideModuleCallback(FitScopes):
         super().__init__()
         self.siblings,self.attach_ctx = siblings,ExitStack()
         self.trained=self.prepared = None # The module; the same, wrapped for distributed training, in a fit
+        self.fixed = [] # Its parameters that were frozen from the beginning
 
     def attach(self):
         if any(isinstance(o, SideModuleCallback) and o.key==self.key for o in self.learn.cbs):
             raise ValueError(f"FRSKD: this Learner already has a side module with the key {self.key!r}, under which "
                              "checkpoints keep it. Give your class a key of its own: `key = 'my_module'`.")
-        for name in 'create_opt','save','load':
+        for name in 'create_opt','freeze_to','save','load':
             self.attach_ctx.enter_context(PatchedMethod(self.learn, name, getattr(self, f'_{name}')))
         for cb in self.siblings:
             if cb.learn is not self.learn: self.learn.add_cb(cb) # else all callbacks are being added again
@@ -51,7 +52,11 @@ class SideModuleCallback(FitScopes):
         module:nn.Module|None, # Replaces the current module; None removes it
     ):
         "Train `module` alongside the model from now on"
-        if self.trained is not None and module is not self.trained: leave_opt(self.learn, self.trained)
+        if module is not self.trained:
+            if self.trained is not None: leave_opt(self.learn, self.trained)
+            own = {id(p) for p in self.learn.model.parameters()}
+            params = [] if module is None else module.parameters()
+            self.fixed = [p for p in params if not p.requires_grad and id(p) not in own]
         self.trained,self.prepared = module,None
         if module is not None: module.train() # the user may have made it in eval mode
         self.join()
@@ -63,6 +68,12 @@ class SideModuleCallback(FitScopes):
     def _create_opt(self, create_opt):
         create_opt()
         self.join()
+
+    def _freeze_to(self, freeze_to, n):
+        "Keep fixed parameters frozen; fastai makes all parameters of a group trainable"
+        fixed = [p for p in self.fixed if not p.requires_grad] # not those that you have made trainable
+        freeze_to(n)
+        for p in fixed: p.requires_grad_(False)
 
     # -- Training ----------------------------------------------------------------------------
     def enter_fit(self): check_parallel(self.learn)

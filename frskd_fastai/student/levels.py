@@ -73,14 +73,14 @@ class Observer:
         levels:int|list=4, # Maximum number of levels, counted from the deepest, or a list of module names
         hooks:type=FeatureHooks, # Class that keeps the outputs
     ):
-        self.model,self.levels = model,(levels := own_levels(model, levels))
-        self.decoder = decoder_names(uncompiled(model), levels) if isinstance(levels, Integral) else []
-        self.search = isinstance(levels, Integral) and len(self.decoder)<2
+        self.model,self.levels = model,(own := own_levels(model, levels))
+        self.decoder = decoder_names(uncompiled(model), own) if isinstance(own, Integral) else []
+        self.search = isinstance(own, Integral) and len(self.decoder)<2
         known = [*self.decoder, *(n for _,n in timm_levels(uncompiled(model)))]
-        self.kept = {*known} if isinstance(levels, Integral) else {*levels} # names of modules whose outputs are kept
+        self.kept = {*known} if isinstance(own, Integral) else {*own} # names of modules whose outputs are kept
         self.names = {m:n for n,m in uncompiled(model).named_modules()}
         self.hooks = hooks(model, [n for n in self.names.values() if n])
-        self.trace = len(self.decoder)<2
+        self.trace = own is levels and len(self.decoder)<2 # a network's own levels need no graph
         self._handles,self._eagerly = [],Eagerly(model)
         self.clear()
 

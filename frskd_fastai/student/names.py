@@ -60,9 +60,9 @@ def own_levels(
     model:nn.Module, # The student
     levels:int|list, # As for `find_levels`
 )->int|list:
-    "Return the network's `level_names` in place of a number, if it has some; else `levels`"
+    "Return the network's `level_names` in place of a number, if it has several; else `levels`"
     own = getattr(uncompiled(model), 'level_names', None) if isinstance(levels, Integral) else None
-    return list(own) if own else levels
+    return list(own) if own and len(own)>1 else levels
 
 def check_names(
     model:nn.Module, # The student

@@ -46,8 +46,8 @@ def check_targets(
     for y in yb:
         if isinstance(y, TensorBBox): _refuse("its targets are bounding boxes")
         if isinstance(y, TensorPoint): _refuse("its targets are points")
-    y = labels_in(yb)
-    if y is None: return
+    if len(yb)!=1 or not isinstance(yb[0], Tensor): return # only your own loss function can read them
+    y = yb[0]
     known = (y!=-1) & ~y.isnan() if y.is_floating_point() else None # −1 and NaN mark unknown labels
     if known is not None and not ((y>=0)&(y<=1) | ~known).all():
         _refuse(f"its targets, numbers from {y.min().item():.3g} to {y.max().item():.3g}, are for regression")
@@ -58,8 +58,8 @@ def _check_pixels(pred, yb, loss_func):
     if pred.shape[1]==1 or is_multi_label(loss_func, yb):
         _refuse(f"its model returns logits of shape {shape}, and its loss function is {loss}",
                 "Segmentation needs one class per pixel, out of two or more classes with a logit each.")
-    y = labels_in(yb)
-    if y is None: return
+    if len(yb)!=1 or not isinstance(yb[0], Tensor): return
+    y = yb[0]
     if y.is_floating_point() or Segmentation.labels(y).shape[1:]!=pred.shape[2:]:
         h,w = pred.shape[2:]
         _refuse(f"its targets have shape {tuple(y.shape)} and type {y.dtype}",
@@ -70,8 +70,8 @@ def _check_images(pred, yb, loss_func, multi):
     if pred.shape[1]==1 and not multi:
         _refuse(f"its model returns logits of shape {shape}",
                 "Use a logit for each of two or more classes, or BCEWithLogitsLossFlat.")
-    y,c = labels_in(yb),pred.shape[1]
-    if y is None: return
+    if len(yb)!=1 or not isinstance(yb[0], Tensor): return
+    y,c = yb[0],pred.shape[1]
     if not y.is_floating_point() and y.ndim>2:
         _refuse(f"its targets have shape {tuple(y.shape)}, a class for each pixel, but its model returns "
                 f"logits for whole images, of shape {shape}",
@@ -103,9 +103,8 @@ def check_labels(
     task:Task, # From `check_pred`
 ):
     "Raise `ValueError` if a label is neither a class nor ignored; checks nothing on a GPU"
-    y,c = labels_in(yb),pred.shape[1]
-    if y is None or isinstance(task, MultiLabel): return
-    y = y.as_subclass(Tensor)
+    if len(yb)!=1 or not isinstance(yb[0], Tensor) or isinstance(task, MultiLabel): return
+    y,c = yb[0].as_subclass(Tensor),pred.shape[1]
     if y.is_cuda: return # after the loss has failed on a GPU, nothing can be computed there
     if y.is_floating_point() or y.numel()!=pred[:,:1].numel(): return
     wrong = y[task.counts(y) & ((y<0) | (y>=c))]

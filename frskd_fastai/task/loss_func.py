@@ -60,6 +60,7 @@ def is_multi_label(
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
     y = labels_in(yb)
     if name.startswith('cross') or y is None: return False
+    if len(yb)>1 and (y.ndim!=2 or n_out not in (None,y.shape[1])): return False # perhaps no labels
     two_axes = y.ndim==2 and y.shape[1]>1 and n_out in (None,y.shape[1])
     per_class = y.is_floating_point() or two_axes and (y.long().abs()<=1).all() # else class indices
     return bool(per_class and (before or isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any()))

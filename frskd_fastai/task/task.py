@@ -181,11 +181,12 @@ class Segmentation(Task):
 
     def keep(self, targets, n):
         y = labels_in(targets)
-        if y is None: return
+        if y is None or len(targets)>1 and y.is_floating_point(): return # only your own loss function can read them
         y = self.labels(y)
         return self.counts(y) & (y>=0) & (y<n) # a loss may skip labels that are no class, such as −100, by itself
 
     def soft_labels(self, student, teacher, temperature, keep=None):
+        if keep is not None and keep.shape[1:]!=student.shape[2:]: keep = None # your own loss function resizes masks
         return pixel_soft_label_loss(student, teacher, temperature, keep)
 
     def fit_size(self, logits, like): return resize(logits, like.shape[-2:])
