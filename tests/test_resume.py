@@ -9,7 +9,7 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.jobs import ImageJob
-from frskd_fastai.cli.run_folder import RunFolder
+from frskd_fastai.cli.run_folder import RunFolder, results
 from frskd_fastai.cli.signals import end_at_batch
 from frskd_fastai.learner.resume import *
 import frskd_fastai.learner.resume as resume, frskd_fastai.cli.train as command
@@ -567,3 +567,11 @@ def test_without_a_recorder(make, tmp_path):
             learn.fit(2, 1e-2, cbs=[Resumable(tmp_path/('parts' if ends else 'whole')),*stop])
         ends.append(weights(learn.model))
     assert same(ends[0], ends[2]) and not same(ends[0], ends[1])
+
+def test_a_finished_run_that_was_killed_as_it_cleaned_up(tmp_path, capsys):
+    "Its checkpoints are removed by the next `--resume`"
+    left = tmp_path/'checkpoints/frskd/1-0001.pth'
+    left.parent.mkdir(parents=True)
+    for o in *(tmp_path/o for o in results),left,tmp_path/'checkpoints.lock': o.touch()
+    assert command.main(['--resume',str(tmp_path)])==0 and 'already finished' in capsys.readouterr().out
+    assert sorted(o.name for o in tmp_path.iterdir())==sorted(results)

@@ -27,6 +27,8 @@ def main(
         say(e)
         return 2
     if opts.finished:
+        folder = RunFolder(opts.out)
+        with contextlib.suppress(UsageError, OSError), folder.lock(): folder.finish() # it may have been killed there
         print(f'This training is already finished; its results are in {opts.out}/')
         return 0
     def say_interrupted():
