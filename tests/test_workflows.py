@@ -100,15 +100,14 @@ class NamedLevels(nn.Module):
         return self.head(sum(F.interpolate(o, size=maps[0].shape[-2:]) for o in maps))
 
 @pytest.fixture
-def make_named(digits, tmp_path):
+def make_named(make, digits):
     x,y = digits
     items = list(zip(x[:48], masks(x[:48], y[:48])))
-    dls = DataLoaders(DataLoader(items[:32], bs=8), DataLoader(items[32:], bs=8))
-    def _make(**kw):
-        loss = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
-        learn = Learner(dls, NamedLevels(), loss_func=loss, cbs=FRSKDCallback(**kw), path=tmp_path)
-        learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='progress'))
-        learn.logger = noop
+    def _make():
+        learn = make(model=NamedLevels(), splitter=trainable_params, metrics=L())
+        learn.dls = DataLoaders(DataLoader(items[:32], bs=8), DataLoader(items[32:], bs=8))
+        learn.loss_func = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
+        learn.add_cb(FRSKDCallback())
         return learn
     return _make
 
@@ -548,16 +547,16 @@ def test_skipped_step_with_sparse_gradients(tmp_path):
 
 def test_a_body_frozen_by_hand(make):
     "fastai's default splitter leaves frozen parameters out of the optimizer's groups"
-    for splitter in trainable_params,split:
+    def frozen(*names, splitter=trainable_params):
         learn = make(cbs=FRSKDCallback(budget=100.), splitter=splitter)
-        for p in params(nn.ModuleList([learn.model.stem,learn.model.stages])): p.requires_grad_(False)
+        for n in names: learn.model.get_submodule(n).requires_grad_(False)
+        return learn
+    for splitter in trainable_params,split:
+        learn = frozen('stem', 'stages', splitter=splitter)
         learn.fit(1, 1e-3)
         assert learn.frskd.trust.pretrained and learn.frskd.width==1. and learn.frskd.trust.share==1.
-    learn = make(cbs=FRSKDCallback(budget=100.), splitter=trainable_params)
-    for p in params(nn.ModuleList([learn.model.stem,learn.model.stages])): p.requires_grad_(False)
-    assert learn.frskd.build().width==1.
-    learn = make(cbs=FRSKDCallback(budget=100.), splitter=trainable_params)
-    for p in learn.model.stem.parameters(): p.requires_grad_(False) # a small part
+    assert frozen('stem', 'stages').frskd.build().width==1.
+    learn = frozen('stem') # a small part
     learn.fit(1, 1e-3)
     assert not learn.frskd.trust.pretrained and learn.frskd.width==2.
 
