@@ -51,7 +51,7 @@ class FRSKDCallback(StudentReader):
 
     FRSKD is Feature Refinement via Self-Knowledge Distillation ([paper](https://arxiv.org/abs/2103.08273)).
     You validate and export the plain student."""
-    key,loss_names = 'frskd',['student',*FRSKD.loss_names]
+    key,name,loss_names = 'frskd','frskd',['student',*FRSKD.loss_names] # a subclass has the same name
     advice = 'compare `learn.validate()` with `learn.frskd.refined().validate()`' # After a short training run
     alpha,beta,temperature,finest,width,budget,depth,levels,schedule,feature_loss = (_option() for _ in range(10))
     compile,columns = _option(),_option()
@@ -90,9 +90,8 @@ class FRSKDCallback(StudentReader):
         self.skipping = SkipNonFinite(self._suspects)
         self.log = LossLog([*self.loss_names,'factor'], self._logged, shown, self._means)
         super().__init__(options, [self.skipping, self.log])
-        self.losses,self.step_maps,self.step_out = {},[],None
+        self.losses,self.step_maps,self.step_out,self.student_alone = {},[],None,False
         self.trust = make_schedule(self.schedule) # computes the factor
-        self.student_alone = False # was the student loaded without its self-teacher, and not trained since?
 
     @classmethod
     def paper(cls,
@@ -150,6 +149,7 @@ class FRSKDCallback(StudentReader):
     def enter_train(self):
         super().enter_train()
         self.plan() # again: `Resumable` has restored the progress by now
+        if self.student_alone and self.trust.steps: say_teacher_stays(self.learn)
         self.student_alone = False
 
     def forget(self):
@@ -192,7 +192,7 @@ class FRSKDCallback(StudentReader):
 
     def restore(self, entry):
         super().restore(entry)
-        self.student_alone = entry is None and self.trained is not None
+        self.student_alone = entry is None and self.trained is not None # until it trains
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before the self-teacher was built
         self.update_schedule() if self.hooks is None else self.plan() # before a fit, `enter_train` will plan

@@ -6,7 +6,8 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/step.html.md"""
 
 # %% auto #0
 __all__ = ['check_fit', 'refuse_frozen_student', 'is_frozen', 'plan_schedule', 'short_run_note', 'say_if_short',
-           'single_position', 'unmixed', 'mixed_labels', 'mean_log_p', 'step_means', 'kept_state', 'Compiled']
+           'say_teacher_stays', 'single_position', 'unmixed', 'mixed_labels', 'mean_log_p', 'step_means', 'kept_state',
+           'Compiled']
 
 # %% ../nbs/step.ipynb #d4a02205
 from contextlib import contextmanager
@@ -84,6 +85,14 @@ def say_if_short(
     quiet = own_attr(learn, 'lr_finder') or learn.logger is noop or rank_distrib()
     note = short_run_note(schedule)
     if note and not quiet: print(f"FRSKD: {note}. The self-teacher may be better than the student: {advice}.")
+
+def say_teacher_stays(
+    learn:Learner, # Its student was loaded from a file without a self-teacher
+):
+    "Print a line: the earlier self-teacher goes on"
+    if learn.logger is noop or rank_distrib(): return
+    print("FRSKD: the student was loaded without a self-teacher, so the one trained before goes on. For a new one, "
+          "remove the callback and add another.")
 
 # %% ../nbs/step.ipynb #stec0011
 @contextmanager

@@ -37,11 +37,13 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 BAD = [('--arch resnet19','resnet19'), ('--device cuda','no GPU'), ('--amp fp16','needs a GPU'),
        ('--teacher nothing:Here','nothing'), ('--teacher json:Here','Here'), ('--teacher json','MODULE:NAME'),
-       ('--arch alexnet --size 16',"can't measure alexnet at 16 px"),
+       ('--teacher broken:Here','invalid syntax'), ('--arch alexnet --size 16',"can't measure alexnet at 16 px"),
        (f'{SMALL} --teacher json:loads',"can't measure")]
 @pytest.mark.parametrize('args,msg', BAD)
-def test_bad_input_is_told_in_one_line(args, msg, tmp_path, capsys):
+def test_bad_input_is_told_in_one_line(args, msg, tmp_path, capsys, monkeypatch):
     if 'GPU' in msg and torch.cuda.is_available(): pytest.skip('for machines without a GPU')
+    monkeypatch.chdir(tmp_path)
+    Path('broken.py').write_text('def')
     assert main([*shlex.split(args), '--out', str(tmp_path/'r')])==2
     err = capsys.readouterr().err
     assert err.startswith('frskd-bench: ') and err.count('\n')==1 and msg in err and not (tmp_path/'r').exists()

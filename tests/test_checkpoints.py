@@ -168,6 +168,25 @@ def test_exported_file(exported, tmp_path):
     ''', file, cwd=tmp_path)
     torch.testing.assert_close(tensor(eval(out.strip().split('\n')[-1])), here, rtol=1e-4, atol=1e-5)
 
+def test_a_student_loaded_alone(make, capsys):
+    "The next fit says that the earlier self-teacher goes on, for example in the second fold of a cross-validation"
+    learn = make(cbs=FRSKDCallback())
+    learn.logger = print
+    said = lambda: (learn.fit(1, 1e-3), 'the one trained before goes on' in capsys.readouterr().out)[1]
+    learn.save('start', with_opt=False)
+    learn.frskd.build()
+    learn.load('start')
+    assert not said() # this self-teacher was new
+    learn.load('start')
+    assert said() and not said()
+    learn.save('both')
+    learn.load('both')
+    assert not said()
+    learn.load('start', with_opt=False)
+    learn.remove_cb(FRSKDCallback)
+    learn.add_cb(FRSKDCallback())
+    assert not said()
+
 def test_a_loaded_self_teacher_follows_the_model(make):
     "A fit without steps moves a loaded self-teacher to the data's device and trains nothing"
     a,b = make(cbs=FRSKDCallback()),make(1, cbs=FRSKDCallback())

@@ -82,6 +82,12 @@ def test_imports():
         bad += [f'{name} imports {o}' for o in sorted(never & set(imported(name, tree)))]
     assert not bad, '\n'.join(bad)
 
+def test_text_files_are_in_utf8():
+    "Text is read and written in UTF-8, whatever the system's encoding"
+    calls = {name:re.findall(r'(?:read_text|write_text)\(.*', text) for name,text in modules.items()}
+    bad = [f'{name}: {o}' for name,found in calls.items() for o in found if 'encoding=' not in o]
+    assert sum(map(len, calls.values()))>3 and not bad, '\n'.join(bad)
+
 # -- How long ------------------------------------------------------------------------------------
 LIMITS = {ast.ClassDef:150, ast.FunctionDef:40}
 

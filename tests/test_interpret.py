@@ -6,6 +6,9 @@ from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.models.cifar import cifar_resnet18
 from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.show.comparison import StudentComparison
+from frskd_fastai.show.masks import show_masks
+from frskd_fastai.student.levels import list_levels
+import frskd_fastai.show.agreement, frskd_fastai.show.attention, frskd_fastai.show.losses
 from conftest import SmallNet
 
 def images(): return [f for c in '0123' for f in sorted((digits_data()/'train'/c).iterdir())[:12]]
@@ -309,7 +312,6 @@ def test_torchs_own_data_loaders(make, digits):
 # -- Attention of other images -------------------------------------------------------------------
 def test_attention_over_images_of_another_loader():
     "With labels or without"
-    import frskd_fastai.show.attention
     learn = Learner(data(), SmallNet(4), loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback())
     learn.remove_cb(ProgressCallback)
     with learn.no_logging(): learn.fit(1, 1e-2)
@@ -321,3 +323,124 @@ def test_attention_over_images_of_another_loader():
         assert [bool(o.get_title()) for o in fig.axes[:1]]==[labeled]
         assert np.array_equal(shown, dl.decode_batch(dl.one_batch())[0][0].permute(1,2,0).cpu())
         plt.close(fig)
+
+# -- Around the figures ----------------------------------------------------------------------------
+def even(f): return 'yes' if int(f.parent.name)%2==0 else 'no'
+def dollars(f): return f'$_{f.parent.name}$_' # no valid formula
+def titles(fig): return [o.get_title() for o in fig.axes if o.get_title()]
+
+def trained(dls, n_out=4, cls=FRSKDCallback, loss_func=None, **kw):
+    set_seed(1)
+    loss_func = loss_func or CrossEntropyLossFlat()
+    learn = Learner(dls, SmallNet(n_out), loss_func=loss_func, cbs=[cls(), *kw.pop('cbs', [])], **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    return learn
+
+figures = dict(
+    attention=lambda learn: learn.frskd.show_attention(n=2),
+    agreement=lambda learn: learn.frskd.plot_agreement().figure,
+    comparison=lambda learn: StudentComparison(learn, learner(learn.dls, 2)).show(n=2))
+
+@pytest.mark.parametrize('kind', figures)
+def test_callbacks_keep_their_order(kind, tmp_path):
+    "After a figure, also one drawn in a fit, `CSVLogger` still has a row per epoch"
+    learn = Learner(data(), SmallNet(4), loss_func=CrossEntropyLossFlat(), path=tmp_path,
+                    cbs=[FRSKDCallback(),CSVLogger(append=True)])
+    learn.fit(1, 1e-2)
+    before = list(learn.cbs)
+    class Draw(Callback):
+        def after_epoch(self): figures[kind](self.learn)
+    figures[kind](learn)
+    assert list(learn.cbs)==before
+    learn.fit(2, 1e-2, cbs=Draw())
+    learn.fit(1, 1e-2)
+    plt.close('all')
+    rows = (tmp_path/'history.csv').read_text().splitlines()
+    assert [o[0] for o in rows]==['e','0','e','0','1','e','0'] and list(learn.cbs)==before
+
+@pytest.mark.parametrize('kind', figures)
+def test_class_names_are_no_formulas(kind):
+    fig = figures[kind](trained(data(get_y=dollars)))
+    fig.canvas.draw()
+    shown = titles(fig) if kind!='agreement' else [o.get_text() for o in fig.axes[0].get_yticklabels()]
+    assert any(r'\$_' in o for o in shown)
+    plt.close(fig)
+
+def test_codes_are_no_formulas():
+    dls = data(blocks=(ImageBlock,MaskBlock(codes=['$_a$_','b','c'])), get_y=mask)
+    fig = show_masks(learner(dls, 1, CrossEntropyLossFlat(axis=1), n_out=3, dense=True), n=2)
+    fig.canvas.draw()
+    assert r'\$_a\$_' in [o.get_text() for o in fig.legends[0].get_texts()]
+    plt.close(fig)
+
+@pytest.mark.parametrize('ignored', ['edge',1.5,['ink']])
+def test_ignored_labels_are_numbers(ignored):
+    with pytest.raises(ValueError, match='ignored takes class indices'): show_masks(seg(1), ignored=ignored)
+
+def test_one_logit():
+    "With one logit for two classes, titles and tables name both"
+    dls,bce = data(get_y=even),BCEWithLogitsLossFlat()
+    learn = trained(dls, 1, loss_func=bce)
+    c = StudentComparison(learn, learner(dls, 2, bce, n_out=1))
+    fig,other = c.show(n=8),dict(yes='no', no='yes')
+    for o in titles(fig):
+        label,*lines = o.split('\n')
+        assert label in other and all(l.split(' → ')[1:] in ([],[other[label]]) for l in lines)
+    assert any('→ no' in o for o in titles(fig)) and any('→ yes' in o for o in titles(fig))
+    plt.close(fig)
+    d = learn.frskd.agreement()
+    assert d.index.tolist()==['no','yes'] and d.sum(axis=1).tolist()==[8,8]
+    right = d['both right']+d['only student']
+    assert right.sum()==round(c.right[:,0].sum().item())
+
+def test_one_label():
+    "With a single label that an image has or not, the images without it have a row, too"
+    one = dict(blocks=(ImageBlock,MultiCategoryBlock), get_y=lambda f: ['even'][:1-int(f.parent.name)%2])
+    d = trained(data(**one), 1, loss_func=BCEWithLogitsLossFlat()).frskd.agreement()
+    assert d.index.tolist()==['none','even'] and d.sum(axis=1).tolist()==[8,8]
+
+class Both(Stretched):
+    "Two images as input"
+    def forward(self, a, b): return super().forward(a+b)
+
+def test_two_inputs():
+    "The title has the label, not the second input"
+    def _learner(seed):
+        dls = data(blocks=(ImageBlock,ImageBlock,CategoryBlock), get_y=None, getters=[noop,noop,parent_label], n_inp=2)
+        set_seed(seed)
+        return Learner(dls, Both(), loss_func=CrossEntropyLossFlat())
+    fig = StudentComparison(_learner(1), _learner(2)).show(n=3)
+    assert {o.split('\n')[0] for o in titles(fig)}<=set('0123') and titles(fig)
+    plt.close(fig)
+
+def test_two_inputs_of_tensors():
+    pairs = [(x,x,y) for x,y in samples()]
+    def _learner(seed):
+        set_seed(seed)
+        loader = partial(torch.utils.data.DataLoader, pairs, batch_size=5)
+        return Learner(DataLoaders(loader(), loader()), Both(), loss_func=CrossEntropyLossFlat())
+    fig = StudentComparison(_learner(1), _learner(2)).show(n=3)
+    assert {o.split('\n')[0] for o in titles(fig)}<=set('0123') and titles(fig)
+    plt.close(fig)
+
+def test_a_subclass_is_called_the_same():
+    "Figures and `list_levels` find a subclass of the callback"
+    class Mine(FRSKDCallback):
+        def __init__(self): super().__init__(levels=2)
+    learn = trained(data(), cls=Mine)
+    assert type(learn.frskd) is Mine
+    assert len(list_levels(learn))==2
+    plt.close(learn.frskd.show_attention(n=1))
+    assert StudentComparison(learn, learner(learn.dls, 2)).names==('FRSKD','plain')
+
+def test_losses_of_a_self_teacher_that_is_gone(tmp_path):
+    "A checkpoint from before the first fit has no self-teacher, so there are no losses of it to plot"
+    learn = Learner(data(), SmallNet(4), loss_func=CrossEntropyLossFlat(), cbs=FRSKDCallback(), path=tmp_path)
+    learn.create_opt()
+    learn.save('start')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    for smooth in 1,-.1,2.:
+        with pytest.raises(ValueError, match='smooth must be'): learn.frskd.plot_losses(smooth=smooth)
+    plt.close(learn.frskd.plot_losses(smooth=0).figure)
+    learn.load('start')
+    with pytest.raises(ValueError, match="wasn't trained in this session"): learn.frskd.plot_losses()

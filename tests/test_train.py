@@ -6,6 +6,7 @@ from PIL import Image
 from fastai.learner import load_learner
 from fastai.vision.all import SGD, Callback, L, get_image_files
 from frskd_fastai.data.embedded import digits_data
+from frskd_fastai.cli.report import Report
 from frskd_fastai.cli.run import Run, _mean_loss
 from frskd_fastai.cli.run_folder import results
 from frskd_fastai.cli.train import main
@@ -96,6 +97,43 @@ def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
         assert label in '0123' and probs[k].shape==(4,)
     torch.testing.assert_close(probs['average'], (probs['refined']+probs['student'])/2)
     assert '--keep-refined`.' not in text and 'They are in `refined.pkl` and `average.pkl`.' in text
+
+def test_forced(folder, tmp_path, capsys):
+    "With --force, no result of the earlier training is left beside the new ones"
+    out = tmp_path/'r'
+    assert run(folder, *FAST, '--compare', '--keep-refined', '--out', out, capsys=capsys)[0]==0
+    assert {o.name for o in out.iterdir()}=={*results,'differences.png','refined.pkl','average.pkl'}
+    (out/'notes.txt').write_text('mine')
+    assert run(folder, *FAST, '--force', '--seed', 1, '--out', out, capsys=capsys)[0]==0
+    assert {o.name for o in out.iterdir()}=={*results,'notes.txt'}
+
+def test_pictures_cannot_cost_the_model(folder, tmp_path, capsys, monkeypatch):
+    "The student is exported before the pictures are drawn"
+    def fail(*args): raise RuntimeError("no picture")
+    monkeypatch.setattr(Report, '_write_pictures', fail)
+    with pytest.raises(RuntimeError, match='no picture'): run(folder, *FAST, '--out', tmp_path/'r', capsys=capsys)
+    with (learn := load_learner(tmp_path/'r/student.pkl')).no_bar():
+        assert learn.predict(get_image_files(folder)[0])[0] in '0123'
+
+def test_out_of_memory_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
+    "PyTorch raises a plain RuntimeError there"
+    def fail(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                           "you tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)")
+    monkeypatch.setattr(Run, 'fit', fail)
+    code,_,err = run(folder, *FAST, '--out', tmp_path/'r', capsys=capsys)
+    assert code==1 and err.startswith('frskd-train: out of memory (') and 'Use a smaller --size' in err
+    with pytest.raises(RuntimeError, match="can't allocate memory"): torch.empty(2**50)
+
+@pytest.mark.parametrize('encoding', ['cp1252','ascii'])
+def test_terminals_without_greek_letters(encoding, folder, tmp_path):
+    "Letters that the terminal can't print are replaced; the files are in UTF-8"
+    code = "import sys; from frskd_fastai.cli.train import main; sys.exit(main(sys.argv[1:]))"
+    p = subprocess.run([sys.executable, '-c', code, folder, *FAST, '--out', tmp_path/'r'], capture_output=True,
+                       env=child_env(PYTHONIOENCODING=encoding, PYTHONUTF8='0'))
+    assert p.returncode==0, p.stderr
+    assert b'FRSKD: ? 2, ? 100' in p.stdout
+    assert 'FRSKD: α 2, β 100' in (tmp_path/'r/summary.md').read_text(encoding='utf-8')
 
 def test_runs_repeat(folder, tmp_path, capsys):
     "The same command gives the same history, with or without a plain run first"

@@ -87,7 +87,7 @@ def _own_teacher(opts):
     module,_,name = opts.teacher.partition(':')
     if '' not in sys.path: sys.path.insert(0, '') # find modules in the working directory, as `python` does
     try: return getattr(importlib.import_module(module), name)
-    except (ImportError,AttributeError,ValueError,TypeError) as e: raise opts.bad_teacher(e) from e
+    except Exception as e: raise opts.bad_teacher(first_line(e)) from e # your module may raise anything
 
 def _measure(opts, device):
     from frskd_fastai.cli.measure import FRSKDCallback, bench, variants
@@ -127,13 +127,14 @@ def run_bench(
     fig = plot_bench(d)
     fig.savefig(out/'bench.png', dpi=120)
     plt.close(fig)
-    (out/'bench.md').write_text(text)
+    (out/'bench.md').write_text(text, encoding='utf-8')
     print(f"{text}\nResults in {out}/: {', '.join(results)}")
 
 def main(
     argv:list|None=None, # Arguments; default: the command line's
 )->int: # Exit code: 0; 2 for bad input; 130 after Ctrl-C
     "Run `frskd-bench`"
+    print_anything()
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # silences torch's profiler
     try:
         opts = BenchOptions.from_argv(sys.argv[1:] if argv is None else argv)

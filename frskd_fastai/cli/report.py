@@ -16,7 +16,7 @@ from .command import first_line, markdown_table
 from .jobs import ImageJob
 from .launch import n_processes
 from .measure import prediction_times
-from .run_folder import results
+from .run_folder import more_results, results
 from ..messages import plural
 from ..refined import *
 from ..step import short_run_note
@@ -71,15 +71,15 @@ class Report:
         "Write all files, and print the summary"
         out = self.opts.out
         self.history.to_csv(out/'history.csv', index=False)
-        written = [*results, *self._write_pictures()]
         self.learn.remove_cb(type(self.runs[-1].history))
-        self.learn.export('student.pkl')
-        if self.opts.keep_refined:
-            for k,o in self.refined.learners.items():
-                o.export(f'{k}.pkl')
-                written.append(f'{k}.pkl')
+        self.learn.export('student.pkl') # before the pictures, which may fail
+        kept = self.refined.learners if self.opts.keep_refined else {}
+        for k,o in kept.items(): o.export(f'{k}.pkl')
+        written = [*results, *self._write_pictures(), *(f'{k}.pkl' for k in kept)]
         text = self.summary()
-        (out/'summary.md').write_text(text)
+        (out/'summary.md').write_text(text, encoding='utf-8')
+        for o in more_results:
+            if o not in written: (out/o).unlink(missing_ok=True) # of another training, which --force overwrites
         print(f"\n{text}\nResults in {out}/: {', '.join(dict.fromkeys(written))}")
 
     def _write_pictures(self):

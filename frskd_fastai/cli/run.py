@@ -178,7 +178,7 @@ def failure(
     if isinstance(e, (UsageError,DataError,UnidentifiedImageError)):
         with contextlib.suppress(OSError): opts.resume or opts.out.rmdir() # removed only if empty
         return e,2
-    if isinstance(e, (MemoryError,torch.OutOfMemoryError)):
+    if isinstance(e, (MemoryError,torch.OutOfMemoryError)) or "can't allocate memory" in str(e): # the last: on a CPU
         why = first_line(e) if str(e).strip() else f'images of {opts.size} px'
         return f"out of memory ({why}). Use a smaller --size or --bs, or another --arch.",1
     if isinstance(e, FloatingPointError):

@@ -20,6 +20,7 @@ def main(
     argv:list|None=None, # Arguments; default: the command line's
 )->int: # Exit code: 0; 2 for bad input; 1 if training fails; 128 + the signal that ended it
     "Run `frskd-train`"
+    print_anything()
     errors = sys.stderr if os.environ.get('LOCAL_RANK', '0')=='0' else io.StringIO() # once per machine
     say = functools.partial(tell, 'frskd-train', file=errors)
     try: opts = TrainOptions.from_argv(sys.argv[1:] if argv is None else argv)

@@ -17,15 +17,15 @@ def digits_data(
 )->Path: # Folder with `train/` (1,437 images) and `valid/` (360), each with a folder per digit
     "Write handwritten digits as gray 8×8 image files, unless they are already there"
     dest = Path(dest or fastai_path('data')/'frskd_digits')
-    if dest.exists(): return dest
+    if (dest/'train').exists(): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=dest.parent, prefix='.frskd_digits')) # renamed when it is complete
     _write_digits(tmp)
     tmp.chmod(0o755)
     try: tmp.rename(dest)
-    except OSError: # another process was faster
+    except OSError: # another process was faster, or the folder holds something else
         shutil.rmtree(tmp)
-        if not dest.exists(): raise
+        if not (dest/'train').exists(): raise
     return dest
 
 def _write_digits(folder):

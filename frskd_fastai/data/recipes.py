@@ -26,7 +26,7 @@ def _listed(root, names, label):
 
 def _lines(file):
     if not file.is_file(): raise DataError(f"{file} is missing")
-    return [o.strip() for o in file.read_text().splitlines() if o.strip()]
+    return [o.strip() for o in file.read_text(encoding='utf-8').splitlines() if o.strip()]
 
 def _first_folder(name): return name.split('/')[0]
 

@@ -24,9 +24,9 @@ def agreement(self:FRSKDCallback,
     "Count the answers per class that both networks, one of them or neither get right"
     self.check_trained('agreement to compute')
     found,dl = [],ifnone(dl, self.learn.dls.valid)
-    learned = None # Has the self-teacher learned what your own callbacks do to predictions?
+    n = learned = None # Number of logits; has the self-teacher learned what your own callbacks do to predictions?
     def _count(pred, yb):
-        nonlocal learned
+        nonlocal n,learned
         if len(yb)!=1:
             raise ValueError(f"FRSKD: agreement needs one tensor of targets, got {len(yb)}. Pass a `dl` that has one.")
         xb,teacher = self.learn.xb,self.run_both(*self.learn.xb)[3]
@@ -35,13 +35,12 @@ def agreement(self:FRSKDCallback,
         y,n = to_device(yb[0], pred.device),pred.shape[1]
         s,t = (self.task.answers(o, y) for o in (pred,teacher))
         outcome = 2*~s.right + ~t.right # index into `_outcomes`
-        found.append(torch.bincount((4*s.cls+outcome)[s.keep], minlength=4*n).view(n, 4).cpu())
+        found.append(torch.bincount((4*s.cls+outcome)[s.keep], minlength=4*max(n, 2)).view(-1, 4).cpu())
     validate_on(self.learn, dl, _count)
     if not found: raise ValueError("FRSKD: there are no images to compare both networks on. Pass a `dl` that has some.")
-    counts = sum(found)
-    return pd.DataFrame(counts, columns=_outcomes, index=class_names(self.learn.dls, len(counts)))
+    return pd.DataFrame(sum(found), columns=_outcomes, index=class_names(self.learn.dls, n))
 
-def _short(name): return name if len(name)<=40 else f'{name[:39]}…'
+def _short(name): return no_math(name if len(name)<=40 else f'{name[:39]}…')
 
 @patch
 def plot_agreement(self:FRSKDCallback,

@@ -71,7 +71,7 @@ def show_attention(self:FRSKDCallback,
     for i,(image,*label) in enumerate(images):
         show_image(image, ctx=axs[3*i,0], cmap='gray')
         label = label[getattr(self.learn.dls, 'n_inp', 1)-1:] # without further inputs
-        if label and self.task.per=='image': axs[3*i,0].set_title(label_text(label[0]), fontsize=8, wrap=True)
+        if label and self.task.per=='image': axs[3*i,0].set_title(no_math(label_text(label[0])), fontsize=8, wrap=True)
         for (who,maps,style),row in zip(rows, axs[3*i:]):
             row[0].text(1.05, .5, who, transform=row[0].transAxes, rotation=90, va='center', fontsize=8)
             for ax,m in zip(row[1:], maps): _overlay(ax, _gray(image), m[i], style)

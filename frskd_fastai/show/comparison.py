@@ -41,7 +41,7 @@ class _Judged:
         if pred.ndim==2: self.labels += yb[0].as_subclass(Tensor).cpu()
 
     def batch(self, idxs):
-        "Return the images `idxs`, decoded, with their logits and targets"
+        "Return the images `idxs` and their labels, decoded, and the logits and targets"
         dl,seen = self.source.ordered(),[]
         if not dl.indexed:
             raise ValueError("FRSKD: can't show images of an iterable data set. "
@@ -49,8 +49,9 @@ class _Judged:
         every = self.source.idxs
         b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
         validate_on(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
-        if hasattr(dl, 'decode_batch'): images = dl.decode_batch(b, max_n=len(idxs))
-        else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu(b)[:2])]
+        target = getattr(self.learn.dls, 'n_inp', len(b)-1) # after all inputs
+        if hasattr(dl, 'decode_batch'): images = [(o[0],o[target]) for o in dl.decode_batch(b, max_n=len(idxs))]
+        else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu((b[0],b[target])))]
         return images,*seen
 
 def _default_names(learners):
@@ -94,8 +95,8 @@ class StudentComparison:
         for o in learn,other: check_learner(o, 'StudentComparison takes two Learners')
         self.learners = learn,other
         self.names = _default_names(self.learners) if names is None else names
-        if isinstance(self.names, str) or len(self.names)!=2:
-            raise ValueError(f"FRSKD: names must be two names, got {names!r}.")
+        if isinstance(self.names, str) or len(self.names)!=2 or self.names[0]==self.names[1]:
+            raise ValueError(f"FRSKD: names must be two different names, got {names!r}.")
         _check_classes(*(class_names(o.dls) or [] for o in self.learners))
         self.judged = [_Judged(*o) for o in zip(self.learners, same_items_for(self.learners, dl))]
         one,two = self.judged
@@ -142,7 +143,7 @@ class StudentComparison:
         fig = draw(batches, better+worse, size)
         parts = {f'better on the first {len(better)}':better, f'worse on the last {len(worse)}':worse}
         sides = ', '.join(k for k,v in parts.items() if v)
-        fig.suptitle(f'{self.names[0]}: {sides}, by answer, then by probability', fontsize=9)
+        fig.suptitle(no_math(f'{self.names[0]}: {sides}, by answer, then by probability'), fontsize=9)
         return fig
 
     def _draw_labels(self, batches, idxs, size):
@@ -154,13 +155,13 @@ class StudentComparison:
         figsize = size*columns*1.2, size*rows*1.45
         fig,axs = plt.subplots(rows, columns, figsize=figsize, squeeze=False, layout='constrained')
         for ax in axs.flat: ax.axis('off')
-        for ax,(image,label,*_),i,*both in zip(axs.flat, images, idxs, logits, others):
+        for ax,(image,label),i,*both in zip(axs.flat, images, idxs, logits, others):
             show_image(image, ctx=ax, cmap='gray')
             lines = [label_text(label)]
             for who,p,right,z in zip(self.names, self.probs[i], self.right[i], both):
                 wrong = f' → {label_text(task.predicted(z, names))}' if right<1 else ''
                 lines.append(f'{who} {p:.2f}{wrong}')
-            wrapped = [textwrap.fill(o, int(16*size)) for o in lines] # as wide as the image's place
+            wrapped = [no_math(textwrap.fill(o, int(16*size))) for o in lines] # as wide as the image's place
             ax.set_title('\n'.join(wrapped), fontsize=8)
         return fig
 
@@ -175,5 +176,5 @@ class StudentComparison:
             for k,(ax,i) in enumerate(zip(axs[:,j+1], idxs)):
                 show_wrong(right[k], keep[k], ax)
                 ax.set_title(f'{self.right[i,j]:.1%} right', fontsize=8)
-            axs[0,j+1].set_title(f'wrong, {self.names[j]}\n{axs[0,j+1].get_title()}', fontsize=8)
+            axs[0,j+1].set_title(f'wrong, {no_math(self.names[j])}\n{axs[0,j+1].get_title()}', fontsize=8)
         return fig

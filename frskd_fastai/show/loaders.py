@@ -112,10 +112,12 @@ def validate_on(
     cbs = [_Silent(),_Collect(collect)]
     # During a fit, a pass of its own would call the callback that asked for it again
     inner = any(getattr(o, 'in_fit', False) for o in learn.cbs) and sent_by(Learner.fit)
-    step = {k:vars(learn)[k] for k in _of_a_step if k in vars(learn)}
-    with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs, inner=inner):
-        try: learn._do_epoch_validate(dl=dl)
-        finally: vars(learn).update(step)
+    step,order = {k:vars(learn)[k] for k in _of_a_step if k in vars(learn)},learn.cbs.copy()
+    try:
+        with probing(learn.model), learn.removed_cbs(hidden), learn.validation_context(cbs=cbs, inner=inner):
+            try: learn._do_epoch_validate(dl=dl)
+            finally: vars(learn).update(step)
+    finally: learn.cbs = order # else `CSVLogger` comes before `ProgressCallback`, and writes no more rows
 
 # %% ../../nbs/show/loaders.ipynb #dbf63053
 no_targets = ("FRSKD: the data loader to compare on has no targets. Create it with labels: "

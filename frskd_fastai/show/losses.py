@@ -21,10 +21,11 @@ def plot_losses(self:FRSKDCallback,
 
     The parts are multiplied by their weights α and β, but not by the factor, which is on the right axis. After
     `fine_tune`, the last fit is the one that trains all layers."""
+    if not 0<=smooth<1: raise ValueError(f"FRSKD: smooth must be at least 0 and less than 1, got {smooth!r}.")
     d = self.steps.dropna(axis=1, how='all')
-    if not len(d):
-        raise ValueError("FRSKD: there are no losses to plot, since no step was trained in this session. Train first, "
-                         "e.g. `learn.fit_one_cycle(5)`; checkpoints don't keep losses.")
+    if self.trained is None or not len(d):
+        raise ValueError("FRSKD: there are no losses to plot, since this self-teacher wasn't trained in this session. "
+                         "Train first, e.g. `learn.fit_one_cycle(5)`; checkpoints don't keep losses.")
     weights = self.trained.weights()
     fig,ax = plt.subplots(figsize=(7,3.6), layout='constrained')
     for k,c,ls in zip(d.columns[:-1], itertools.cycle(okabe_ito), itertools.cycle(('-','--','-.',':'))):
@@ -51,11 +52,11 @@ def plot_curves(
     fig,(left,right) = plt.subplots(1, 2, figsize=(9,3.2), layout='constrained')
     for (run,d),c in zip(history.groupby('run', sort=False), itertools.cycle(okabe_ito)):
         d,known = d.set_axis(range(1, len(d)+1)),d.columns[d.notna().any()]
-        left.plot(d.valid_loss, color=c, marker='.', label=f'{run}, validation')
-        if train in known: left.plot(d[train], color=c, ls='--', lw=1, label=f'{run}, training')
-        right.plot(d[metric], color=c, marker='.', label=run)
+        left.plot(d.valid_loss, color=c, marker='.', label=no_math(f'{run}, validation'))
+        if train in known: left.plot(d[train], color=c, ls='--', lw=1, label=no_math(f'{run}, training'))
+        right.plot(d[metric], color=c, marker='.', label=no_math(f'{run}'))
         if metric=='accuracy' and 'teacher_accuracy' in known:
-            right.plot(d.teacher_accuracy, color=c, ls=':', lw=1, label=f'{run}, self-teacher in training')
+            right.plot(d.teacher_accuracy, color=c, ls=':', lw=1, label=no_math(f'{run}, self-teacher in training'))
     left.set(ylabel="student's label loss")
     right.set(ylabel=metric.replace('_', ' '))
     for ax in left,right:

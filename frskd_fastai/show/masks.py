@@ -46,7 +46,7 @@ def show_masks(
         show_wrong(right[i], keep[i], row[3])
     for ax,title in zip(axs[0], ('image','mask','prediction','wrong')): ax.set_title(title, fontsize=9)
     names,shown = class_names(learn.dls, n_classes),torch.cat([mask[keep], said[keep]]).unique().tolist()
-    patches = [matplotlib.patches.Patch(color=im.cmap(im.norm(o)), label=names[o]) for o in shown]
+    patches = [matplotlib.patches.Patch(color=im.cmap(im.norm(o)), label=no_math(names[o])) for o in shown]
     if task.ignored: patches.append(matplotlib.patches.Patch(fc='w', ec='k', lw=.5, label='ignored'))
     fig.legend(handles=patches, loc='outside right upper', fontsize=7)
     return fig

@@ -8,7 +8,6 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/task/metrics.html.md"""
 __all__ = ['PixelAccuracy', 'MeanIoU']
 
 # %% ../../nbs/task/metrics.ipynb #3e7a0001
-from numbers import Integral
 from fastai.basics import *
 from .task import *
 
@@ -18,12 +17,7 @@ class _PixelMetric(Metric):
     counts = None
     def __init__(self,
         ignored:int|set|list=(), # Class number or numbers to skip, as in the loss function's `ignore_index`
-    ):
-        for o in L(ignored):
-            if not isinstance(o, Integral):
-                raise ValueError(f"{type(self).__name__}: ignored takes class indices, got {o!r}. "
-                                 "Use the class's index in the list of codes: `codes.index('void')`.")
-        self.task = Segmentation(L(ignored))
+    ): self.task = Segmentation(ignored)
 
     ignored = property(lambda self: self.task.ignored)
 

@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/task/task.html.md"""
 __all__ = ['Answers', 'tasks', 'mean_where', 'Task', 'SingleLabel', 'MultiLabel', 'Segmentation', 'task_of']
 
 # %% ../../nbs/task/task.ipynb #3e271b40
+from numbers import Integral
 from fastai.basics import *
 from ..method.teacher import *
 from ..method.dense_teacher import *
@@ -39,7 +40,12 @@ class Task:
 
     def __init__(self,
         ignored:int|list=(), # Labels to skip, see `ignored_labels`
-    ): self.ignored = set(L(ignored))
+    ):
+        self.ignored = set(L(ignored))
+        for o in self.ignored:
+            if not isinstance(o, Integral):
+                raise ValueError(f"FRSKD: ignored takes class indices, got {o!r}. Use the class's index in the list "
+                                 "of codes: `codes.index('void')`.")
 
     __repr__ = basic_repr('ignored')
 
@@ -105,7 +111,7 @@ class Task:
 
     def predicted(self,
         logits:Tensor, # Logits of one image, C
-        names:list, # Names of the classes
+        names:list, # Names of the classes; of one logit, those of no and yes
     )->str|list: # A name, or a list of them
         "Return the name of the predicted class or classes"
         return names[logits.argmax()]
@@ -150,7 +156,7 @@ class MultiLabel(Task):
         y,logits = y.as_subclass(Tensor).detach(),logits.as_subclass(Tensor).detach().float()
         y,c = y.view_as(logits),logits.shape[1]
         yes,keep = y>.5,y>=0 # NaN: neither of them
-        cls = torch.arange(c, device=logits.device).expand_as(y)
+        cls = yes.long() if c==1 else torch.arange(c, device=logits.device).expand_as(y)
         log_p = F.logsigmoid(torch.where(yes, logits, -logits))
         return Answers((logits.sigmoid()>self.threshold)==yes, cls, log_p, keep, keep if c==1 else keep & yes)
 
@@ -161,7 +167,9 @@ class MultiLabel(Task):
         both = torch.stack([a, b])
         return F.logsigmoid(both).logsumexp(0) - F.logsigmoid(-both).logsumexp(0)
 
-    def predicted(self, logits, names): return [n for n,p in zip(names, logits.sigmoid()) if p>self.threshold]
+    def predicted(self, logits, names):
+        yes = logits.sigmoid()>self.threshold
+        return names[int(yes)] if len(yes)==1 else [n for n,o in zip(names, yes) if o]
 
 # %% ../../nbs/task/task.ipynb #1f0355ac
 class Segmentation(Task):
