@@ -7,14 +7,14 @@ import matplotlib.pyplot as plt, pandas as pd
 
 RECIPES = dict(plain='plain', smoothing='label smoothing', mixup='MixUp', cutmix='CutMix')
 TITLES = {
-    'few':       '33 classes × 50, small ResNet',
-    'many':      '33 classes × 500, small ResNet',
-    'wide':      '33 classes × 500, wider ResNet',
-    'resnet18':  '33 classes × 500, ResNet-18',
-    'groceries': '81 classes × 10, fine-tuning',
-    'upscaled':  '33 other classes × 25, fine-tuning',
-    'tiny':      '28 classes × 4, fine-tuning',
-    'eight':     '8 classes × 12, fine-tuning',
+    'few':       'CIFAR-100 (33 × 50), small ResNet',
+    'many':      'CIFAR-100 (33 × 500), small ResNet',
+    'wide':      'CIFAR-100 (33 × 500), wider ResNet',
+    'resnet18':  'CIFAR-100 (33 × 500), ResNet-18',
+    'groceries': 'groceries (81 × 10), fine-tuning',
+    'upscaled':  'CIFAR-100 (33 × 25), fine-tuning',
+    'tiny':      'groceries (28 × 4), fine-tuning',
+    'eight':     'groceries (8 × 12), fine-tuning',
     'digits':    'digits, ResNet-18',
     'camvid':    'CamVid, small U-Net',
     'unet':      'CamVid, fine-tuning a U-Net'}
@@ -141,6 +141,8 @@ def candidates(d):
     d = d[(d.network=='student') & d.arm.isin(CANDIDATES) & (d.pairs>0)]
     out = gains(d, {v:(k,'student') for k,v in CANDIDATES.items()}, 2)
     full = d[d.pairs>2].groupby('run').filter(lambda o: len(o)==len(CANDIDATES))
+    if full.time.isna().any():
+        raise ValueError(f'no times of {full.run[full.time.isna()].unique()}: measure them with `worth.py --times`')
     full = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time)
     mean = lambda o: [plus_minus(v, math.nan, sign='+') for v in o.groupby('arm').worth.mean()[list(CANDIDATES)]]
     worse = full.groupby('arm').worse.sum()[list(CANDIDATES)]

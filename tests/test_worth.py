@@ -74,6 +74,10 @@ def test_the_rule_for_the_default(worth, tmp_path):
     file = root/'benchmarks/results/worth_times.csv'
     expect = (-2/times(file, 'few', 'frskd')+1/times(file, 'digits', 'frskd'))/2
     for o in d.index[4:]: assert d.loc[o,'the default']==worth.plus_minus(expect, math.nan, sign='+')
+    unmeasured = pd.read_csv(file).query("setting!='digits' or method!='no features'")
+    unmeasured.to_csv(tmp_path/'times.csv', index=False)
+    with pytest.raises(ValueError, match='no times of .*digits.* worth.py --times'):
+        worth.candidates(worth.summary(tmp_path/'worth.csv', tmp_path/'times.csv'))
 
 def test_runs(worth, tmp_path):
     "Two runs at a time: each appends its rows once, with the same start; what is there is not repeated"
