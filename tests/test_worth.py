@@ -76,7 +76,7 @@ def test_the_rule_for_the_default(worth, tmp_path):
     for o in d.index[4:]: assert d.loc[o,'the default']==worth.plus_minus(expect, math.nan, sign='+')
     unmeasured = pd.read_csv(file).query("setting!='digits' or method!='no features'")
     unmeasured.to_csv(tmp_path/'times.csv', index=False)
-    with pytest.raises(ValueError, match='no times of .*digits.* worth.py --times'):
+    with pytest.raises(ValueError, match='no times of .*digits.*worth.py --times'):
         worth.candidates(worth.summary(tmp_path/'worth.csv', tmp_path/'times.csv'))
 
 def test_runs(worth, tmp_path):
