@@ -141,8 +141,8 @@ def candidates(d):
     d = d[(d.network=='student') & d.arm.isin(CANDIDATES) & (d.pairs>0)]
     out = gains(d, {v:(k,'student') for k,v in CANDIDATES.items()}, 2)
     full = d[d.pairs>2].groupby('run').filter(lambda o: len(o)==len(CANDIDATES))
-    if full.time.isna().any():
-        raise ValueError(f'no times of {full.run[full.time.isna()].unique()}: measure them with `worth.py --times`')
+    lost = full.run[full.time.isna()]
+    if len(lost): raise ValueError(f'no times of {lost.iloc[0]}: measure them with `worth.py --times`')
     full = full.assign(worse=full.gain < -full.gain_se, worth=full.gain/full.time)
     mean = lambda o: [plus_minus(v, math.nan, sign='+') for v in o.groupby('arm').worth.mean()[list(CANDIDATES)]]
     worse = full.groupby('arm').worse.sum()[list(CANDIDATES)]
