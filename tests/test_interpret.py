@@ -102,8 +102,8 @@ def test_names():
                        ((average,refined),('average','refined')), ((plain,learner(data(), 3)),('first','second'))):
         c = StudentComparison(*pair)
         assert c.names==names and [*c.counts()][1:3]==[f'{o} better' for o in names]
-    for names in 'ab',('a',):
-        with pytest.raises(ValueError, match='names must be two names'): StudentComparison(plain, frskd, names=names)
+    for names in 'ab',('a',),('a','a'):
+        with pytest.raises(ValueError, match='names must be two diff'): StudentComparison(plain, frskd, names=names)
 
 def test_other_classes_are_named():
     a,b = learner(data(), 1),learner(data(), 2)
