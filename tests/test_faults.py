@@ -128,8 +128,8 @@ def test_a_folder_that_cannot_be_read(folder, tmp_path, capsys, monkeypatch):
     assert not (tmp_path/'r').exists()
 
 def test_class_names(folder, tmp_path, capsys):
-    names = ['a b',' a','-x','--out','ä→ß','日本','é','e\u0301','a,b;"c\'','new\nline','$HOME','$_$','100%','{0}',
-             '<b>','a|b']
+    names = ['a b',' a','-x','--out','ä→ß','日本','é','e\u0301','a,b;"c\'','new\nline','$HOME','$_$',
+             '100%','{0}','<b>','a|b']
     for n in names: shutil.copytree(folder/'0', folder/n)
     assert run(folder, tmp_path, capsys=capsys)==(0,'')
     learn = load_learner(tmp_path/'r/student.pkl')

@@ -329,10 +329,9 @@ def even(f): return 'yes' if int(f.parent.name)%2==0 else 'no'
 def dollars(f): return f'$_{f.parent.name}$_' # no valid formula
 def titles(fig): return [o.get_title() for o in fig.axes if o.get_title()]
 
-def trained(dls, n_out=4, cls=FRSKDCallback, loss_func=None, **kw):
+def trained(dls, n_out=4, cls=FRSKDCallback, loss_func=None):
     set_seed(1)
-    loss_func = loss_func or CrossEntropyLossFlat()
-    learn = Learner(dls, SmallNet(n_out), loss_func=loss_func, cbs=[cls(), *kw.pop('cbs', [])], **kw)
+    learn = Learner(dls, SmallNet(n_out), loss_func=loss_func or CrossEntropyLossFlat(), cbs=cls())
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     return learn
 
