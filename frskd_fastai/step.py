@@ -76,21 +76,25 @@ def short_run_note(
     steps = plural(schedule.last, 'training step') + (' planned' if schedule.steps<schedule.last else '')
     return f"only {steps} in total, so {how}"
 
+def _is_silent(learn):
+    "Return whether `learn` prints nothing: in `no_logging`, or not in the first process"
+    return learn.logger is noop or rank_distrib()>0
+
 def say_if_short(
     learn:Learner, # In `after_fit`, after some training
     schedule:Schedule,
     advice:str, # What to do, as the end of a sentence
 ):
     "Print a line if the training was too short for FRSKD to affect the student much"
-    quiet = own_attr(learn, 'lr_finder') or learn.logger is noop or rank_distrib()
     note = short_run_note(schedule)
+    quiet = own_attr(learn, 'lr_finder') or _is_silent(learn)
     if note and not quiet: print(f"FRSKD: {note}. The self-teacher may be better than the student: {advice}.")
 
 def say_teacher_stays(
     learn:Learner, # Its student was loaded from a file without a self-teacher
 ):
     "Print a line: the earlier self-teacher goes on"
-    if learn.logger is noop or rank_distrib(): return
+    if _is_silent(learn): return
     print("FRSKD: the student was loaded without a self-teacher, so the one trained before goes on. For a new one, "
           "remove the callback and add another.")
 

@@ -12,6 +12,7 @@ from fastai.vision.all import *
 from ..callback import *
 from ..method.losses import *
 from ..student.names import *
+from ..student.probe import *
 from .drawing import *
 from .loaders import *
 
@@ -68,9 +69,9 @@ def show_attention(self:FRSKDCallback,
     figsize = size*columns+1, size*3*n*h/w+.6
     fig,axs = plt.subplots(3*n, columns, figsize=figsize, squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
-    for i,(image,*label) in enumerate(images):
+    for i,sample in enumerate(images):
+        image,label = sample[0],sample[n_inputs(self.learn, sample):]
         show_image(image, ctx=axs[3*i,0], cmap='gray')
-        label = label[getattr(self.learn.dls, 'n_inp', 1)-1:] # without further inputs
         if label and self.task.per=='image': axs[3*i,0].set_title(no_math(label_text(label[0])), fontsize=8, wrap=True)
         for (who,maps,style),row in zip(rows, axs[3*i:]):
             row[0].text(1.05, .5, who, transform=row[0].transAxes, rotation=90, va='center', fontsize=8)

@@ -49,7 +49,7 @@ class _Judged:
         every = self.source.idxs
         b = dl.new(bs=len(idxs), num_workers=0, get_idxs=lambda: [every[i] for i in idxs]).one_batch()
         validate_on(self.learn, [b], lambda pred,yb: seen.extend(to_cpu((pred,yb[0]))))
-        target = getattr(self.learn.dls, 'n_inp', len(b)-1) # after all inputs
+        target = n_inputs(self.learn, b) # the first one
         if hasattr(dl, 'decode_batch'): images = [(o[0],o[target]) for o in dl.decode_batch(b, max_n=len(idxs))]
         else: images = [(x,y.item() if y.ndim==0 else y) for x,y in zip(*to_cpu((b[0],b[target])))]
         return images,*seen

@@ -6,7 +6,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/student/probe.html.md"""
 
 # %% auto #0
 __all__ = ['preserve_rng', 'probing', 'own_callbacks', 'copied_callbacks', 'own_values', 'own_pred', 'acts_in_training',
-           'check_learner', 'sample_batch', 'uncompiled', 'is_compiled', 'Eagerly']
+           'check_learner', 'n_inputs', 'sample_batch', 'uncompiled', 'is_compiled', 'Eagerly']
 
 # %% ../../nbs/student/probe.ipynb #ee05eb7e
 from contextlib import contextmanager, suppress
@@ -143,6 +143,13 @@ def check_learner(
         raise ValueError(f"FRSKD: {wanted}, got a {type(learn).__name__}. "
                          "Make one with your data: `Learner(dls, model)`.")
 
+def n_inputs(
+    learn:Learner,
+    batch, # What a data loader returns, or a decoded sample
+)->int: # Of the elements of `batch`; the others are targets
+    "Count the inputs in `batch` as `Learner` does"
+    return getattr(learn.dls, 'n_inp', 1 if len(batch)==1 else len(batch)-1)
+
 def sample_batch(
     learn:Learner, # Learner with data and model
     n:int=2, # How many inputs to return; the targets are always all of the batch's
@@ -155,9 +162,9 @@ def sample_batch(
     if empty: return None
     with preserve_rng(dl):
         b = tuplify(dl.one_batch() if hasattr(dl, 'one_batch') else first(dl))
-        n_inp = getattr(learn.dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
+        k = n_inputs(learn, b)
         b = to_device(tuple(b), one_param(learn.model).device)
-        xb,yb = own_values(learn, 'before_batch', False, copies, xb=b[:n_inp], yb=b[n_inp:]).values()
+        xb,yb = own_values(learn, 'before_batch', False, copies, xb=b[:k], yb=b[k:]).values()
     few = lambda o: o[:n].as_subclass(Tensor) if isinstance(o, Tensor) else o
     return tuple(apply(few, xb)),tuple(yb) # the types of the targets are needed to tell the task
 
