@@ -1522,5 +1522,6 @@ d = { 'settings': { 'branch': 'main',
                                                                                       'frskd_fastai/task/task.py'),
                                         'frskd_fastai.task.task.mean_where': ('task/task.html#mean_where', 'frskd_fastai/task/task.py'),
                                         'frskd_fastai.task.task.task_of': ('task/task.html#task_of', 'frskd_fastai/task/task.py')},
-            'frskd_fastai.width': { 'frskd_fastai.width.affordable_width': ('width.html#affordable_width', 'frskd_fastai/width.py'),
+            'frskd_fastai.width': { 'frskd_fastai.width._teacher_operations': ('width.html#_teacher_operations', 'frskd_fastai/width.py'),
+                                    'frskd_fastai.width.affordable_width': ('width.html#affordable_width', 'frskd_fastai/width.py'),
                                     'frskd_fastai.width.operations': ('width.html#operations', 'frskd_fastai/width.py')}}}

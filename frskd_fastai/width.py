@@ -8,6 +8,7 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/width.html.md"""
 __all__ = ['widths', 'operations', 'affordable_width']
 
 # %% ../nbs/width.ipynb #widt0004
+from functools import lru_cache
 from fastai.basics import *
 from .method.teacher import *
 from .student.levels import *
@@ -30,6 +31,12 @@ def operations(
         for h in handles: h.remove()
     return sum(counts)
 
+@lru_cache(maxsize=256) # counting takes longer than a small network's training step
+def _teacher_operations(sizes, n_out, width, depth):
+    "Count the FLOPs of a `SelfTeacher` for one image; `sizes` are (channels, height, width)"
+    with preserve_rng(), torch.device('meta'): # no memory, no computation
+        return operations(SelfTeacher([c for c,*_ in sizes], n_out, width, depth), [torch.empty(1, *o) for o in sizes])
+
 def affordable_width(
     levels:list, # `Level`s of the student, with the sizes that the self-teacher gets
     n_out:int, # Number of logits
@@ -39,8 +46,5 @@ def affordable_width(
 )->float: # One of `widths`: the smallest if none fits, 1 if `most` is 0
     "Return the largest width whose `SelfTeacher` takes at most `most` FLOPs per image"
     if not most: return 1.
-    def _cost(width): # on the meta device: no memory, no computation
-        with preserve_rng(), torch.device('meta'):
-            maps = [torch.empty(1, o.channels, *o.size) for o in levels]
-            return operations(SelfTeacher([o.channels for o in levels], n_out, width, depth), maps)
-    return first(w for w in widths if w<=largest and _cost(w)<=most) or widths[-1]
+    sizes = tuple((o.channels,*o.size) for o in levels)
+    return first(w for w in widths if w<=largest and _teacher_operations(sizes, n_out, w, depth)<=most) or widths[-1]

@@ -14,7 +14,7 @@ progress.ProgressCallback.run = False
 FAST = '--bs','16','--lr','1e-3','--seed','1'
 KINDS = dict(
     compare = ('--arch','wrn16_2','--size','16','--epochs','3','--compare',*FAST),
-    fine_tune = ('--arch','resnet18','--size','32','--epochs','2',*FAST)) # after one epoch with a frozen body
+    fine_tune = ('--arch','mobilenet_v3_small','--size','32','--epochs','2',*FAST)) # after one epoch with a frozen body
 
 def folder(root):
     "Write 12 images of each of four digits"
@@ -28,7 +28,7 @@ def fetch(url, **kw):
     "Replace torchvision's download by the weights of a seeded network"
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
-    weights = torchvision.models.resnet18().state_dict()
+    weights = torchvision.models.mobilenet_v3_small().state_dict()
     torch.random.set_rng_state(state)
     return weights
 

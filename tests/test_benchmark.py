@@ -10,7 +10,7 @@ from frskd_fastai.cli.measure import parts
 from frskd_fastai.step import Compiled
 from conftest import SmallNet, child_env, n_hooks, same, weights
 
-SMALL = '--arch cifar_resnet18 --size 32 --bs 4 --rounds 1 --steps 1'
+SMALL = '--arch wrn16_2 --size 32 --bs 4 --rounds 1 --steps 1'
 MINE = '''
 from functools import partial
 from frskd_fastai.method.teacher import SelfTeacher
@@ -33,7 +33,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert (d[list(parts)]>=0).all().all() and d.channels_last.all()
     text = (tmp_path/'out/bench.md').read_text()
     assert text in capsys.readouterr().out
-    for o in 'frskd-bench --arch cifar_resnet18','| mine:Narrow | ',torch.__version__: assert o in text
+    for o in 'frskd-bench --arch wrn16_2','| mine:Narrow | ',torch.__version__: assert o in text
 
 BAD = [('--arch resnet19','resnet19'), ('--device cuda','no GPU'), ('--amp fp16','needs a GPU'),
        ('--teacher nothing:Here','nothing'), ('--teacher json:Here','Here'), ('--teacher json','MODULE:NAME'),

@@ -1,5 +1,4 @@
 "FRSKDCallback on a Learner: adding it, the optimizer, what it does in training, and what it leaves behind"
-import subprocess, sys
 import pytest, torch
 from fastai.vision.all import *
 from fastai.callback.core import CancelFitException
@@ -53,7 +52,7 @@ def _opt(make, model, opt_func):
 def test_vision_learner_one_line(digits):
     dls = image_dls()
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=FRSKDCallback())
-    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-2, cbs=ShortEpochCallback(.2))
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, 1e-2, cbs=ShortEpochCallback(.05))
     assert learn.frskd.level_names==['0.4','0.5','0.6','0.7']
     assert set(learn.frskd.losses)=={'student','teacher','soft_label','feature'}
     assert len(learn.opt.param_lists)==3
@@ -819,27 +818,10 @@ def test_saved_and_exported_files_are_plain(tmp_path):
     assert abs(sizes['frskd']/sizes['plain']-1)<.01
     assert not any(m.startswith('frskd') for m in pickled_modules(tmp_path/'frskd.pkl'))
 
-def test_exported_student_needs_no_frskd(tmp_path):
-    "`load_learner` and `predict` work in a process that can't import this package"
-    learn = vision_learner(image_dls(), resnet18, pretrained=False, cbs=FRSKDCallback(), path=tmp_path)
-    learn.create_opt()
-    assert learn.frskd.build().teacher is not None
-    learn.export('x.pkl')
-    code = f"""
-import sys; sys.modules['frskd_fastai'] = None
-from fastai.vision.all import *
-learn = load_learner({str(tmp_path/'x.pkl')!r})
-with learn.no_bar(): print('probabilities:', len(learn.predict({str(learn.dls.valid_ds.items[0])!r})[2]))
-learn.create_opt()
-"""
-    argv = [sys.executable, '-W', 'ignore', '-c', code]
-    out = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert 'probabilities: 10' in out.stdout, out.stderr
-
 def test_export_of_an_untrained_learner(digits, tmp_path):
     dls = image_dls()
     learn = vision_learner(dls, resnet18, pretrained=False, cbs=FRSKDCallback(), path=tmp_path)
     learn.export('x.pkl')
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=ShortEpochCallback(.05))
     assert learn.frskd.teacher is not None
     assert load_learner(tmp_path/'x.pkl').predict(dls.valid_ds.items[0])[2].shape==(10,)

@@ -165,6 +165,7 @@ def test_exported_file(exported, tmp_path):
         from fastai.vision.all import *
         learn = load_learner('frskd.pkl')
         with learn.no_bar(): print(learn.predict(sys.argv[1])[2].tolist())
+        learn.create_opt()
     ''', file, cwd=tmp_path)
     torch.testing.assert_close(tensor(eval(out.strip().split('\n')[-1])), here, rtol=1e-4, atol=1e-5)
 

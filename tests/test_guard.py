@@ -295,20 +295,23 @@ def test_skipped_steps_before_the_training_is_cancelled(make, error):
     assert learn.frskd.skipped==(1 if error is CancelFitException else 2)
 
 TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
+def few_images(to):
+    for c in '01':
+        (to/c).mkdir(parents=True)
+        for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, to/c/f.name)
+    return to
+
 @pytest.mark.parametrize('option,msg', TOLD)
 def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     "The command prints one line, exits with 1, writes no results, and keeps the last good checkpoint"
     monkeypatch.setattr(ProgressCallback, 'run', False)
     monkeypatch.setattr(defaults, 'cpus', 0)
-    for c in '01':
-        (tmp_path/'data'/c).mkdir(parents=True)
-        for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, tmp_path/'data'/c/f.name)
     if option=='--alpha': monkeypatch.setattr(SingleLabel, 'soft_labels', lambda self,s,t,*a: (s-t).sum()*math.nan)
     args = '--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3'
     value = {'--alpha':'1','--lr':'1e30'}[option]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        code = command.main([str(tmp_path/'data'), *args, option, value, '--out', str(tmp_path/'r')])
+        code = command.main([str(few_images(tmp_path/'data')), *args, option, value, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==1 and err.count('\n')==1 and msg in err and 'start over' in err
     assert not any(o in err for o in ('Restart','Check','GradientClip')) # advice for scripts
@@ -327,10 +330,10 @@ def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
         fit(job, learn, lr)
         if spoiled: learn.model.mask.data[0,0] = -math.inf
     monkeypatch.setattr(jobs.ImageJob, 'fit', spoil)
-    args = '--arch','wrn16_2','--size','32','--bs','256','--epochs','1','--lr','1e-3','--compare'
+    args = '--arch','wrn16_2','--size','32','--bs','8','--epochs','1','--lr','1e-3','--compare'
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        code = command.main([*args, '--out', str(tmp_path/'r')])
+        code = command.main([str(few_images(tmp_path/'data')), *args, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==spoiled and (tmp_path/'r/student.pkl').exists()==(not spoiled)
     if spoiled: assert "the plain training run has diverged: 1 weights or buffers aren't finite" in err

@@ -20,6 +20,13 @@ def measure(learn):
                 files=process.num_fds(), threads=process.num_threads(), overridden=len(learn.__dict__),
                 memory=process.memory_info().rss/2**20)
 
+@pytest.fixture(autouse=True)
+def nothing_imported():
+    "Objects that exist by now are not searched each time"
+    gc.collect(); gc.freeze()
+    yield
+    gc.unfreeze()
+
 def check_growth(early, late):
     grown = {k:(v,late[k]) for k,v in early.items() if late[k]>v+(MORE if k=='memory' else 0)}
     assert not grown, f'grown, (early, late): {grown}'

@@ -110,12 +110,19 @@ def test_half_precision_masters_are_refused(make, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match='to_fp16'): learn.fit(1, cbs=Resumable(tmp_path/'a'))
 
 # -- Damaged and foreign checkpoints ----------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def finished():
+    "Results of training runs that several tests compare with"
+    return {}
+
 @pytest.fixture
-def done(make, tmp_path):
-    "Run a training to its end; returns its folder and result"
-    learn = learner(make)
-    learn.fit_one_cycle(3, 1e-2, cbs=Resumable(tmp_path/'a', dict(epochs=3)))
-    return tmp_path/'a',everything(learn)
+def done(make, tmp_path, finished, tmp_path_factory):
+    "Return a copy of a finished training's folder, and its result"
+    if 'end' not in finished:
+        learn,folder = learner(make),tmp_path_factory.mktemp('done')/'a'
+        learn.fit_one_cycle(3, 1e-2, cbs=Resumable(folder, dict(epochs=3)))
+        finished.update(folder=folder, end=everything(learn))
+    return shutil.copytree(finished['folder'], tmp_path/'a'),finished['end']
 
 def spoil(file, how):
     data = file.read_bytes()
@@ -302,6 +309,14 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, 'cpus', 0)
     return tmp_path/'data'
 
+@pytest.fixture
+def undisturbed(folder, tmp_path, finished):
+    "Outcome of the command without an interruption"
+    if 'command' not in finished:
+        assert command.main([str(folder), *options(tmp_path/'whole')])==0
+        finished['command'] = outcome(tmp_path/'whole')
+    return finished['command']
+
 def options(out, epochs=3):
     return ['--arch','wrn16_2','--size','16','--bs','8','--epochs',str(epochs),'--lr','1e-3','--out',str(out)]
 
@@ -332,7 +347,7 @@ def hangup():
     signal.signal(signal.SIGHUP, old)
 
 @pytest.mark.parametrize('signum,expected', [(signal.SIGINT,130),(signal.SIGTERM,143),(signal.SIGHUP,129)])
-def test_signals(signum, expected, hangup, stopped, folder, tmp_path, capsys):
+def test_signals(signum, expected, hangup, undisturbed, stopped, folder, capsys):
     handlers = [signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)]
     code,err,out = stopped(signum)
     assert code==expected and err.strip().count('\n')==0 and 'interrupted' in err
@@ -343,8 +358,7 @@ def test_signals(signum, expected, hangup, stopped, folder, tmp_path, capsys):
     assert command.main([str(folder), *options(out)])==2
     assert f'--resume {out}' in capsys.readouterr().err # so nothing is overwritten by accident
     assert command.main(['--resume', str(out)])==0
-    assert command.main([str(folder), *options(tmp_path/'whole')])==0
-    (a,h),(b,g) = outcome(out),outcome(tmp_path/'whole')
+    (a,h),(b,g) = outcome(out),undisturbed
     assert same(a, b) and h.equals(g) and len(h)==3
     assert not (out/'checkpoints').exists()
     assert command.main(['--resume', str(out)])==0 and 'finished' in capsys.readouterr().out

@@ -1,11 +1,14 @@
 "The command frskd-train: what it writes, and one clear line for bad input"
 import json, re, shlex, subprocess, sys, time, urllib.error, zipfile
+from functools import partialmethod
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
-from fastai.vision.all import SGD, Callback, L, get_image_files
+from fastai.vision.all import SGD, Callback, L, Learner, defaults, get_image_files
 from frskd_fastai.data.embedded import digits_data
+from frskd_fastai.cli.jobs import make_job
+from frskd_fastai.cli.options import TrainOptions
 from frskd_fastai.cli.report import Report
 from frskd_fastai.cli.run import Run, _mean_loss
 from frskd_fastai.cli.run_folder import results
@@ -25,7 +28,10 @@ def image(path, size=(12,12)):
     Image.fromarray(pixels).save(path)
 
 @pytest.fixture
-def folder(tmp_path):
+def no_workers(monkeypatch): monkeypatch.setattr(defaults, 'cpus', 0) # forking them takes longer than loading
+
+@pytest.fixture
+def folder(tmp_path, no_workers):
     "Write some digits, one folder per class, in a folder called 'my images'"
     root = tmp_path/'my images'
     for c in '0123':
@@ -35,6 +41,7 @@ def folder(tmp_path):
     return root
 
 FAST = '--size','32','--epochs','1','--bs','16','--lr','1e-3','--no-pretrained'
+SMALL = *FAST,'--arch','mobilenet_v3_small','--width','.25' # where the network makes no difference
 
 def test_plain_training_reports_its_mean_loss(make):
     "The mean over the epoch's images, as FRSKD reports it; fastai's `train_loss` is a running mean over epochs"
@@ -85,7 +92,7 @@ def test_results(folder, tmp_path, capsys):
     assert label in '0123' and probs.shape==(4,)
 
 def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
-    code,out,err = run(folder, *FAST, '--keep-refined', '--out', tmp_path/'r', capsys=capsys)
+    code,out,err = run(folder, *SMALL, '--keep-refined', '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
     assert sorted(o.name for o in (tmp_path/'r').iterdir())==sorted((*results,'refined.pkl','average.pkl'))
     assert 'refined.pkl, average.pkl' in out.splitlines()[-1]
@@ -101,17 +108,17 @@ def test_the_refined_model_is_kept_where_asked_for(folder, tmp_path, capsys):
 def test_forced(folder, tmp_path, capsys):
     "With --force, no result of the earlier training is left beside the new ones"
     out = tmp_path/'r'
-    assert run(folder, *FAST, '--compare', '--keep-refined', '--out', out, capsys=capsys)[0]==0
+    assert run(folder, *SMALL, '--compare', '--keep-refined', '--out', out, capsys=capsys)[0]==0
     assert {o.name for o in out.iterdir()}=={*results,'differences.png','refined.pkl','average.pkl'}
     (out/'notes.txt').write_text('mine')
-    assert run(folder, *FAST, '--force', '--seed', 1, '--out', out, capsys=capsys)[0]==0
+    assert run(folder, *SMALL, '--force', '--seed', 1, '--out', out, capsys=capsys)[0]==0
     assert {o.name for o in out.iterdir()}=={*results,'notes.txt'}
 
 def test_pictures_cannot_cost_the_model(folder, tmp_path, capsys, monkeypatch):
     "The student is exported before the pictures are drawn"
     def fail(*args): raise RuntimeError("no picture")
     monkeypatch.setattr(Report, '_write_pictures', fail)
-    with pytest.raises(RuntimeError, match='no picture'): run(folder, *FAST, '--out', tmp_path/'r', capsys=capsys)
+    with pytest.raises(RuntimeError, match='no picture'): run(folder, *SMALL, '--out', tmp_path/'r', capsys=capsys)
     with (learn := load_learner(tmp_path/'r/student.pkl')).no_bar():
         assert learn.predict(get_image_files(folder)[0])[0] in '0123'
 
@@ -129,7 +136,7 @@ def test_out_of_memory_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
 def test_terminals_without_greek_letters(encoding, folder, tmp_path):
     "Letters that the terminal can't print are replaced; the files are in UTF-8"
     code = "import sys; from frskd_fastai.cli.train import main; sys.exit(main(sys.argv[1:]))"
-    p = subprocess.run([sys.executable, '-c', code, folder, *FAST, '--out', tmp_path/'r'], capture_output=True,
+    p = subprocess.run([sys.executable, '-c', code, folder, *SMALL, '--out', tmp_path/'r'], capture_output=True,
                        env=child_env(PYTHONIOENCODING=encoding, PYTHONUTF8='0'))
     assert p.returncode==0, p.stderr
     assert b'FRSKD: ? 2, ? 100' in p.stdout
@@ -138,7 +145,7 @@ def test_terminals_without_greek_letters(encoding, folder, tmp_path):
 def test_runs_repeat(folder, tmp_path, capsys):
     "The same command gives the same history, with or without a plain run first"
     for o,kind in ('a',['--compare']),('b',[]):
-        assert run(folder, *FAST, *kind, '--seed', 3, '--out', tmp_path/o, capsys=capsys)[0]==0
+        assert run(folder, *SMALL, *kind, '--seed', 3, '--out', tmp_path/o, capsys=capsys)[0]==0
     a,b = (pd.read_csv(tmp_path/o/'history.csv').drop(columns='time') for o in 'ab')
     a = a[a.run=='frskd'].reset_index(drop=True)
     pd.testing.assert_frame_equal(a[b.columns], b)
@@ -158,7 +165,8 @@ def test_split_folders_and_options(folder, tmp_path, capsys):
     assert h.run.tolist()==['frskd'] and h.soft_label_loss.isna().all() and h.feature_loss.notna().all()
     assert '30 training and 10 validation images of 2 classes' in out
 
-def test_auto_learning_rate(folder, tmp_path, capsys):
+def test_auto_learning_rate(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Learner, 'lr_find', partialmethod(Learner.lr_find, num_it=20))
     options = '--arch','mobilenet_v3_small','--lr','auto'
     code,out,err = run(folder, *FAST, *options, '--out', tmp_path/'r', capsys=capsys)
     assert code==0 and 'learning rate: ' in out
@@ -213,7 +221,7 @@ def test_results_are_not_overwritten(folder, tmp_path, capsys):
     bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, 'already holds results', '--force')
     assert (tmp_path/'r/history.csv').read_text()=='precious'
     (tmp_path/'r/notes.txt').write_text('mine')
-    assert run(folder, *FAST, '--out', tmp_path/'r', '--force', capsys=capsys)[0]==0
+    assert run(folder, *SMALL, '--out', tmp_path/'r', '--force', capsys=capsys)[0]==0
     assert (tmp_path/'r/history.csv').read_text()!='precious' and (tmp_path/'r/notes.txt').read_text()=='mine'
 def test_out_is_a_file(folder, tmp_path, capsys):
     (tmp_path/'r').write_text('x'); bad([folder, *FAST, '--out', tmp_path/'r'], capsys, tmp_path, 'is a file')
@@ -311,7 +319,7 @@ def test_command_on_real_images(tmp_path):
 
 # -- Segmentation -----------------------------------------------------------------------------------------
 @pytest.fixture
-def masks(tmp_path):
+def masks(tmp_path, no_workers):
     "Write digits with masks of their ink: paper, ink, and void between them"
     root = tmp_path/'scenes'
     for i,f in enumerate(get_image_files(digits_data()/'train').sorted()[:14]):
@@ -347,27 +355,26 @@ def test_segmentation(masks, tmp_path, capsys):
     assert L(learn.metrics).attrgot('name')==['mean_iou','pixel_accuracy']
     with learn.no_bar(): assert learn.predict(masks/'images/0.png')[0].shape==(32,36)
 
-def test_segmentation_of_split_folders(masks, tmp_path, capsys):
+def mask_job(masks): return make_job(TrainOptions.from_argv([str(masks), *SEG]))
+
+def test_segmentation_of_split_folders(masks):
     for part,keep in ('train',range(10)),('val',range(10,14)):
         for name in 'images','labels':
             (masks/part/name).mkdir(parents=True)
             for i in keep: (masks/name/f'{i}.png').rename(masks/part/name/f'{i}.png')
     for name in 'images','labels': (masks/name).rmdir()
-    code,printed,err = run(masks, *SEG, '--out', tmp_path/'r', capsys=capsys)
-    assert code==0 and '10 training and 4 validation images' in printed, err
+    job = mask_job(masks)
+    assert (len(job.train),len(job.valid))==(10,4)
 
-def test_masks_in_a_palette_are_read_by_their_numbers(masks, tmp_path, capsys):
-    histories = []
-    for out in 'gray','palette':
-        code,_,err = run(masks, *SEG, '--out', tmp_path/out, capsys=capsys)
-        assert code==0, err
-        histories.append(pd.read_csv(tmp_path/out/'history.csv').drop(columns='time'))
-        for f in (masks/'labels').iterdir():
-            m = Image.fromarray(np.asarray(Image.open(f)), 'P')
-            m.putpalette([0,0,0, 128,0,0, 0,128,0]+[9]*759)
-            m.save(f)
-            assert Image.open(f).mode=='P'
-    pd.testing.assert_frame_equal(*histories)
+def test_masks_in_a_palette_are_read_by_their_numbers(masks):
+    labels = lambda: torch.cat([y.as_subclass(torch.Tensor) for _,y in mask_job(masks).dls().valid])
+    gray = labels()
+    for f in (masks/'labels').iterdir():
+        m = Image.fromarray(np.asarray(Image.open(f)), 'P')
+        m.putpalette([0,0,0, 128,0,0, 0,128,0]+[9]*759)
+        m.save(f)
+        assert Image.open(f).mode=='P'
+    assert gray.unique().tolist()==[0,1,2] and torch.equal(labels(), gray)
 
 def test_masks_without_the_task(masks, tmp_path, capsys):
     code,_,err = run(masks, *FAST, '--out', tmp_path/'r', capsys=capsys)
