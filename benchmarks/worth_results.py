@@ -12,6 +12,7 @@ TITLES = {
     'wide':      'CIFAR-100 (33 × 500), wider ResNet',
     'resnet18':  'CIFAR-100 (33 × 500), ResNet-18',
     'groceries': 'groceries (81 × 10), fine-tuning',
+    'thirty':    'groceries (81 × 30), fine-tuning',
     'upscaled':  'CIFAR-100 (33 × 25), fine-tuning',
     'tiny':      'groceries (28 × 4), fine-tuning',
     'eight':     'groceries (8 × 12), fine-tuning',
@@ -24,7 +25,7 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     # Their steps are the same, or nearly so
-    setting = {'many':'few', **dict.fromkeys(('upscaled','tiny','eight'), 'groceries')}.get(setting, setting)
+    setting = {'many':'few', **dict.fromkeys(('thirty','upscaled','tiny','eight'), 'groceries')}.get(setting, setting)
     # These differ from another one in their weights alone
     if method.startswith('short '): method = 'frskd'
     if method in ('length 1000','constant','trust','ramp'): method = 'width 2' if setting=='groceries' else 'frskd'
