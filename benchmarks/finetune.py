@@ -15,7 +15,7 @@ mean of both networks' probabilities). Rows are appended to `--out`; runs that a
 
 `--lrs` tries six learning rates with plain training on seed 99. Use the one with the highest accuracy for all arms.
 """
-import argparse, os, tempfile, time, zipfile
+import argparse, os, shutil, tempfile, time, zipfile
 from fastai.vision.all import *
 from frskd_fastai.all import *
 from schedule_study import VARIANTS, NoValid, callback
@@ -52,7 +52,10 @@ def images_folder(path):
     if path.suffix!='.zip': return path
     out = Path(tempfile.gettempdir())/f'finetune-{path.stem}'
     if not out.exists():
-        with zipfile.ZipFile(path) as z: z.extractall(out)
+        new = Path(tempfile.mkdtemp(dir=out.parent))
+        with zipfile.ZipFile(path) as z: z.extractall(new)
+        try: new.rename(out) # in one step, as another process may do the same
+        except OSError: shutil.rmtree(new)
     return first(o.parent for o in out.rglob('train'))
 
 def find_items(args):

@@ -470,7 +470,7 @@ if __name__=='__main__':
     p.add_argument('--out', type=Path, default=here/'worth.csv')
     p.add_argument('--times-out', type=Path, default=here/'worth_times.csv')
     p.add_argument('--times', action='store_true', help='time a step of each method and stop')
-    p.add_argument('--lrs', nargs='*', type=float, help='try these learning rates, or six, with plain training and stop')
+    p.add_argument('--lrs', nargs='*', type=float, help='try these rates, or six, with plain training and stop')
     p.add_argument('--table', action='store_true', help='print the table from --out and stop')
     p.add_argument('--overview', action='store_true', help="print the README's tables from --out and stop")
     p.add_argument('--candidates', action='store_true', help='print how the rule judges the methods and stop')

@@ -1,5 +1,5 @@
 "The study of training recipes, benchmarks/worth.py: differences, and the table in the docs"
-import json, math, subprocess, sys
+import json, math, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 import pandas as pd, pytest
 from conftest import child_env
@@ -90,6 +90,21 @@ def test_runs(worth, tmp_path):
         assert sorted(zip(d.arm, d.network))==[('plain','student')] + [
             ('smoothing frskd',o) for o in ('average','refined','student')]
     assert d.accuracy.between(5, 100).all() and d.loss.between(.01, 10).all() and (d.trained_epochs==1).all()
+
+def test_two_processes_unpack_the_same_images(worth, tmp_path, monkeypatch):
+    import finetune
+    with zipfile.ZipFile(tmp_path/'some.zip', 'w') as z: z.writestr('some/train/a/0.png', b'x')
+    (tmp_path/'tmp').mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path/'tmp'))
+    extract,found = zipfile.ZipFile.extractall,[]
+    def at_once(z, to): # another process begins before this one ends
+        monkeypatch.setattr(zipfile.ZipFile, 'extractall', extract)
+        found.append(finetune.images_folder(tmp_path/'some.zip'))
+        extract(z, to)
+    monkeypatch.setattr(zipfile.ZipFile, 'extractall', at_once)
+    found.append(finetune.images_folder(tmp_path/'some.zip'))
+    assert found[0]==found[1] and (found[0]/'train/a/0.png').read_bytes()==b'x'
+    assert len(list((tmp_path/'tmp').iterdir()))==1
 
 def test_numbers_in_a_table(worth):
     "A minus is a minus, and no line breaks inside"
