@@ -12,6 +12,7 @@ TITLES = {
     'wide':      'CIFAR-100 (33 × 500), wider ResNet',
     'resnet18':  'CIFAR-100 (33 × 500), ResNet-18',
     'groceries': 'groceries (81 × 10), fine-tuning',
+    'fast':      'groceries (81 × 10), fine-tuning at a higher rate',
     'thirty':    'groceries (81 × 30), fine-tuning',
     'upscaled':  'CIFAR-100 (33 × 25), fine-tuning',
     'tiny':      'groceries (28 × 4), fine-tuning',
@@ -25,7 +26,8 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     # Their steps are the same, or nearly so
-    setting = {'many':'few', **dict.fromkeys(('thirty','upscaled','tiny','eight'), 'groceries')}.get(setting, setting)
+    same = {'many':'few', **dict.fromkeys(('fast','thirty','upscaled','tiny','eight'), 'groceries')}
+    setting = same.get(setting, setting)
     # These differ from another one in their weights alone
     if method.startswith('short '): method = 'frskd'
     if method in ('length 1000','constant','trust','ramp'): method = 'width 2' if setting=='groceries' else 'frskd'
@@ -75,7 +77,7 @@ def gain_text(o, n):
 
 def table(d):
     "Return a `summary` as a Markdown table"
-    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','ECE','runs'
+    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','calibration error, %','runs'
     lines = ['| '+' | '.join(heads)+' |', '|---'*len(heads)+'|']
     for o in d.itertuples():
         if o.arm=='plain': o = o._replace(gain=math.nan, more_loss=math.nan)
