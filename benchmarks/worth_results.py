@@ -77,7 +77,8 @@ def gain_text(o, n):
 
 def table(d):
     "Return a `summary` as a Markdown table"
-    heads = 'setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain','calibration error, %','runs'
+    heads = ('setting','epochs','arm','network','time','accuracy or mIoU','− plain','loss − plain',
+             'calibration error, %','runs')
     lines = ['| '+' | '.join(heads)+' |', '|---'*len(heads)+'|']
     for o in d.itertuples():
         if o.arm=='plain': o = o._replace(gain=math.nan, more_loss=math.nan)
