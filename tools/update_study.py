@@ -19,6 +19,7 @@ def put(tables, text):
 
 def put_in_page(tables, file):
     text = file.read_text(encoding='utf-8')
+    if not any(o.splitlines()[0] in text for o in tables): raise ValueError(f"{file} has none of the tables' heads")
     if file.suffix=='.md': new = put(tables, text)
     else:
         nb = json.loads(text)
