@@ -5,6 +5,7 @@ import pytest, torch
 from fastai.vision.all import *
 from fastai.vision.models.unet import DynamicUnet
 from sklearn.datasets import load_digits
+from frskd_fastai.data.embedded import digits_data
 
 torch.backends.cudnn.allow_tf32 = False # the tests compare float32 values, also on a GPU
 
@@ -56,6 +57,18 @@ def make(dls, tmp_path):
         learn.logger = noop
         return learn
     return _make
+
+@pytest.fixture
+def no_workers(monkeypatch):
+    "Load images without data loader workers: forking them takes longer than loading a few small images"
+    monkeypatch.setattr(defaults, 'cpus', 0)
+
+def copy_digits(to, classes, n):
+    "Copy the first `n` images of each of `classes`, one folder per class; returns `to`"
+    for c in classes:
+        (to/c).mkdir(parents=True)
+        for f in sorted((digits_data()/'train'/c).iterdir())[:n]: (to/c/f.name).write_bytes(f.read_bytes())
+    return to
 
 class At(Callback):
     "Call `f` with this callback at an event of the training"

@@ -19,10 +19,9 @@ def picture(seed=0, size=(20,20)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8))
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, no_workers, monkeypatch):
     "Write two classes of six images"
     monkeypatch.setattr(ProgressCallback, 'run', False)
-    monkeypatch.setattr(defaults, 'cpus', 0)
     monkeypatch.chdir(tmp_path)
     for c in '01':
         (tmp_path/'data'/c).mkdir(parents=True)

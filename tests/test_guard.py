@@ -1,16 +1,15 @@
 "Non-finite losses and activations: which steps are skipped, what stays intact, what ends a fit"
-import gc, json, math, shutil, warnings, weakref
+import gc, json, math, warnings, weakref
 import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import autocast, GradScaler
 import frskd_fastai.cli.jobs as jobs, frskd_fastai.cli.train as command, frskd_fastai.refined
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.sla_callback import FRSKDSLACallback
-from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.learner.nonfinite import SkipNonFinite
 from frskd_fastai.learner.resume import Resumable
 from frskd_fastai.task.task import SingleLabel
-from conftest import SmallNet, n_hooks, same, weights
+from conftest import SmallNet, copy_digits, n_hooks, same, weights
 
 class Poison(Callback):
     "Makes one value of the images non-finite in some steps"
@@ -295,23 +294,17 @@ def test_skipped_steps_before_the_training_is_cancelled(make, error):
     assert learn.frskd.skipped==(1 if error is CancelFitException else 2)
 
 TOLD = [('--alpha',"first non-finite tensor is the soft-label loss"), ('--lr',"parameters are no longer finite")]
-def few_images(to):
-    for c in '01':
-        (to/c).mkdir(parents=True)
-        for f in sorted((digits_data()/'train'/c).iterdir())[:20]: shutil.copy(f, to/c/f.name)
-    return to
-
 @pytest.mark.parametrize('option,msg', TOLD)
-def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
+def test_the_command(option, msg, short, no_workers, tmp_path, capsys, monkeypatch):
     "The command prints one line, exits with 1, writes no results, and keeps the last good checkpoint"
     monkeypatch.setattr(ProgressCallback, 'run', False)
-    monkeypatch.setattr(defaults, 'cpus', 0)
     if option=='--alpha': monkeypatch.setattr(SingleLabel, 'soft_labels', lambda self,s,t,*a: (s-t).sum()*math.nan)
+    data = copy_digits(tmp_path/'data', '01', 20)
     args = '--arch','wrn16_2','--size','16','--bs','8','--epochs','3','--lr','1e-3'
     value = {'--alpha':'1','--lr':'1e30'}[option]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        code = command.main([str(few_images(tmp_path/'data')), *args, option, value, '--out', str(tmp_path/'r')])
+        code = command.main([str(data), *args, option, value, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==1 and err.count('\n')==1 and msg in err and 'start over' in err
     assert not any(o in err for o in ('Restart','Check','GradientClip')) # advice for scripts
@@ -320,20 +313,20 @@ def test_the_command(option, msg, short, tmp_path, capsys, monkeypatch):
     assert (tmp_path/'r/checkpoints/frskd/0-0000.pth').exists()
 
 @pytest.mark.parametrize('spoiled', [False,True])
-def test_the_command_and_a_mask(spoiled, tmp_path, capsys, monkeypatch):
+def test_the_command_and_a_mask(spoiled, no_workers, tmp_path, capsys, monkeypatch):
     "The command exports a model that contains -inf, unless training has added more"
     monkeypatch.setattr(ProgressCallback, 'run', False)
-    monkeypatch.setattr(defaults, 'cpus', 0)
     monkeypatch.setattr(jobs, 'whole_network', lambda *a: Fixed())
     fit = jobs.ImageJob.fit
     def spoil(job, learn, lr):
         fit(job, learn, lr)
         if spoiled: learn.model.mask.data[0,0] = -math.inf
     monkeypatch.setattr(jobs.ImageJob, 'fit', spoil)
+    data = copy_digits(tmp_path/'data', '01', 20)
     args = '--arch','wrn16_2','--size','32','--bs','8','--epochs','1','--lr','1e-3','--compare'
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        code = command.main([str(few_images(tmp_path/'data')), *args, '--out', str(tmp_path/'r')])
+        code = command.main([str(data), *args, '--out', str(tmp_path/'r')])
     err = capsys.readouterr().err
     assert code==spoiled and (tmp_path/'r/student.pkl').exists()==(not spoiled)
     if spoiled: assert "the plain training run has diverged: 1 weights or buffers aren't finite" in err

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from scipy.io import savemat
-from fastai.basics import Callback, defaults
+from fastai.basics import Callback
 from fastai.learner import load_learner
 from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.data.images import DataError
@@ -15,8 +15,7 @@ from frskd_fastai.cli.run_folder import results
 from conftest import pickled_modules
 from test_train import SHARED, run
 
-@pytest.fixture(autouse=True)
-def no_workers(monkeypatch): monkeypatch.setattr(defaults, 'cpus', 0) # forking them takes longer than loading
+pytestmark = pytest.mark.usefixtures('no_workers')
 
 def digit(to, c, i):
     "Save the i-th image of digit c to the file `to`"

@@ -7,13 +7,12 @@ import pandas as pd, pytest, torch
 from fastai.vision.all import *
 from fastai.callback.fp16 import NonNativeMixedPrecision
 from frskd_fastai.callback import FRSKDCallback
-from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.jobs import ImageJob
 from frskd_fastai.cli.run_folder import RunFolder, results
 from frskd_fastai.cli.signals import end_at_batch
 from frskd_fastai.learner.resume import *
 import frskd_fastai.learner.resume as resume, frskd_fastai.cli.train as command
-from conftest import At, SmallNet, Stop, child_env, same, split, weights
+from conftest import At, SmallNet, Stop, child_env, copy_digits, same, split, weights
 
 # -- Killed processes -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('kind,kills,rows', [('compare',6,6),('fine_tune',4,3)])
@@ -300,14 +299,9 @@ def test_a_full_disk(make, tmp_path):
 
 # -- The command ------------------------------------------------------------------------------------------
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, no_workers, monkeypatch):
     monkeypatch.setattr(ProgressCallback, 'run', False)
-    for c in '01':
-        for f in sorted((digits_data()/'train'/c).iterdir())[:15]:
-            (tmp_path/'data'/c).mkdir(parents=True, exist_ok=True)
-            shutil.copy(f, tmp_path/'data'/c/f.name)
-    monkeypatch.setattr(defaults, 'cpus', 0)
-    return tmp_path/'data'
+    return copy_digits(tmp_path/'data', '01', 15)
 
 @pytest.fixture
 def undisturbed(folder, tmp_path, finished):

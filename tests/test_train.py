@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastai.learner import load_learner
-from fastai.vision.all import SGD, Callback, L, Learner, defaults, get_image_files
+from fastai.vision.all import SGD, Callback, L, Learner, get_image_files
 from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.jobs import make_job
 from frskd_fastai.cli.options import TrainOptions
@@ -13,7 +13,7 @@ from frskd_fastai.cli.report import Report
 from frskd_fastai.cli.run import Run, _mean_loss
 from frskd_fastai.cli.run_folder import results
 from frskd_fastai.cli.train import main
-from conftest import child_env, pickled_modules
+from conftest import child_env, copy_digits, pickled_modules
 
 SHARED = Path(__file__).parents[2]/'shared/data'
 
@@ -28,17 +28,9 @@ def image(path, size=(12,12)):
     Image.fromarray(pixels).save(path)
 
 @pytest.fixture
-def no_workers(monkeypatch): monkeypatch.setattr(defaults, 'cpus', 0) # forking them takes longer than loading
-
-@pytest.fixture
 def folder(tmp_path, no_workers):
     "Write some digits, one folder per class, in a folder called 'my images'"
-    root = tmp_path/'my images'
-    for c in '0123':
-        for f in sorted((digits_data()/'train'/c).iterdir())[:20]:
-            (root/c).mkdir(parents=True, exist_ok=True)
-            (root/c/f.name).write_bytes(f.read_bytes())
-    return root
+    return copy_digits(tmp_path/'my images', '0123', 20)
 
 FAST = '--size','32','--epochs','1','--bs','16','--lr','1e-3','--no-pretrained'
 SMALL = *FAST,'--arch','mobilenet_v3_small','--width','.25' # where the network makes no difference
