@@ -5,7 +5,6 @@ import pytest, torch
 from fastai.vision.all import *
 from fastai.vision.models.unet import DynamicUnet
 from sklearn.datasets import load_digits
-from frskd_fastai.data.embedded import digits_data
 
 torch.backends.cudnn.allow_tf32 = False # the tests compare float32 values, also on a GPU
 
@@ -65,6 +64,7 @@ def no_workers(monkeypatch):
 
 def copy_digits(to, classes, n):
     "Copy the first `n` images of each of `classes`, one folder per class; returns `to`"
+    from frskd_fastai.data.embedded import digits_data # here: test_checkpoints imports this file without it
     for c in classes:
         (to/c).mkdir(parents=True)
         for f in sorted((digits_data()/'train'/c).iterdir())[:n]: (to/c/f.name).write_bytes(f.read_bytes())
