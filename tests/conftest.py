@@ -62,12 +62,12 @@ def no_workers(monkeypatch):
     "Load images without data loader workers: forking them takes longer than loading a few small images"
     monkeypatch.setattr(defaults, 'cpus', 0)
 
-def copy_digits(to, classes, n):
-    "Copy the first `n` images of each of `classes`, one folder per class; returns `to`"
+def copy_digits(to, classes, n, part='train'):
+    "Copy the first `n` images of each of `classes` in `part`, one folder per class; returns `to`"
     from frskd_fastai.data.embedded import digits_data # here: test_checkpoints imports this file without it
     for c in classes:
         (to/c).mkdir(parents=True)
-        for f in sorted((digits_data()/'train'/c).iterdir())[:n]: (to/c/f.name).write_bytes(f.read_bytes())
+        for f in sorted((digits_data()/part/c).iterdir())[:n]: (to/c/f.name).write_bytes(f.read_bytes())
     return to
 
 class At(Callback):

@@ -7,22 +7,14 @@ from pathlib import Path
 import pandas as pd, torch, torchvision
 from fastai.basics import defaults
 import fastai.callback.progress as progress
-from frskd_fastai.data.embedded import digits_data
 from frskd_fastai.cli.train import main
+from conftest import copy_digits
 
 progress.ProgressCallback.run = False
 FAST = '--bs','16','--lr','1e-3','--seed','1'
 KINDS = dict(
     compare = ('--arch','wrn16_2','--size','16','--epochs','3','--compare',*FAST),
     fine_tune = ('--arch','mobilenet_v3_small','--size','32','--epochs','2',*FAST)) # after one epoch with a frozen body
-
-def folder(root):
-    "Write 12 images of each of four digits"
-    for c in '0123':
-        for f in sorted((digits_data()/'train'/c).iterdir())[:12]:
-            (root/c).mkdir(parents=True, exist_ok=True)
-            (root/c/f.name).write_bytes(f.read_bytes())
-    return root
 
 def fetch(url, **kw):
     "Replace torchvision's download by the weights of a seeded network"
@@ -67,7 +59,7 @@ if __name__=='__main__':
     kind,kills,root = sys.argv[1],int(sys.argv[2]),Path(sys.argv[3])
     torchvision.models._api.load_state_dict_from_url = fetch
     defaults.cpus = int(kind=='fine_tune') # data loader workers
-    data,log,rng = folder(root/'data'),root/'log',random.Random(kind)
+    data,log,rng = copy_digits(root/'data', '0123', 12),root/'log',random.Random(kind)
     train = lambda out: [data, *KINDS[kind], '--out', out]
     t0 = time.time()
     code = end(start(train(root/'whole'), log))

@@ -9,7 +9,7 @@ from fastai.distributed import ParallelTrainer
 from torch.nn.parallel import DataParallel
 from frskd_fastai.callback import FRSKDCallback
 from frskd_fastai.cli.run_folder import results
-from conftest import SmallNet, child_env, n_hooks, same, weights
+from conftest import SmallNet, child_env, copy_digits, n_hooks, same, weights
 import ranks
 from ranks import Ranks
 
@@ -292,11 +292,7 @@ def test_frskd_train_under_accelerate(tmp_path):
     SIGTERM ends it with a message on how to resume. With few images, and an odd number of them, the last batch and
     the accuracy are right."""
     out,folder = tmp_path/'out',tmp_path/'images'
-    for part,n in ('train',11),('valid',3):
-        for c in '01345':
-            (folder/part/c).mkdir(parents=True)
-            for f in sorted((ranks.digits_data()/part/c).iterdir())[:n]:
-                (folder/part/c/f.name).write_bytes(f.read_bytes())
+    for part,n in ('train',11),('valid',3): copy_digits(folder/part, '01345', n, part)
     command = *ACCELERATE,HERE/'train_on_cpu.py'
     options = '--no-pretrained','--arch','mobilenet_v3_small','--epochs',2,'--size',32,'--bs',64,'--compare'
     begun = lambda: list(out.glob('checkpoints/frskd/0-0001.pth'))
