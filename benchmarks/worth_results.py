@@ -12,7 +12,6 @@ TITLES = {
     'wide':      'CIFAR-100 (33 × 500), wider ResNet',
     'resnet18':  'CIFAR-100 (33 × 500), ResNet-18',
     'groceries': 'groceries (81 × 10), fine-tuning',
-    'fast':      'groceries (81 × 10), fine-tuning at a higher rate',
     'thirty':    'groceries (81 × 30), fine-tuning',
     'upscaled':  'CIFAR-100 (33 × 25), fine-tuning',
     'tiny':      'groceries (28 × 4), fine-tuning',
@@ -20,13 +19,15 @@ TITLES = {
     'digits':    'digits, ResNet-18',
     'camvid':    'CamVid, small U-Net',
     'unet':      'CamVid, fine-tuning a U-Net'}
-SEGMENTATION = 'camvid','unet'
+TITLES = {k+suffix:v+more for k,v in TITLES.items() for suffix,more in {'':'', '-tuned':', tuned rate'}.items()}
+SEGMENTATION = 'camvid','camvid-tuned','unet','unet-tuned'
 
 def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     # Their steps are the same, or nearly so
-    same = {'many':'few', **dict.fromkeys(('fast','thirty','upscaled','tiny','eight'), 'groceries')}
+    same = {'many':'few', **dict.fromkeys(('thirty','upscaled','tiny','eight'), 'groceries')}
+    setting = setting.removesuffix('-tuned')
     setting = same.get(setting, setting)
     # These differ from another one in their weights alone
     if method.startswith('short '): method = 'frskd'
