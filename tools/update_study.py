@@ -35,6 +35,8 @@ def main():
     tables = [worth.markdown(o) for o in (*worth.overview(d), worth.candidates(d))]
     for o in PAGES: put_in_page(tables, root/o)
     put_in_page([worth.table(d)], results/'worth.md')
+    short = worth.summary(results/'short.csv', results/'worth_times.csv')
+    put_in_page([worth.markdown(worth.schedules(short))], results/'README.md')
     worth.plot(d).savefig(results/'worth.png', dpi=110)
 
 if __name__=='__main__': main()
