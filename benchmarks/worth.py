@@ -148,7 +148,7 @@ The rule for fine-tuning a classifier in 51 to 100 steps (2026-11-29, after the 
 student is worse than after plain training in 66 steps; before any run of `small`, whose classes no study here used
 before): the rate of `small` is the best for plain training with 8 epochs by the mean over seeds 96 to 99, from 0.008
 doubled or halved until the best one has a worse one on both sides. With 8 and 14 epochs (54 and 90 steps) and seeds 0
-to 7, if the student of `frskd` is worse than after plain training by more than the standard error of the paired
+to 5, if the student of `frskd` is worse than after plain training by more than the standard error of the paired
 difference in either budget, and that of `short 100 unfrozen`, which distills nothing in up to 100 steps once no layer
 is frozen, in none, then the default distills nothing in up to 100 steps, instead of 50. Otherwise it stays.
 """
