@@ -43,19 +43,24 @@ def summary(
     """Summarize the runs in a row per setting, budget, arm and network
 
     `run` names the setting and budget. `score` is the accuracy, or the mean IoU if there is one. `gain`, `more_loss`
-    and `more_ece` are differences from plain training with the same seed on the same device; `score_se`, `gain_se` and
-    `more_loss_se` are standard errors, `n` and `pairs` the numbers of runs and differences."""
+    and `more_ece` are differences from plain training with the same seed on the same device, and `over_longer` is that
+    of the scores from longer plain training. Names with `_se` are standard errors; `n` is the number of runs, `pairs`
+    and `longer_pairs` are those of the differences."""
     d = pd.read_csv(file)
     part = d.groupby('setting').part.transform(lambda o: 'unused' if (o=='unused').any() else 'valid')
     d = d[d.part==part].assign(score=d.miou.fillna(d.accuracy)) # the larger set if there are two
     pair = ['setting','epochs','seed','device']
     plain = d[d.arm=='plain'].set_index(pair)[['score','loss','ece']]
     d = d.join(plain.add_suffix('_plain'), on=pair)
-    d = d.assign(gain=d.score-d.score_plain, more_loss=d.loss-d.loss_plain, more_ece=d.ece-d.ece_plain)
+    longer = d[d.arm=='plain longer'].set_index(pair).score.rename('score_longer')
+    d = d.join(longer, on=pair)
+    d = d.assign(gain=d.score-d.score_plain, over_longer=d.score-d.score_longer, more_loss=d.loss-d.loss_plain,
+                 more_ece=d.ece-d.ece_plain)
     g = d.groupby(['setting','epochs','arm','network'], sort=False)
-    means = g[['score','gain','loss','more_loss','ece','more_ece','trained_epochs']].mean()
-    errors = g[['score','gain','more_loss']].sem().add_suffix('_se')
-    out = means.join(errors).assign(n=g.size(), pairs=g.gain.count()).reset_index()
+    means = g[['score','gain','over_longer','loss','more_loss','ece','more_ece','trained_epochs']].mean()
+    errors = g[['score','gain','over_longer','more_loss']].sem().add_suffix('_se')
+    counts = dict(n=g.size(), pairs=g.gain.count(), longer_pairs=g.over_longer.count())
+    out = means.join(errors).assign(**counts).reset_index()
     order = lambda o: o.map(list(TITLES).index) if o.name=='setting' else o
     out = out.sort_values(['setting','epochs'], key=order, kind='stable', ignore_index=True)
     about = zip(out.setting, out.epochs, out.arm, out.trained_epochs)
@@ -73,9 +78,9 @@ def plus_minus(mean, se, n=2, sign=''):
     text = f'{mean:{sign}.{n}f}' + ('' if math.isnan(se) else f' ± {se:.{n}f}')
     return text.replace('-', '−').replace(' ', '\xa0') # in one line
 
-def gain_text(o, n):
-    "Format the gain in a row of a `summary` with `n` decimals, and the number of runs if it is below three"
-    return plus_minus(o.gain, o.gain_se, n, '+') + ('' if o.pairs>2 else f' ({o.pairs})')
+def gain_text(mean, se, pairs, n):
+    "Format a gain with `n` decimals, and the number of runs if it is below three"
+    return plus_minus(mean, se, n, '+') + (f' ({pairs})' if 0<pairs<3 else '')
 
 def table(d):
     "Return a `summary` as a Markdown table"
@@ -100,6 +105,7 @@ OVERVIEW = { # columns of the first table of `overview`: (arm, network)
     '**FRSKD**, student':            ('plain frskd','student'),
     '**FRSKD**, refined':            ('plain frskd','refined'),
     '**FRSKD**, average':            ('plain frskd','average')}
+OVER_LONGER = '**FRSKD**, student, over plain for as long' # its last column
 COMBINED = { # and of the second one
     'label smoothing':         ('smoothing','student'),
     'label smoothing + FRSKD': ('smoothing frskd','student'),
@@ -115,7 +121,7 @@ def compared(d):
 
 def gains(d, columns, n):
     "Return the gains in a `summary` as text with `n` decimals, a row per run; `columns` maps a name to (arm, network)"
-    cells = {(o.run,o.arm,o.network):gain_text(o, n) for o in d.itertuples()}
+    cells = {(o.run,o.arm,o.network):gain_text(o.gain, o.gain_se, o.pairs, n) for o in d.itertuples()}
     runs = pd.Index(d.run.unique(), name='training run')
     return pd.DataFrame({k:[cells.get((run,*o), '') for run in runs] for k,o in columns.items()}, runs)
 
@@ -128,8 +134,10 @@ def scores_and_gains(d, columns, n):
 def overview(d):
     "Return the README's two tables from a `summary`: FRSKD, and other recipes without and with it"
     d = compared(d)
-    both = gains(d, COMBINED, 1)
-    return scores_and_gains(d, OVERVIEW, 1),both[(both!='').any(axis=1)]
+    first,both = scores_and_gains(d, OVERVIEW, 1),gains(d, COMBINED, 1)
+    students = d[(d.arm=='plain frskd') & (d.network=='student')].itertuples()
+    over = {o.run:gain_text(o.over_longer, o.over_longer_se, o.longer_pairs, 1) for o in students}
+    return first.assign(**{OVER_LONGER:first.index.map(over)}),both[(both!='').any(axis=1)]
 
 CANDIDATES = { # for the default, and their columns in `candidates`
     'plain frskd':          'the default',

@@ -30,6 +30,17 @@ def test_differences_are_between_runs_on_one_device(worth, tmp_path):
     assert d.score['camvid','plain']==40 # the mean IoU
     assert d.time['digits','smoothing']==1
 
+def test_the_last_column_compares_with_longer_training(worth, tmp_path):
+    row = dict(setting='digits', epochs=2, part='valid', network='student', device='CPU', loss=1., ece=5.,
+               miou=math.nan)
+    runs = [('plain',50.,50.,50.), ('plain longer',53.,52.,54.), ('plain frskd',54.,55.,math.nan)]
+    rows = [dict(row, arm=a, seed=i, trained_epochs=2+(a=='plain longer'), accuracy=o)
+            for a,*found in runs for i,o in enumerate(found) if not math.isnan(o)]
+    rows += [dict(o, epochs=5) for o in rows if o['arm']!='plain longer']
+    first,_ = worth.overview(results(worth, pd.DataFrame(rows), tmp_path))
+    # The mean of +1 and +3; with 5 epochs, there is no longer training
+    assert first[worth.OVER_LONGER].tolist()==['+2.0\xa0±\xa01.0 (2)','']
+
 def test_the_unused_images_count(worth, tmp_path):
     row = dict(setting='few', arm='plain', epochs=20, seed=0, trained_epochs=20, device='CPU', network='student',
                loss=1., ece=5., miou=math.nan)
