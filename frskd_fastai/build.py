@@ -140,7 +140,7 @@ def build_frskd(
                        "always 0. Use larger images, or `finest=0`.")
     with preserve_rng(), torch.autocast(torch.device(device).type, enabled=False): # inside a training step
         width = _width(o, task, levels, seen)
-        make = o.teacher or task.self_teacher(width, o.depth)
+        make = o.teacher or task.self_teacher(width, o.depth, paper=o.per is not None)
         teacher,loss,refined = build_parts(levels, seen.n_out, device, make, o.feature_loss, task.ndim)
         args = teacher,task,loss,o.alpha,o.beta,o.temperature,finest,isinstance(o.feature_loss, str)
         module = (assemble(seen, refined, *args) if assemble else FRSKD(*args)).to(device)

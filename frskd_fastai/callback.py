@@ -13,7 +13,6 @@ from fastai.basics import *
 from .messages import *
 from .method.frskd import *
 from .method.schedule import *
-from .method.dense_teacher import *
 from .task.task import *
 from .student.features import *
 from .student.probe import *
@@ -104,8 +103,7 @@ class FRSKDCallback(StudentReader):
         α = 1, β = 50, K = 1, ramp schedule, 256 channels in the head."""
         settings = dict(alpha=2., temperature=4., levels=4, finest=0, schedule='constant')
         if kwargs.get('teacher') is None: settings.update(width=2., depth=2)
-        teacher = partial(DenseSelfTeacher, n_channels=64, head_channels=256)
-        if segmentation: settings = dict(alpha=1., temperature=1., schedule='ramp', teacher=teacher)
+        if segmentation: settings = dict(alpha=1., temperature=1., schedule='ramp')
         cb = cls(**{**settings, **kwargs})
         cb.options.per = 'pixel' if segmentation else 'image'
         return cb
@@ -196,7 +194,6 @@ class FRSKDCallback(StudentReader):
         if entry: self.trust.load_state_dict(entry['trust'], one_param(self.teacher).device)
         elif entry is not None: self.trust = make_schedule(self.schedule) # saved before the self-teacher was built
         self.update_schedule() if self.hooks is None else self.plan() # before a fit, `enter_train` will plan
-
 
 # %% ../nbs/callback.ipynb #call0002
 @patch

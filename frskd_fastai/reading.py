@@ -42,7 +42,7 @@ class StudentHooks(SideModuleCallback):
     def enter_fit(self):
         super().enter_fit()
         self.has_pred=self.passed = False
-        if is_compiled(self.student): torch._dynamo.reset() # else hooks added after compiling don't run
+        if any(map(is_compiled, self.student.modules())): torch._dynamo.reset() # else hooks added later don't run
 
     def enter_train(self):
         super().enter_train()
@@ -59,6 +59,7 @@ class StudentHooks(SideModuleCallback):
         hooks.trace = False # the network may not run with images that require gradients
         restore_buffers(self.student, buffers)
         set_random_states(**before)
+        hooks.attach() # anew: the failed pass began, but didn't end
         one_batch()
 
     def leave_train(self):
@@ -134,10 +135,11 @@ class StudentReader(StudentHooks):
         if not self._serves: return self._observer()
         return self._hooks_type(self.student, self.found_levels, self.trained.seen.size)
 
-    def _around_epoch(self, epoch):
-        try: super()._around_epoch(epoch)
-        except CancelFitException: raise
+    def _around_fit(self, fit):
+        self.has_pred,self.since = False,None # of an earlier fit
+        try: super()._around_fit(fit)
         except Exception as e:
+            if self.learn is None: raise # it was removed during the fit
             if self.has_pred and not self.passed: self.refused()
             in_loss_func = self.since=='after_pred'
             if in_loss_func and self.has_pred: check_task(self.learn.pred, self.targets, self.label_loss, cause=e)

@@ -150,7 +150,7 @@ def end(learn, together=None):
     "Describe the state after a fit"
     cb = learn.frskd
     left = [k for k in ('hooks','prepared','step_out') if getattr(cb, k) is not None]
-    left += [k for k in ('_with_events','_call_one','parameters') if k in learn.__dict__]
+    left += [k for k in ('_call_one','parameters') if k in learn.__dict__]
     kind,loaders = type(learn.model).__name__,[type(o).__name__ for o in learn.dls]
     return dict(model=weights(learn.model), trained=weights(cb.trained), trust=getattr(cb.trust, 'loss', None),
                 hooks=n_hooks(learn.model), kind=kind, loaders=loaders, left=left, same=together and together.same)

@@ -152,18 +152,28 @@ def test_without_a_compiler_it_warns_and_goes_on(make, monkeypatch):
     plain = make(cbs=FRSKDCallback()); plain.fit(1, 1e-3)
     assert same(weights(learn.model), weights(plain.model))
 
-@pytest.mark.parametrize('how', ['torch.compile(model)','model.compile()'])
-def test_a_model_that_the_user_compiled(how, make):
+@pytest.mark.parametrize('what', ['model','model.stages'])
+@pytest.mark.parametrize('how', ['torch.compile(...)','.compile()'])
+def test_what_the_user_compiled(how, what, make):
+    "The compiled model, or part of it, trains as it does uncompiled, with a graph for training and one for validation"
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
     model = SmallNet()
-    plain = make(model=deepcopy(model), splitter=trainable_params, cbs=FRSKDCallback()); plain.fit(1, 1e-3)
-    if how=='model.compile()': model.compile(backend='aot_eager')
-    else: model = torch.compile(model, backend='aot_eager')
+    plain = make(model=deepcopy(model), splitter=trainable_params, cbs=FRSKDCallback()); plain.fit(2, 1e-3)
+    part = model if what=='model' else model.stages
+    if how=='.compile()': part.compile(backend=backend)
+    elif what=='model': model = torch.compile(model, backend=backend)
+    else: model.stages = torch.compile(part, backend=backend)
     learn = make(model=model, splitter=trainable_params, cbs=FRSKDCallback())
-    learn.fit(1, 1e-3)
-    names = [o.split('.', 1)[1] if o.startswith('_orig_mod') else o for o in learn.frskd.level_names]
-    assert names==['stages.0','stages.1','stages.2'] and n_hooks(learn.model)==0
+    learn.fit(2, 1e-3)
+    names = [o.replace('_orig_mod.', '') for o in learn.frskd.level_names]
+    assert names==['stages.0','stages.1','stages.2'] and n_hooks(learn.model)==0 and len(graphs)==2
     ends = [o.model.state_dict().values() for o in (learn,plain)]
     for a,b in zip(*ends): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    x = learn.dls.one_batch()[0]
+    torch.testing.assert_close(learn.frskd.run_both(x)[1], learn.model.eval()(x), rtol=1e-3, atol=1e-5)
 
 # -- The optimizer, the import ----------------------------------------------------------------------------
 def test_torchs_fused_optimizer(make):

@@ -10,7 +10,7 @@ def groups(opt): return [[id(p) for p in pg] for pg in opt.param_lists]
 def left(learn):
     "List everything that FRSKD could have left on a Learner after a fit"
     frskd = getattr(learn, 'frskd', None)
-    watch = bool({'_with_events','_call_one'} & set(learn.__dict__))
+    watch = '_call_one' in learn.__dict__
     return dict(hooks=n_hooks(learn.model), watch=watch, taps=getattr(frskd, '_taps', None),
                 columns=[m.name for m in learn.metrics][1:], loss=learn.loss_func)
 def clean(learn): return dict(hooks=0, watch=False, taps=None, columns=[], loss=learn.loss_func)

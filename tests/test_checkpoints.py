@@ -115,6 +115,38 @@ def test_a_checkpoint_of_another_self_teacher_is_refused(make, tmp_path):
         assert same(weights(other.model), weights(learn.model))
         assert same(weights(other.frskd.trained), before[1])
 
+class Hidden(SmallNet):
+    "The same levels and logits, but another head"
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(32, 16), nn.Linear(16, 10))
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])
+def test_a_load_that_fails_keeps_the_self_teacher(make, opt_func):
+    """The file's self-teacher was built in fine-tuning, so a new one is built for it; then the model doesn't fit
+
+    (PyTorch has loaded the weights of the model that do fit by then, without this package too)"""
+    learn = make(cbs=FRSKDCallback())
+    learn.freeze()
+    learn.fit(1, 1e-2); learn.save('a')
+    other = make(model=Hidden(), opt_func=opt_func, cbs=FRSKDCallback())
+    other.fit(2, 1e-3)
+    frskd,before = other.frskd,weights(other.frskd.trained)
+    def state():
+        o = other.opt
+        params = [id(p) for pg in o.param_lists for p in pg]
+        slow = [p.clone() for ps in getattr(o, 'slow_weights', []) for p in ps]
+        inner = getattr(o, 'opt', o).state if opt_func is not Adam else o.state
+        return params,slow,{id(p):{k:torch.as_tensor(v).clone() for k,v in s.items()} for p,s in inner.items()}
+    was,factor,teacher = state(),frskd.factor,frskd.trained
+    with pytest.raises(RuntimeError, match='size mismatch|Missing key'): other.load('a')
+    assert frskd.trained is teacher and frskd.factor==factor>0
+    assert same(weights(frskd.trained), before)
+    now = state()
+    assert was[0]==now[0] and all(map(torch.equal, was[1], now[1])) and len(was[1])==len(now[1])
+    assert was[2].keys()==now[2].keys() and all(same(was[2][k], now[2][k]) for k in was[2])
+    other.fit(1, 1e-3)
+
 def test_checkpoints_and_learners_without_frskd(make):
     "A checkpoint with a self-teacher gives a plain Learner its model; a plain one gives an FRSKD Learner its student"
     learn = make(cbs=FRSKDCallback())

@@ -213,7 +213,7 @@ def test_data_parallel_is_refused(by_hand, make, monkeypatch):
     model.cpu()
     before = weights(model)
     with pytest.raises(ValueError, match='(?s)DataParallel.*distrib_ctx'): learn.fit(1)
-    assert same(weights(model.cpu()), before) and n_hooks(model)==0 and '_with_events' not in learn.__dict__
+    assert same(weights(model.cpu()), before) and n_hooks(model)==0 and '_call_one' not in learn.__dict__
     assert isinstance(learn.model, TwoDevices)==by_hand
     if not by_hand: learn.detach_parallel()
     else: learn.model = model

@@ -123,7 +123,7 @@ def stops(learn, name, epochs=3, **kw):
     said = str(e.value).split('\n')[-1]
     named = f'first non-finite tensor is {name}'
     assert (f'{named}. ' in said or f'{named} (then ' in said) and 'lower learning rate' in said, said
-    assert sound(learn) and n_hooks(learn.model)==0 and '_with_events' not in learn.__dict__
+    assert sound(learn) and n_hooks(learn.model)==0 and '_call_one' not in learn.__dict__
     return said
 
 def test_the_images(short, make):

@@ -165,7 +165,7 @@ def test_non_native_is_refused(make):
     "`to_non_native_fp16` is refused in one sentence"
     learn = make(cbs=FRSKDCallback()).to_non_native_fp16()
     with pytest.raises(ValueError, match='FRSKD does not support `to_non_native_fp16`. Use `to_fp16`.$'): learn.fit(1)
-    assert learn.frskd.trained is None and n_hooks(learn.model)==0 and '_with_events' not in learn.__dict__
+    assert learn.frskd.trained is None and n_hooks(learn.model)==0 and '_call_one' not in learn.__dict__
 
 @pytest.mark.parametrize('kind', ['attention','hint','overhaul','SLA'])
 @pytest.mark.parametrize('dtype', [torch.float64,torch.bfloat16], ids=str)

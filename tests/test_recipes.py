@@ -180,15 +180,15 @@ def test_voc_recipe_on_a_few_images(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Run, 'fit', keep)
     def init(self, limit): self.limit = limit/100 # so that something is clipped
     monkeypatch.setattr(ClipValue, '__init__', init)
-    code,out,err = run(tmp_path/'data', *VOC, '--out', tmp_path/'r', capsys=capsys)
+    code,out,err = run(tmp_path/'data', *VOC, '--width', .5, '--out', tmp_path/'r', capsys=capsys)
     assert code==0, err
     data = 'PASCAL VOC 2007+2012: 17 training and 8 validation images of 21 classes at 64 px'
     assert f'efficientnet_b0, from scratch, on {data}; 3 epochs, batch size 4, learning rate 0.01' in out
-    assert 'α 1, β 50, temperature 1' in out and 'schedule ramp. Recipe voc: SGD' in out
+    assert 'α 1, β 50, temperature 1, self-teacher of width 0.5, schedule ramp. Recipe voc: SGD' in out
     assert 'by ten after 2 epochs, gradients clipped' in out and 'Loading it requires frskd_fastai' in out
     learn, = learners
     assert isinstance(learn.model, BiFPNSegmenter) and len(learn.frskd.level_names)==6
-    assert learn.frskd.teacher.head[0].out_channels==256
+    assert learn.frskd.teacher.head[0].out_channels==256 and learn.frskd.teacher.channels==[32]*6
     assert max(max(o) for o in grads)==pytest.approx(.02) and all(len(o)>400 for o in grads)
     lrs = learn.recorder.hps['lr'] if hasattr(learn.recorder, 'hps') else learn.recorder.lrs
     assert np.allclose(lrs, [.01]*8+[.001]*4)

@@ -98,7 +98,7 @@ def test_both_networks_learn_and_nothing_stays(seg):
     assert (last<.7*first).all(), (first,last)
     accuracy = learn.recorder.values[-1][-1]
     assert .7<accuracy<=1
-    assert n_hooks(learn.model)==hooks and '_with_events' not in learn.__dict__
+    assert n_hooks(learn.model)==hooks and '_call_one' not in learn.__dict__
     learn.remove_cb(FRSKDCallback)
     assert not {'save','load','create_opt','parameters'}&set(learn.__dict__)
 
@@ -139,7 +139,7 @@ def test_ways_of_training(event, seg):
         class Fail(Callback):
             def before_backward(self): raise ArithmeticError("on purpose")
         with pytest.raises(ArithmeticError): learn.fit(1, cbs=Fail())
-    assert n_hooks(learn.model)==hooks and '_with_events' not in learn.__dict__
+    assert n_hooks(learn.model)==hooks and '_call_one' not in learn.__dict__
     if event!='lr_find': assert all(p.isfinite().all() for p in learn.frskd.trained.parameters())
 
 def test_checkpoints_and_export(seg, items, tmp_path):
@@ -273,6 +273,13 @@ def test_own_dense_self_teacher(seg):
     shapes = r"logits of shape \(2, 4\), but the student's have shape \(2, 4, height, width\)"
     with pytest.raises(ValueError, match=shapes): learn.frskd.build()
     with pytest.raises(ValueError, match=shapes): learn.fit(1)
+
+def test_the_papers_self_teacher_with_another_width(seg):
+    for kw,channels in ({},64),(dict(width=.5),32):
+        learn = seg(cbs=FRSKDCallback.paper(segmentation=True, **kw))
+        teacher = learn.frskd.build().teacher
+        assert teacher.channels==[channels]*3 and teacher.head[0].out_channels==256
+        assert learn.frskd.width==kw.get('width', 1)
 
 def test_depth_is_refused(seg):
     learn = seg(cbs=FRSKDCallback(depth=2))

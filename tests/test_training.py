@@ -59,7 +59,7 @@ def trains(make, train, plain_too=True, **kw):
     learn.remove_cb(start)
     still = [k for k,p in cb.teacher.named_parameters() if 'fusion' not in k and torch.equal(p, start.weights[k])]
     assert not still, f'not moved: {still[:3]}'
-    assert n_hooks(learn.model)==0 and '_with_events' not in learn.__dict__ and 'parameters' not in learn.__dict__
+    assert n_hooks(learn.model)==0 and '_call_one' not in learn.__dict__ and 'parameters' not in learn.__dict__
     assert all(p.isfinite().all() for p in learn.model.parameters())
     if plain_too:
         other = make(**{**kw, 'cbs':[o for o in L(kw.get('cbs')) if not isinstance(o, FRSKDCallback)]})

@@ -19,18 +19,20 @@ class PatchedMethod:
         learn:Learner,
         name:str, # Name of the method
         around:Callable, # Called with the original method and the arguments
-    ): self.learn,self.name,self.around = learn,name,around
+    ): self.learn,self.name,self.around,self.removed = learn,name,around,False
 
-    def __call__(self, *args, **kwargs): return self.around(self.before, *args, **kwargs)
+    def __call__(self, *args, **kwargs):
+        if self.removed: return self.before(*args, **kwargs) # somebody has kept it: `save = learn.save`
+        return self.around(self.before, *args, **kwargs)
 
     def __enter__(self):
         self.before,self.own = getattr(self.learn, self.name),self.learn.__dict__.get(self.name)
-        self.learn.__dict__[self.name] = self
+        self.learn.__dict__[self.name],self.removed = self,False
         return self
 
     def __exit__(self, *args):
         "Restore the method, even if a later patch is still on top"
-        here = self.learn.__dict__
+        self.removed,here = True,self.learn.__dict__
         top = here.get(self.name)
         if top is self:
             if self.own is None: del here[self.name]
@@ -91,8 +93,11 @@ class TrainingOnly(Callback):
 class FitScopes(TrainingOnly):
     """Base of callbacks with resources for a fit (`fit_ctx`) or an epoch (`train_ctx`)
 
-    Both are closed however the fit ends: normally, by an exception, by `run=False` or by `remove_cb`"""
-    def __init__(self): self.fit_ctx,self.train_ctx,self.in_fit = ExitStack(),ExitStack(),False
+    Both are closed however the fit ends: normally, by an exception, by `run=False` or by `remove_cb`. Removing the
+    callback also closes `attach_ctx`"""
+    def __init__(self):
+        self.attach_ctx,self.fit_ctx,self.train_ctx = ExitStack(),ExitStack(),ExitStack()
+        self.in_fit = False
 
     def attach(self): "Called when the callback has been added to `self.learn`"
     def detach(self): "Called when it is removed, possibly in the middle of `attach`"
@@ -109,16 +114,20 @@ class FitScopes(TrainingOnly):
         if learn is not None and self.learn is not None:
             raise ValueError(f"FRSKD: this {type(self).__name__} is already attached to a Learner. Create a new one "
                              "for each Learner.")
-        if self.learn is not None:
-            self.close()
-            self.detach()
+        if self.learn is not None: self._leave()
         self.__dict__['_learn'] = learn
         if learn is None: return
+        self.attach_ctx.enter_context(PatchedMethod(learn, '_with_events', self._around_scope))
         try: self.attach()
         except BaseException:
-            self.detach()
+            self._leave()
             self.__dict__['_learn'] = None
             raise
+
+    def _leave(self):
+        self.close()
+        self.attach_ctx.close()
+        self.detach()
 
     def before_fit(self):
         if self.learn.lock.locked() and sent_by(Learner.fit, Learner._do_fit): return # validation during a fit
@@ -127,7 +136,6 @@ class FitScopes(TrainingOnly):
         if self.learn.opt is None: return
         self.in_fit = True
         self.fit_ctx.enter_context(PatchedMethod(self.learn, '_call_one', self._around_event))
-        self.fit_ctx.enter_context(PatchedMethod(self.learn, '_with_events', self._around_scope))
         try: self.enter_fit()
         except BaseException:
             self.close()
@@ -140,22 +148,19 @@ class FitScopes(TrainingOnly):
 
     def _around_event(self, call, event):
         try: call(event)
-        except BaseException:
-            if event=='after_cancel_fit': self.close() # `after_fit` won't follow
-            raise
         finally:
             if event=='after_fit' and self.learn is not None and not self.learn.lock.locked(): self.close()
         if event=='after_train' and self.learn is not None: self._close_train() # else a callback removed this one
 
     def _around_scope(self, with_events, f, scope, *args):
-        if scope!='epoch': return with_events(f, scope, *args)
-        self._around_epoch(partial(with_events, f, scope, *args))
+        if scope!='fit': return with_events(f, scope, *args)
+        self._around_fit(partial(with_events, f, scope, *args))
 
-    def _around_epoch(self, epoch):
-        try: epoch()
-        except CancelFitException: raise # `after_fit` will follow
+    def _around_fit(self, fit):
+        try: fit()
         except BaseException:
-            try: self.interrupted()
+            try:
+                if self.in_fit: self.interrupted()
             finally: self.close()
             raise
 

@@ -8,7 +8,6 @@ Docs: https://frskd-fastai.github.io/frskd_fastai/learner/side_module.html.md"""
 __all__ = ['SideModuleCallback']
 
 # %% ../../nbs/learner/side_module.ipynb #0f7bf259
-from contextlib import ExitStack
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +27,7 @@ class SideModuleCallback(FitScopes):
         siblings:list=(), # Callbacks that are added and removed with this one
     ):
         super().__init__()
-        self.siblings,self.attach_ctx = siblings,ExitStack()
+        self.siblings = siblings
         self.trained=self.prepared = None # The module; the same, wrapped for distributed training, in a fit
         self.fixed = [] # Its parameters that were frozen from the beginning
 
@@ -45,7 +44,6 @@ class SideModuleCallback(FitScopes):
     def detach(self):
         for cb in self.siblings:
             if any(o is cb for o in self.learn.cbs): self.learn.remove_cb(cb)
-        self.attach_ctx.close()
         if self.trained is not None: leave_opt(self.learn, self.trained)
 
     def set_module(self,
@@ -131,14 +129,17 @@ class SideModuleCallback(FitScopes):
 
     def _load(self, load, file, *args, with_opt=True, **kwargs):
         distrib_barrier() # rank 0 may still be writing it
-        before,entry = self.trained,None
+        before,entry,undo = dict(vars(self)),None,noop
         if with_opt: entry = saved_with(self.learn, self.key, file, kwargs.get('weights_only', True))
         if entry is not None:
             if self.learn.opt is None: self.learn.create_opt()
-            self.set_module(self.module_for(entry, file))
+            module = self.module_for(entry, file)
+            undo = kept_opt(self.learn)
+            self.set_module(module)
         try: load(file, *args, with_opt=with_opt, **kwargs)
         except BaseException:
-            self.set_module(before)
+            vars(self).update(before)
+            undo()
             raise
         self.restore(entry)
         return self.learn

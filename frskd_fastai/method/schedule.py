@@ -67,7 +67,7 @@ class Ramp(Schedule):
         self.f = f
 
     def factor(self, pct=0.):
-        try: factor = self.f(pct)
+        try: factor = self.f(min(pct, 1.)) # fastai's `pct_train` can exceed 1 by a rounding error
         except Exception as e:
             raise ValueError(f"FRSKD: schedule={self.f!r} fails at {pct} ({type(e).__name__}: {e}). It must take the "
                              "fraction of the fit that is done, and return a number from 0 to 1.") from e

@@ -10,6 +10,7 @@ __all__ = ['StudentComparison']
 # %% ../../nbs/show/comparison.ipynb #df451e08
 import textwrap
 from fastai.vision.all import *
+from scipy.stats import binomtest
 from ..student.features import *
 from ..student.probe import *
 from ..task.task import *
@@ -22,12 +23,15 @@ class _Judged:
     "Score a Learner on each image of a `Source`"
     def __init__(self, learn, source):
         self.learn,self.source,self.rows,self.labels = learn,source,[],[]
+        self.task = learn.frskd.task if 'frskd' in vars(learn) else None
         validate_on(learn, source.ordered(), self._judge)
         if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one with images.")
         # per image: fraction right, mean probability of the right answer, number of answers that count
         self.right,self.prob,self.n = torch.cat(self.rows).unbind(1)
 
-    def answers(self, logits, y): return task_of(logits, (y,), self.learn.loss_func).answers(logits, y)
+    def answers(self, logits, y):
+        self.task = task_of(logits, (y,), self.learn.loss_func, self.task)
+        return self.task.answers(logits, y)
 
     def _judge(self, pred, yb):
         if not yb: raise ValueError(no_targets)
@@ -117,7 +121,7 @@ class StudentComparison:
         probability of a split at least this uneven if both Learners were equally good."""
         a,b = (self.right>self.right.flip(1)).sum(0).tolist()
         total = len(self.right)
-        p = min(1., 2*sum(math.comb(a+b, k) for k in range(min(a, b)+1))/2**(a+b))
+        p = binomtest(a, a+b).pvalue if a+b else 1.
         one,two = (f'{o} better' for o in self.names)
         return pd.DataFrame({'images':[total], one:[a], two:[b], 'no difference':[total-a-b], 'p':[p]})
 
@@ -149,7 +153,7 @@ class StudentComparison:
     def _draw_labels(self, batches, idxs, size):
         (images,logits,y),(_,others,_) = batches
         learn = self.learners[0]
-        task,names = task_of(logits, (y,), learn.loss_func),class_names(learn.dls, logits.shape[1])
+        task,names = self.judged[0].task,class_names(learn.dls, logits.shape[1])
         columns = min(4, len(idxs))
         rows = math.ceil(len(idxs)/columns)
         figsize = size*columns*1.2, size*rows*1.45

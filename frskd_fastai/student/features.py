@@ -93,7 +93,7 @@ class FeatureHooks:
         "Put the hooks on the model; they keep the maps of its last forward pass"
         self.remove()
         begin,end = UncopiedHook(self._begin),UncopiedHook(self._end)
-        whole = [self.model.register_forward_pre_hook(begin), self.model.register_forward_hook(end, always_call=True)]
+        whole = [self.model.register_forward_pre_hook(begin), self.model.register_forward_hook(end)]
         self._handles,self._depth = [register(hook) for register,hook in self._on] + whole,0
         return self
 

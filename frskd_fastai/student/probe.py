@@ -180,17 +180,18 @@ def is_compiled(model:nn.Module)->bool:
     return uncompiled(model) is not model or getattr(model, '_compiled_call_impl', None) is not None
 
 class Eagerly:
-    "Run a compiled `model` uncompiled inside this context, so that its hooks are called"
+    "Run `model` and its parts uncompiled inside this context, so that hooks are called"
     def __init__(self,
         model:nn.Module, # Compiled or not
-    ): self.model,self.kept = model,None
+    ): self.model,self.kept = model,[]
 
     def __enter__(self):
-        if self.kept is not None or not is_compiled(self.model): return
-        name = 'forward' if uncompiled(self.model) is not self.model else '_compiled_call_impl'
-        self.kept = name,getattr(self.model, name)
-        setattr(self.model, name, self.model._orig_mod.__call__ if name=='forward' else None)
+        if self.kept: return
+        for m in filter(is_compiled, self.model.modules()):
+            name = 'forward' if uncompiled(m) is not m else '_compiled_call_impl'
+            self.kept.append((m, name, getattr(m, name)))
+            setattr(m, name, m._orig_mod.__call__ if name=='forward' else None)
 
     def __exit__(self, *args):
-        if self.kept is not None: setattr(self.model, *self.kept)
-        self.kept = None
+        for o in self.kept: setattr(*o)
+        self.kept = []

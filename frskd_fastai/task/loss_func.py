@@ -9,9 +9,9 @@ __all__ = ['ignored_labels', 'loss_name', 'labels_in', 'is_multi_label']
 
 # %% ../../nbs/task/loss_func.ipynb #loss0003
 import re
+from contextlib import suppress
 from numbers import Integral
 from fastai.basics import *
-from fastai.losses import BaseLoss
 from fastai.vision.core import TensorMultiCategory
 
 # %% ../../nbs/task/loss_func.ipynb #loss0006
@@ -53,9 +53,10 @@ def is_multi_label(
     n_out:int|None=None, # Number of logits
 )->bool:
     "Tell if `loss_func` is for multi-label targets, with a sigmoid per class"
-    if isinstance(loss_func, BaseLoss): # of zeros, sigmoid gives 1/2 and softmax 1/4; 0 means no activation
-        probability = loss_func.activation(torch.zeros(1,4))[0,0]
-        if probability>0: return probability.item()==.5
+    probability = 0
+    with suppress(Exception): # fastai's losses have an `activation`, which `get_preds` calls, and yours may have one
+        probability = loss_func.activation(torch.zeros(1,4))[0,0].item()
+    if probability>0: return probability==.5 # sigmoid; softmax gives 1/4, no activation 0
     name = loss_name(loss_func).lower()
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
     y = labels_in(yb)

@@ -130,6 +130,7 @@ class Task:
     def self_teacher(self,
         width:float|list, # Channels per channel of the student, also per level; segmentation: a number, in 64 channels
         depth:int, # Depthwise-separable convolutions per node; 1 for segmentation
+        paper:bool=False, # Use the paper's 256 channels in the head of segmentation's?
     )->Callable: # Takes the levels' channels and the number of logits, returns a module
         "Return a function that makes the default self-teacher"
         return partial(SelfTeacher, width=width, depth=depth)
@@ -199,11 +200,12 @@ class Segmentation(Task):
 
     def fit_size(self, logits, like): return resize(logits, like.shape[-2:])
 
-    def self_teacher(self, width, depth):
+    def self_teacher(self, width, depth, paper=False):
         if is_listy(width):
             raise ValueError(f"FRSKD: width={width!r} isn't for segmentation, whose refined maps all have the same "
                              "channels. Give one number: the channels divided by 64.")
-        if depth==1: return partial(DenseSelfTeacher, n_channels=max(1, round(64*width)))
+        if depth==1:
+            return partial(DenseSelfTeacher, n_channels=max(1, round(64*width)), head_channels=256 if paper else None)
         raise ValueError(f"FRSKD: depth={depth} isn't for segmentation, whose self-teacher has no such option. Leave "
                          "it out, or use `width` for a larger self-teacher.")
 
