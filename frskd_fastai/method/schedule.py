@@ -79,7 +79,7 @@ class Ramp(Schedule):
 class Trust(Schedule):
     "Use the self-teacher's probability of the right answer as factor; less in short runs"
     needs_answers = True
-    too_few = 50 # Steps of fine-tuning up to which the share is 0
+    too_few = 100 # Steps of fine-tuning up to which the share is 0
     def __init__(self,
         beta:float=0.95, # Weight of the old running mean at each step
         full:int=1000, # Steps for the full factor from scratch; a shorter training run of n steps gets n/full of it
