@@ -17,6 +17,7 @@ TITLES = {
     'tiny':      'groceries (28 × 4), fine-tuning',
     'eight':     'groceries (8 × 12), fine-tuning',
     'small':     'CIFAR-100 (8 × 12), fine-tuning',
+    'small-fast': 'CIFAR-100 (8 × 12), fine-tuning, higher rate',
     'digits':    'digits, ResNet-18',
     'camvid':    'CamVid, small U-Net',
     'unet':      'CamVid, fine-tuning a U-Net'}
@@ -27,7 +28,7 @@ def times(file, setting, method):
     "Return the median of the time ratios to plain in `file`, from `worth.py --times`; NaN if there is none"
     if not file.exists(): return math.nan
     # Their steps are the same, or nearly so
-    same = {'many':'few', **dict.fromkeys(('thirty','upscaled','tiny','eight','small'), 'groceries')}
+    same = {'many':'few', **dict.fromkeys(('thirty','upscaled','tiny','eight','small','small-fast'), 'groceries')}
     setting = setting.removesuffix('-tuned')
     setting = same.get(setting, setting)
     # These differ from another one in their weights alone
