@@ -135,14 +135,16 @@ class StudentReader(StudentHooks):
         if not self._serves: return self._observer()
         return self._hooks_type(self.student, self.found_levels, self.trained.seen.size)
 
-    def _around_fit(self, fit):
+    def _around_part(self, part, goes_on):
         self.has_pred,self.since = False,None # of an earlier fit
-        try: super()._around_fit(fit)
+        try: super()._around_part(part, goes_on)
+        except goes_on: raise
         except Exception as e:
             if self.learn is None: raise # it was removed during the fit
-            if self.has_pred and not self.passed: self.refused()
+            has_pred,self.has_pred = self.has_pred,False # after an epoch, the fit has nothing left to do
+            if has_pred and not self.passed: self.refused()
             in_loss_func = self.since=='after_pred'
-            if in_loss_func and self.has_pred: check_task(self.learn.pred, self.targets, self.label_loss, cause=e)
+            if in_loss_func and has_pred: check_task(self.learn.pred, self.targets, self.label_loss, cause=e)
             raise
 
     def read(self)->tuple: # Maps; the same before the ReLU, or None if the feature loss doesn't need them

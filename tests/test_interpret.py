@@ -76,6 +76,13 @@ def test_each_is_judged_through_its_own(kind, first, load, tmp_path):
     assert len([ax for ax in fig.axes if ax.get_title()])==min(4, differ)>0
     plt.close(fig)
 
+def test_an_exported_learner_with_the_callback(tmp_path):
+    "The file keeps a plain callback in its place"
+    live = learner(data(), 1)
+    live.add_cb(FRSKDCallback())
+    counts = StudentComparison(live, exported(live, tmp_path), names=('a','b'), dl=live.dls.valid).counts().iloc[0]
+    assert counts['no difference']==counts['images']>0 and counts['p']==1
+
 def test_what_is_shown_is_what_was_judged():
     "The predictions shown are those made with the Learner's own transforms"
     a,b = learner(data(), 1),learner(data(**pipelines['crop']), 2)

@@ -1,5 +1,6 @@
 "Workflows that fastai allows and few use; each once failed, or gave a wrong result or message"
 import pickle, warnings
+from contextlib import nullcontext
 import pytest, torch
 from fastai.vision.all import *
 from frskd_fastai.all import *
@@ -258,6 +259,28 @@ def test_interruption_between_epochs_leaves_nothing(make, event):
     assert clean(learn) and len(learn.validate())==2
     learn.fit(1, 1e-3)
     assert len(learn.recorder.metric_names)==10
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt,RuntimeError,CancelFitException])
+def test_added_during_a_fit_that_fails(make, error):
+    "The fit began without the callback; BatchNorm is set back, too"
+    learn = make()
+    def add(cb): learn.add_cb(FRSKDCallback(columns=True))
+    def stop(cb): raise error
+    at = lambda epoch: lambda cb: cb.learn.training and (cb.learn.epoch,cb.learn.iter)==(epoch,2)
+    cbs = [At('after_epoch', add, lambda cb: cb.learn.epoch==0), At('after_batch', stop, at(2), order=100)]
+    with nullcontext() if error==CancelFitException else pytest.raises(error): learn.fit(3, 1e-3, cbs=cbs)
+    assert clean(learn) and not learn.frskd.in_fit and not learn.frskd.skipping.watching
+    learn.fit(1, 1e-3)
+    assert clean(learn) and len(learn.frskd.steps)==6
+
+def test_bad_labels_after_being_added_during_a_fit(make):
+    learn = make()
+    def add(cb): learn.add_cb(FRSKDCallback())
+    def spoil(cb): learn.yb = (learn.yb[0]+100,)
+    cbs = [At('after_epoch', add, lambda cb: cb.learn.epoch==0),
+           At('before_batch', spoil, lambda cb: cb.learn.training and cb.learn.epoch==1)]
+    with pytest.raises(ValueError, match='label') as e: learn.fit(3, 1e-3, cbs=cbs)
+    assert isinstance(e.value.__cause__, (IndexError,RuntimeError)) and clean(learn)
 
 def test_an_error_as_the_second_fit_begins_keeps_its_message(make):
     "The first fit's last batch, whose labels are no classes, isn't to blame"

@@ -153,11 +153,13 @@ class FitScopes(TrainingOnly):
         if event=='after_train' and self.learn is not None: self._close_train() # else a callback removed this one
 
     def _around_scope(self, with_events, f, scope, *args):
-        if scope!='fit': return with_events(f, scope, *args)
-        self._around_fit(partial(with_events, f, scope, *args))
+        if scope not in ('fit','epoch'): return with_events(f, scope, *args)
+        goes_on = CancelFitException if scope=='epoch' else () # `after_fit` will follow
+        self._around_part(partial(with_events, f, scope, *args), goes_on)
 
-    def _around_fit(self, fit):
-        try: fit()
+    def _around_part(self, part, goes_on): # The fit, and each epoch: this callback may have been added during the fit
+        try: part()
+        except goes_on: raise
         except BaseException:
             try:
                 if self.in_fit: self.interrupted()

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from ..student.features import *
 from ..student.probe import *
 from ..task.task import *
+from ..learner.fit_scopes import TrainingOnly
 from ..refined import *
 from .drawing import *
 from .loaders import *
@@ -23,7 +24,8 @@ class _Judged:
     "Score a Learner on each image of a `Source`"
     def __init__(self, learn, source):
         self.learn,self.source,self.rows,self.labels = learn,source,[],[]
-        self.task = learn.frskd.task if 'frskd' in vars(learn) else None
+        frskd = vars(learn).get('frskd') # a plain `Callback` in an exported Learner
+        self.task = frskd.task if isinstance(frskd, TrainingOnly) else None
         validate_on(learn, source.ordered(), self._judge)
         if not self.rows: raise ValueError("FRSKD: the data loader `dl` has no images. Pass one with images.")
         # per image: fraction right, mean probability of the right answer, number of answers that count

@@ -173,7 +173,7 @@ def uncompiled(
     model:nn.Module, # Compiled or not
 )->nn.Module:
     "Return the module inside a `torch.compile` wrapper, or `model` itself"
-    return getattr(model, '_orig_mod', model)
+    return vars(model).get('_modules', {}).get('_orig_mod', model) # a `__getattr__` may find it in a part
 
 def is_compiled(model:nn.Module)->bool:
     "Check whether `model` is compiled by `torch.compile`"

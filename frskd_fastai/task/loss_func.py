@@ -12,6 +12,7 @@ import re
 from contextlib import suppress
 from numbers import Integral
 from fastai.basics import *
+from fastai.losses import BaseLoss
 from fastai.vision.core import TensorMultiCategory
 
 # %% ../../nbs/task/loss_func.ipynb #loss0006
@@ -53,10 +54,8 @@ def is_multi_label(
     n_out:int|None=None, # Number of logits
 )->bool:
     "Tell if `loss_func` is for multi-label targets, with a sigmoid per class"
-    probability = 0
-    with suppress(Exception): # fastai's losses have an `activation`, which `get_preds` calls, and yours may have one
-        probability = loss_func.activation(torch.zeros(1,4))[0,0].item()
-    if probability>0: return probability==.5 # sigmoid; softmax gives 1/4, no activation 0
+    chance = _chance(loss_func)
+    if isinstance(loss_func, BaseLoss) and chance: return chance==.5
     name = loss_name(loss_func).lower()
     if re.search('bce|binary_?cross_?entropy|multi_?label', name): return True
     y = labels_in(yb)
@@ -64,4 +63,13 @@ def is_multi_label(
     if len(yb)>1 and (y.ndim!=2 or n_out not in (None,y.shape[1])): return False # perhaps no labels
     two_axes = y.ndim==2 and y.shape[1]>1 and n_out in (None,y.shape[1])
     per_class = y.is_floating_point() or two_axes and (y.long().abs()<=1).all() # else class indices
-    return bool(per_class and (before or isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any()))
+    if not per_class: return False
+    if chance in (.25,.5): return chance==.5
+    return bool(before or isinstance(y, TensorMultiCategory) or ((y.sum(-1)-1).abs()>1e-3).any())
+
+def _chance(loss_func):
+    """Apply the loss function's `activation`, as `get_preds` does, to four logits of 0
+
+    The result is 1/2 for sigmoid and 1/4 for softmax; 0 without an activation"""
+    with suppress(Exception): return loss_func.activation(torch.zeros(1,4))[0,0].item()
+    return 0
