@@ -72,7 +72,8 @@ def short_run_note(
     "Say by how much distillation was scaled down in a short training run"
     if schedule.share>=.25: return ''
     how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
-    if not schedule.share: how = f"nothing was distilled after unfreezing (that takes over {schedule.too_few} steps)"
+    over = f"over {schedule.too_few} steps"
+    if not schedule.share: how = f"nothing was distilled after unfreezing (only training runs of {over} distill then)"
     steps = plural(schedule.last, 'training step') + (' planned' if schedule.steps<schedule.last else '')
     return f"only {steps} in total, so {how}"
 

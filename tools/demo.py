@@ -63,7 +63,7 @@ Accuracy and calibration error are in percent, on the 360 validation images. Cal
 predicted probabilities are from the actual accuracy. FRSKD's student predicts as fast as the plain network. The refined
 model combines student and self-teacher in one network, `learn.frskd.refined()`; its predictions take 1.1 to 1.9 times
 as long. "Average of both" is the mean of the two networks' probabilities. There is much to gain here, because
-ImageNet's features don't suit digits; on photographs of groceries the refined model gained 9 points (README).
+ImageNet's features don't suit digits; on photographs of groceries the refined model gained 4 to 9 points (README).
 
 All measurements and their commands: benchmarks/results/README.md
 Results and attention maps of this run: {args.out.resolve()}''')
