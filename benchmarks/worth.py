@@ -194,7 +194,7 @@ from frskd_fastai.all import *
 from cheap import AllMapsSelfTeacher, EverySecondStep, GatedSelfTeacher, PooledSelfTeacher, TopDownSelfTeacher
 from schedule_study import CropFlip, Length, NoValid, callback, cifar, no_gate, small_resnet, with_trust
 from worth_results import (
-    RECIPES, SEGMENTATION, candidates, markdown, overview, plot, schedules, summary, table, times)
+    LRS, RECIPES, SEGMENTATION, candidates, markdown, overview, plot, schedules, summary, table, times)
 import camvid_study, finetune
 
 MIXING = dict(mixup=MixUp, cutmix=CutMix)
@@ -302,8 +302,7 @@ class Digits(Setting):
         return vision_learner(dls, resnet18, pretrained=False, **kw)
 
 class Groceries(Setting):
-    # The best of six rates for plain training, and the largest: `finetune.py ... --per-class 10 --arms plain --lrs`
-    fine_tuned,lr = True,1.6e-2
+    fine_tuned = True
     def __init__(self, args, only=None, per_class=10, bs=32, path=None):
         super().__init__(args)
         data = argparse.Namespace(data=path or args.groceries, only=only, per_class=per_class, size=128, bs=bs)
@@ -322,26 +321,22 @@ class Groceries(Setting):
         return super().callbacks(recipe, method)
 
 class Thirty(Groceries):
-    lr = 6.4e-2 # the best of 0.004 to 0.128 for plain training, see `--lrs`
     def __init__(self, args): super().__init__(args, per_class=30)
 
 class Upscaled(Groceries):
-    lr = 4e-3 # the best of six for plain training, see `--lrs`
     def __init__(self, args): super().__init__(args, per_class=25, path=args.upscaled)
 
 class Tiny(Groceries):
-    lr = 8e-3 # as in the study of fruit, see `finetune.py`
     def __init__(self, args): super().__init__(args, 'fruit.txt', per_class=4, bs=16)
 
 class Eight(Groceries):
-    lr = 8e-3 # the best of six for plain training, see `--lrs`
     def __init__(self, args):
         super().__init__(args, per_class=12, bs=16)
         classes = sorted({o.parent.name for o in self.items[0]})[:80:10]
         self.items = [[o for o in files if o.parent.name in classes] for files in self.items]
 
 class Small(Groceries):
-    lr,lr_seeds = 2e-3,range(96, 100) # the best of four for plain training, mean over four seeds, see `--lrs`
+    lr_seeds = range(96, 100)
     def __init__(self, args): super().__init__(args, per_class=12, bs=16, path=args.small)
     def learner(self, seed, recipe, method):
         all_items = self.items
@@ -349,9 +344,6 @@ class Small(Groceries):
         self.items = [[o for o in files if o.parent.name in classes] for files in all_items]
         try: return super().learner(seed, recipe, method)
         finally: self.items = all_items
-
-class SmallFast(Small):
-    lr = 1.6e-2 # eight times the best one for plain training
 
 class CamVid(Setting):
     segmentation,lr,size = True,1e-3,(72,96)
@@ -374,7 +366,7 @@ class CamVid(Setting):
     def keep(self, y): return y!=self.void
 
 class PretrainedUnet(CamVid):
-    fine_tuned,lr,size = True,4e-3,(96,128)
+    fine_tuned,size = True,(96,128)
     def __init__(self, args):
         super().__init__(args)
         self.encoder = partial(finetune.lite0_encoder, weights=finetune.weights_file())
@@ -393,13 +385,11 @@ SETTINGS = { # name: (class, budgets in epochs)
     'tiny':      (Tiny, [2,4,8]),
     'eight':     (Eight, [3,5,10]),
     'small':     (Small, [8,14]),
-    'small-fast': (SmallFast, [8]),
+    'small-fast': (Small, [8]),
     'digits':    (Digits, [2,5,20]),
     'camvid':    (CamVid, [20,60]),
     'unet':      (PretrainedUnet, [10,30])}
-# The best rates for plain training, see `--lrs`
-TUNED = {'groceries':1.28e-1, 'upscaled':1.28e-1, 'many':1e-2, 'eight':4e-3}
-SETTINGS.update({f'{o}-tuned':SETTINGS[o] for o in TUNED})
+SETTINGS.update({o:SETTINGS[o.removesuffix('-tuned')] for o in LRS if o.endswith('-tuned')})
 
 class Bfloat16(MixedPrecision):
     "Like fastai's `to_bf16`, which doesn't change the precision on a CPU"
@@ -450,7 +440,7 @@ def setting_of(args, name):
     "Return a `Setting`, whose data are read once in each process"
     if name not in loaded:
         loaded[name] = SETTINGS[name][0](args)
-        if name.endswith('-tuned'): loaded[name].lr = TUNED[name.removesuffix('-tuned')]
+        if name in LRS: loaded[name].lr = LRS[name]
     return loaded[name]
 
 def train(args, name, epochs, seed, arm):

@@ -178,10 +178,15 @@ SHORT = { # schedules in short fine-tuning, and their columns in `schedules`; n 
     'plain short unfrozen':     'the same, but 1 while frozen',
     'plain short 100 unfrozen': '(n−100)/50, 1 while frozen'}
 
-RATES = { # learning rate and steps per epoch of the settings that `fine_tune` trains
-    'groceries':(1.6e-2,25), 'groceries-tuned':(.128,25), 'upscaled':(4e-3,25), 'upscaled-tuned':(.128,25),
-    'tiny':(8e-3,7), 'eight':(8e-3,6), 'eight-tuned':(4e-3,6), 'small':(2e-3,6), 'small-fast':(1.6e-2,6),
-    'unet':(4e-3,20)}
+LRS = { # learning rates by setting: the best for plain training by `worth.py --lrs`, unless it says something else
+    'many-tuned':1e-2, 'groceries-tuned':.128, 'upscaled-tuned':.128, 'eight-tuned':4e-3,
+    'groceries':1.6e-2, # the best of six, and the largest: `finetune.py ... --per-class 10 --arms plain --lrs`
+    'thirty':6.4e-2, 'upscaled':4e-3, 'eight':8e-3, # the best of 0.004 to 0.128, and of six
+    'tiny':8e-3, # as in the study of fruit, see `finetune.py`
+    'small':2e-3, # the best of four, mean over four seeds
+    'small-fast':1.6e-2, # eight times as much
+    'unet':4e-3}
+STEPS = {'groceries':25, 'upscaled':25, 'tiny':7, 'eight':6, 'small':6, 'unet':20} # per epoch
 
 def steps_and_rates(
     lr, # As for `fine_tune`, with its other defaults
@@ -197,7 +202,8 @@ def schedules(d):
     "Return the student's gain in a `summary` for each schedule, in short fine-tuning"
     out = scores_and_gains(d, {v:(k,'student') for k,v in SHORT.items()}, 2)
     about = d.drop_duplicates('run').set_index('run').loc[out.index]
-    steps,sums = zip(*(steps_and_rates(*RATES[s], e) for s,e in zip(about.setting, about.epochs)))
+    runs = zip(about.setting, about.epochs)
+    steps,sums = zip(*(steps_and_rates(LRS[s], STEPS[s.partition('-')[0]], e) for s,e in runs))
     out.insert(0, 'steps', [str(o) for o in steps])
     out.insert(1, 'sum of rates', [f'{o:.2g}' for o in sums])
     return out

@@ -71,9 +71,11 @@ def short_run_note(
 )->str: # Empty if the training was long enough
     "Say by how much distillation was scaled down in a short training run"
     if schedule.share>=.25: return ''
-    how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
-    over = f"over {schedule.too_few} steps"
-    if not schedule.share: how = f"nothing was distilled after unfreezing (only training runs of {over} distill then)"
+    if schedule.share:
+        how = f"distillation was scaled down to at most {schedule.share:.1%} (100% from {schedule.full:,} steps)"
+    else:
+        how = ("nothing was distilled after unfreezing "
+               f"(only training runs of over {schedule.too_few} steps distill then)")
     steps = plural(schedule.last, 'training step') + (' planned' if schedule.steps<schedule.last else '')
     return f"only {steps} in total, so {how}"
 

@@ -136,7 +136,7 @@ def test_a_load_that_fails_keeps_the_self_teacher(make, opt_func):
         o = other.opt
         params = [id(p) for pg in o.param_lists for p in pg]
         slow = [p.clone() for ps in getattr(o, 'slow_weights', []) for p in ps]
-        inner = getattr(o, 'opt', o).state if opt_func is not Adam else o.state
+        inner = getattr(o, 'opt', o).state # torch's, or that of the optimizer in a `Lookahead`
         return params,slow,{id(p):{k:torch.as_tensor(v).clone() for k,v in s.items()} for p,s in inner.items()}
     was,factor,teacher = state(),frskd.factor,frskd.trained
     with pytest.raises(RuntimeError, match='size mismatch|Missing key'): other.load('a')

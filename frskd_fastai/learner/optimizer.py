@@ -51,21 +51,24 @@ def leave_opt(
         return L(w for w,p in pairs if id(p) not in gone)
     if slow: slow[:] = [_staying(ws, pg) for ws,pg in zip(slow, opt.param_lists)]
     opt.param_lists = type(opt.param_lists)(type(pg)(p for p in pg if id(p) not in gone) for pg in opt.param_lists)
-    for state in (opt.state, getattr(getattr(opt, 'opt', None), 'state', {})):
+    for state in _states(opt):
         for p in leaving: state.pop(p, None)
+
+def _states(opt):
+    "List the states by parameter: the optimizer's own, and torch's in fastai's `OptimWrapper`"
+    return [o.state for o in (opt,getattr(opt, 'opt', None)) if o is not None]
 
 def kept_opt(
     learn:Learner, # Learner with an optimizer
 )->Callable: # Takes no arguments
     "Return a function that puts back the optimizer's present parameters and their state"
     opt = learn.opt
-    inner = getattr(opt, 'opt', None) # torch's, in fastai's `OptimWrapper`
     lists,slow = opt.param_lists.copy(),[L(o) for o in getattr(opt, 'slow_weights', None) or []]
-    states = [(o,{p:s.copy() for p,s in o.state.items()}) for o in (opt,inner) if o is not None]
+    states = [{p:s.copy() for p,s in o.items()} for o in _states(opt)]
     def _restore():
         opt.param_lists = lists
         if slow: opt.slow_weights[:] = slow
-        for o,state in states:
-            o.state.clear()
-            o.state.update(state)
+        for now,before in zip(_states(opt), states): # `learn.load` may have replaced them
+            now.clear()
+            now.update(before)
     return _restore
